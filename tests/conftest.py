@@ -1,0 +1,30 @@
+"""What all tests share: the markers ``gpu`` and ``slow``, skipped aloud where they cannot run."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--slow", action="store_true", help="run the tests that take minutes as well")
+
+
+@functools.cache
+def missing_gpu() -> str | None:
+    """Why the ``gpu`` tests cannot run here, or None; torch is imported only when one was collected."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return f"needs a CUDA device; torch {torch.__version__} sees none (elsewhere: tools/gpu_check)"
+    return None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    slow = config.getoption("--slow")
+    for item in items:
+        if item.get_closest_marker("gpu") and (reason := missing_gpu()):
+            item.add_marker(pytest.mark.skip(reason=reason))
+        if item.get_closest_marker("slow") and not slow:
+            item.add_marker(pytest.mark.skip(reason="takes minutes; run it with: make test ARGS=--slow"))

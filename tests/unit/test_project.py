@@ -1,0 +1,103 @@
+"""The project's own promises: pins, ranges, licence, what an installation offers."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+packaging_requirements = pytest.importorskip("packaging.requirements")
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+PROJECT = PYPROJECT["project"]
+LOCK = dict(
+    line.split("==")
+    for line in (ROOT / "requirements.lock").read_text().splitlines()
+    if line and not line.startswith("#")
+)
+
+
+def requirements() -> list[str]:
+    return PROJECT["dependencies"] + [
+        text
+        for group in PROJECT["optional-dependencies"].values()
+        for text in group
+        if "k2hybrid" not in text
+    ]
+
+
+@pytest.mark.parametrize("text", requirements())
+def test_a_requirement_is_a_range_and_the_lock_pins_a_version_inside_it(text: str) -> None:
+    requirement = packaging_requirements.Requirement(text)
+    assert {specifier.operator for specifier in requirement.specifier} <= {">=", "<", "!="}
+    assert requirement.specifier.contains(LOCK[requirement.name])
+
+
+def test_the_lock_has_exact_versions_and_nothing_of_cuda() -> None:
+    assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in LOCK.values())
+    assert LOCK["torch"] == "2.13.0"
+    assert [name for name in LOCK if re.match(r"nvidia|cuda|triton", name)] == []
+
+
+def test_nothing_at_build_time_but_setuptools_and_pybind11() -> None:
+    names = {packaging_requirements.Requirement(text).name for text in PYPROJECT["build-system"]["requires"]}
+    assert names == {"setuptools", "pybind11"}
+
+
+def test_the_extension_takes_no_machine_flags() -> None:
+    assert not re.search(r'"-m(arch|cpu|tune|avx|amx)', (ROOT / "setup.py").read_text())
+
+
+def test_licence() -> None:
+    assert PROJECT["license"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text()
+
+
+@pytest.mark.parametrize(
+    "script", [".ci/run", "tools/bootstrap", "tools/check", "tools/test", "tools/gpu_check"]
+)
+def test_scripts_are_executable(script: str) -> None:
+    assert os.access(ROOT / script, os.X_OK)
+
+
+def test_bootstrap_names_what_is_missing(tmp_path: Path) -> None:
+    """With an interpreter that is too old it says so, says what to install, and touches nothing."""
+    old = tmp_path / "python3"
+    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.2"\nexit 1\n')
+    old.chmod(0o755)
+    project = tmp_path / "project"
+    (project / "tools").mkdir(parents=True)
+    (project / "tools" / "bootstrap").write_bytes((ROOT / "tools" / "bootstrap").read_bytes())
+    done = subprocess.run(
+        ["bash", str(project / "tools" / "bootstrap")],
+        env={**os.environ, "PYTHON": str(old)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert "Python 3.11 or newer is needed; found: Python 3.9.2" in done.stderr
+    assert "apt install" in done.stderr
+    assert not (project / ".venv").exists()
+
+
+def test_bootstrap_names_the_apt_line_for_a_missing_compiler(tmp_path: Path) -> None:
+    project = tmp_path / "project"
+    (project / "tools").mkdir(parents=True)
+    for name in ("tools/bootstrap", "pyproject.toml", "requirements.lock", "setup.py"):
+        (project / name).write_bytes((ROOT / name).read_bytes())
+    done = subprocess.run(
+        ["bash", str(project / "tools" / "bootstrap")],
+        env={**os.environ, "CXX": "no-such-compiler"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 1
+    assert re.search(r"sudo apt install .*g\+\+", done.stderr)
+    assert not (project / ".venv").exists()
