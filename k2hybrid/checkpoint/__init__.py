@@ -1,0 +1,1 @@
+"""Checkpoints in the published layout: read strictly, mapped in place, synthesized at any size."""

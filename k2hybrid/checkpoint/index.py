@@ -1,0 +1,91 @@
+"""`model.safetensors.index.json` and the shards it names: every tensor of a folder, found and mapped."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from k2hybrid.checkpoint.mapped import MappedShard
+from k2hybrid.checkpoint.strict_json import parse_object, read_bounded, show
+from k2hybrid.errors import ShardIndexError
+from k2hybrid.types import TensorRef
+
+INDEX_NAME = "model.safetensors.index.json"
+_LIMIT_BYTES = 256 << 20  # K2's index has about 27 MB
+_MAX_SHARDS = 4096
+
+# A plain name: no separator, no "..", so nothing outside the folder is ever opened through the index.
+_SHARD_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,200}\.safetensors")
+
+
+class ShardIndex:
+    """All tensors of a checkpoint folder.
+
+    Attributes:
+        tensors: name → where its bytes lie.
+        shards: file → its map; owns the maps.
+        problems: name → why, for tensors on which index and shards disagree, or that lie in two shards.
+    """
+
+    def __init__(self, model_dir: Path) -> None:
+        """Read the index, then map every shard it names.
+
+        Raises:
+            ShardIndexError: the index is unreadable or names impossible files, or shards are missing.
+            HeaderError: a shard is truncated, or its header lies.
+        """
+        weight_map = _read_weight_map(model_dir / INDEX_NAME)
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not os.path.exists(model_dir / name)]
+        if missing:
+            raise ShardIndexError(
+                f"{model_dir} lacks {len(missing)} of {len(names)} shards: {', '.join(missing[:8])}"
+                f"{' …' if len(missing) > 8 else ''}; finish the download"
+            )
+        self.tensors: dict[str, TensorRef] = {}
+        self.shards: dict[Path, MappedShard] = {}
+        self.problems: dict[str, str] = {}
+        for name in names:
+            self._add(MappedShard(model_dir / name), weight_map)
+        for name in weight_map.keys() - self.tensors.keys():
+            self.problems[plain(name)] = f"missing; the index places it in {weight_map[name]}"
+
+    def _add(self, shard: MappedShard, weight_map: dict[str, str]) -> None:
+        path, address, tensors = shard.path, shard.address, self.tensors
+        self.shards[path] = shard
+        for name, dtype, shape, offset, nbytes in shard.entries:
+            listed = weight_map.get(name)
+            if name in tensors:
+                self.problems[plain(name)] = f"duplicated, in {tensors[name].path.name} and {path.name}"
+            elif listed is None:
+                self.problems[plain(name)] = f"extra; in {path.name}, but not in the index"
+            elif listed != path.name:
+                self.problems[plain(name)] = f"the index places it in {listed}, but it is in {path.name}"
+            tensors.setdefault(name, TensorRef(name, path, offset, nbytes, dtype, shape, address + offset))
+
+
+def plain(name: str) -> str:
+    """A tensor name for a message: as it is, or escaped and bounded where it is no plain ASCII."""
+    return name if name.isascii() and name.isprintable() and len(name) <= 200 else show(name)
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    index = parse_object(read_bounded(path, _LIMIT_BYTES, ShardIndexError), str(path), ShardIndexError)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ShardIndexError(f"{path} has no weight_map")
+    files = set()
+    for name, file in weight_map.items():
+        if type(file) is not str:
+            raise ShardIndexError(f"{path} places {show(name)} in {show(file)}, which is no file name")
+        files.add(file)
+    for file in files:
+        if not _SHARD_NAME.fullmatch(file):
+            raise ShardIndexError(
+                f"{path} names the file {show(file)}; a shard lies beside the index and is named like "
+                "model-00001-of-000062.safetensors"
+            )
+    if len(files) > _MAX_SHARDS:
+        raise ShardIndexError(f"{path} names {len(files)} shards; more than {_MAX_SHARDS} is not plausible")
+    return weight_map
