@@ -1,0 +1,113 @@
+// Names only: what Python sees of the extension. Pointers arrive as integers, checked by k2hybrid/native.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cpu/machine.h"
+#include "experts/dispatch.h"
+#if __has_include("gpu/bind_doorbell.h")
+#include "gpu/bind_doorbell.h"
+#endif
+
+namespace py = pybind11;
+
+namespace {
+
+template <typename T>
+T* Pointer(uintptr_t address) {
+  return reinterpret_cast<T*>(address);
+}
+
+void BindMachine(py::module_& m) {
+  py::class_<k2::Machine>(m, "Machine")
+      .def(py::init<int, const std::string&, const std::vector<int>&>(), py::arg("threads"), py::arg("isa"),
+           py::arg("cpus"))
+      .def_property_readonly("isa", [](const k2::Machine& self) { return self.kernels().name; })
+      .def_property_readonly("threads", [](k2::Machine& self) { return self.pool().threads(); })
+      .def(
+          "linear",
+          [](k2::Machine& self, uintptr_t x, int tokens, ptrdiff_t x_token, ptrdiff_t x_head, uintptr_t w,
+             int heads, int rows, int columns, ptrdiff_t w_head, ptrdiff_t w_row, uintptr_t y) {
+            self.Linear({Pointer<k2::bf16>(x), tokens, x_token, x_head},
+                        {Pointer<k2::bf16>(w), rows, columns, w_row, heads, w_head}, Pointer<float>(y));
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "linear_transposed",
+          [](k2::Machine& self, uintptr_t x, int tokens, ptrdiff_t x_token, ptrdiff_t x_head, uintptr_t w,
+             int heads, int rows, int columns, ptrdiff_t w_head, ptrdiff_t w_row, uintptr_t y) {
+            self.LinearTransposed({Pointer<k2::bf16>(x), tokens, x_token, x_head},
+                                  {Pointer<k2::bf16>(w), rows, columns, w_row, heads, w_head},
+                                  Pointer<float>(y));
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "read_seconds",
+          [](k2::Machine& self, uintptr_t data, size_t bytes, size_t stripe_bytes, int ahead_bytes) {
+            return self.ReadSeconds(Pointer<void>(data), bytes, stripe_bytes, ahead_bytes);
+          },
+          py::call_guard<py::gil_scoped_release>());
+}
+
+void BindExperts(py::module_& m) {
+  py::class_<k2::ExpertStore>(m, "ExpertStore")
+      .def(py::init([](int layers, int experts, int hidden, int inter) {
+             return std::make_unique<k2::ExpertStore>(k2::ExpertSizes{layers, experts, hidden, inter});
+           }),
+           py::arg("layers"), py::arg("experts"), py::arg("hidden"), py::arg("inter"))
+      .def("put",
+           [](k2::ExpertStore& self, int layer, int expert, const std::array<uintptr_t, 3>& packed,
+              const std::array<uintptr_t, 3>& scale) {
+             const uint8_t* p[3];
+             const k2::bf16* s[3];
+             for (int i = 0; i < 3; ++i) {
+               p[i] = Pointer<uint8_t>(packed[i]);
+               s[i] = Pointer<k2::bf16>(scale[i]);
+             }
+             self.Put(layer, expert, p, s);
+           })
+      .def("pins", &k2::ExpertStore::pins)
+      .def_property_readonly("expert_bytes", &k2::ExpertStore::expert_bytes);
+
+  py::class_<k2::Dispatcher>(m, "Dispatcher")
+      .def(py::init<k2::ExpertStore&, k2::Machine&, int, int, int>(), py::arg("store"), py::arg("machine"),
+           py::arg("max_rows"), py::arg("top_k"), py::arg("slots"), py::keep_alive<1, 2>(),
+           py::keep_alive<1, 3>())
+      .def_property_readonly("slots", &k2::Dispatcher::slots)
+      .def("buffers",
+           [](const k2::Dispatcher& self, int slot) {
+             const k2::SlotBuffers b = self.buffers(slot);
+             return py::make_tuple(reinterpret_cast<uintptr_t>(b.x), reinterpret_cast<uintptr_t>(b.ids),
+                                   reinterpret_cast<uintptr_t>(b.weights), reinterpret_cast<uintptr_t>(b.out));
+           })
+      .def("acquire", &k2::Dispatcher::Acquire)
+      .def("submit", &k2::Dispatcher::Submit, py::call_guard<py::gil_scoped_release>())
+      .def("collect",
+           [](k2::Dispatcher& self, int slot, uint64_t epoch, int rows) {
+             std::string status(static_cast<size_t>(rows), '\0');
+             k2::TicketReport report;
+             {
+               py::gil_scoped_release release;
+               report = self.Collect(slot, epoch, rows, reinterpret_cast<uint8_t*>(status.data()));
+             }
+             return py::make_tuple(py::bytes(status), report.bytes, report.misses, report.busy_ns,
+                                   report.wait_ns);
+           })
+      .def("abort", &k2::Dispatcher::Abort);
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_native, m) {
+  m.doc() = "Kernels, pool, expert store and hand-off of k2hybrid; use k2hybrid.native.";
+  py::register_exception<k2::Error>(m, "Error");
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const k2::KernelTable* table : k2::AvailableKernels()) names.emplace_back(table->name);
+    return names;
+  });
+  BindMachine(m);
+  BindExperts(m);
+#if __has_include("gpu/bind_doorbell.h")
+  k2::bind_doorbell(m);
+#endif
+}

@@ -1,0 +1,119 @@
+#include "cpu/machine.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+
+#include "cpu/fault.h"
+
+namespace k2 {
+namespace {
+
+// A chunk's weights stay in a core's L2 while the tokens pass by, and a token tile beside them.
+constexpr ptrdiff_t kChunkBytes = 128 << 10;
+constexpr int kTokenTile = 16;
+
+struct LinearCall {
+  const KernelTable& kernels;
+  const Activations& x;
+  const Weights& w;
+  float* y;
+  int rows_per_chunk;
+  int chunks_per_head;
+  std::atomic<bool> failed{false};
+};
+
+void RunLinear(void* context, int chunk, int) {
+  auto& call = *static_cast<LinearCall*>(context);
+  const int head = chunk / call.chunks_per_head;
+  const int row = chunk % call.chunks_per_head * call.rows_per_chunk;
+  const int rows = std::min(call.rows_per_chunk, call.w.rows - row);
+  const ptrdiff_t ldy = static_cast<ptrdiff_t>(call.w.heads) * call.w.rows;
+  const bf16* w = call.w.data + head * call.w.head_stride + row * call.w.row_stride;
+  const bool readable = FaultGuard::Run([&] {
+    for (int t = 0; t < call.x.tokens; t += kTokenTile) {
+      const int tokens = std::min(kTokenTile, call.x.tokens - t);
+      const bf16* x[kTokenTile];
+      for (int i = 0; i < tokens; ++i)
+        x[i] = call.x.data + (t + i) * call.x.token_stride + head * call.x.head_stride;
+      call.kernels.dense_rows(w, call.w.row_stride, call.w.columns, rows, x, tokens,
+                              call.y + t * ldy + static_cast<ptrdiff_t>(head) * call.w.rows + row, ldy);
+    }
+  });
+  if (!readable) call.failed.store(true, std::memory_order_relaxed);
+}
+
+void RunTransposed(void* context, int head, int) {
+  auto& call = *static_cast<LinearCall*>(context);
+  const ptrdiff_t ldy = static_cast<ptrdiff_t>(call.w.heads) * call.w.columns;
+  const bool readable = FaultGuard::Run([&] {
+    for (int t = 0; t < call.x.tokens; ++t)
+      call.kernels.dense_columns(call.w.data + head * call.w.head_stride, call.w.row_stride, call.w.rows,
+                                 call.w.columns,
+                                 call.x.data + t * call.x.token_stride + head * call.x.head_stride,
+                                 call.y + t * ldy + static_cast<ptrdiff_t>(head) * call.w.columns);
+  });
+  if (!readable) call.failed.store(true, std::memory_order_relaxed);
+}
+
+void RequireReadable(const LinearCall& call) {
+  Require(!call.failed.load(), "weights could not be read: their file shrank or its disk failed");
+}
+
+struct ReadCall {
+  const KernelTable& kernels;
+  const char* data;
+  size_t bytes;
+  size_t stripe_bytes;
+  int ahead_bytes;
+  std::atomic<uint64_t> sum{0};
+};
+
+void RunRead(void* context, int chunk, int) {
+  auto& call = *static_cast<ReadCall*>(context);
+  const size_t begin = static_cast<size_t>(chunk) * call.stripe_bytes;
+  const size_t bytes = std::min(call.stripe_bytes, call.bytes - begin);
+  // The sum is used, so that the reads cannot be dropped.
+  call.sum.fetch_add(call.kernels.read_bytes(call.data + begin, bytes, call.ahead_bytes),
+                     std::memory_order_relaxed);
+}
+
+}  // namespace
+
+Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cpus)
+    : kernels_(PickKernels(isa)), pool_(threads, cpus) {
+  FaultGuard::Install();
+}
+
+void Machine::Linear(const Activations& x, const Weights& w, float* y) {
+  if (x.tokens == 0 || w.rows == 0) return;
+  const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(w.columns) * static_cast<ptrdiff_t>(sizeof(bf16));
+  const int fit = static_cast<int>(std::max<ptrdiff_t>(2, kChunkBytes / std::max<ptrdiff_t>(1, row_bytes)));
+  const int fair = std::max(2, w.rows * w.heads / (8 * pool_.threads()));
+  const int rows = std::min(std::min(fit, fair) & ~1, w.rows + 1);
+  LinearCall call{kernels_, x, w, y, rows, (w.rows + rows - 1) / rows};
+  Job job;
+  job.Reset(&call, {{RunLinear, call.chunks_per_head * w.heads}});
+  pool_.Run(&job);
+  RequireReadable(call);
+}
+
+void Machine::LinearTransposed(const Activations& x, const Weights& w, float* y) {
+  LinearCall call{kernels_, x, w, y, w.rows, 1};
+  Job job;
+  job.Reset(&call, {{RunTransposed, x.tokens == 0 ? 0 : w.heads}});
+  pool_.Run(&job);
+  RequireReadable(call);
+}
+
+double Machine::ReadSeconds(const void* data, size_t bytes, size_t stripe_bytes, int ahead_bytes) {
+  Require(stripe_bytes >= 4096, "a stripe has at least 4096 bytes");
+  ReadCall call{kernels_, static_cast<const char*>(data), bytes, stripe_bytes, ahead_bytes};
+  Job job;
+  job.Reset(&call, {{RunRead, static_cast<int>((bytes + stripe_bytes - 1) / stripe_bytes)}});
+  const auto start = std::chrono::steady_clock::now();
+  pool_.Run(&job);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
+}  // namespace k2

@@ -1,0 +1,52 @@
+// What every computation on the CPU is handed: the picked kernels and the pool that runs them. No singletons.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "cpu/pool.h"
+#include "kernels/table.h"
+
+namespace k2 {
+
+// bf16 activations: element (t, h, k) at data[t * token_stride + h * head_stride + k].
+struct Activations {
+  const bf16* data;
+  int tokens;
+  ptrdiff_t token_stride;
+  ptrdiff_t head_stride = 0;
+};
+
+// bf16 weights: element (h, row, column) at data[h * head_stride + row * row_stride + column].
+struct Weights {
+  const bf16* data;
+  int rows;
+  int columns;
+  ptrdiff_t row_stride;
+  int heads = 1;
+  ptrdiff_t head_stride = 0;
+};
+
+class Machine {
+ public:
+  Machine(int threads, const std::string& isa, const std::vector<int>& cpus);
+
+  const KernelTable& kernels() const { return kernels_; }
+  Pool& pool() { return pool_; }
+
+  // y[t, h, r] = w[h, r, :] . x[t, h, :], fp32, y contiguous. A row of x gives the same bits in any company.
+  // Throws if the weights lie in a map that can no longer be read.
+  void Linear(const Activations& x, const Weights& w, float* y);
+
+  // y[t, h, c] = sum_r x[t, h, r] * w[h, r, c], fp32, y contiguous.
+  void LinearTransposed(const Activations& x, const Weights& w, float* y);
+
+  // Seconds to read `bytes` once with all threads: in stripes of `stripe_bytes`, prefetching `ahead_bytes`.
+  double ReadSeconds(const void* data, size_t bytes, size_t stripe_bytes, int ahead_bytes);
+
+ private:
+  const KernelTable& kernels_;
+  Pool pool_;
+};
+
+}  // namespace k2

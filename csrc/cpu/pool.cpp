@@ -1,0 +1,176 @@
+#include "cpu/pool.h"
+
+#include <pthread.h>
+#include <sched.h>
+
+namespace k2 {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+// About the longest gap between two jobs of one decode step.
+constexpr auto kSpin = std::chrono::microseconds(200);
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#else
+  std::this_thread::yield();
+#endif
+}
+
+void Pin(std::thread& thread, int cpu) {
+  cpu_set_t set;
+  CPU_ZERO(&set);
+  CPU_SET(cpu, &set);
+  // Refused where a container forbids it; the thread then floats, which costs speed, not correctness.
+  pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
+}
+
+}  // namespace
+
+void Job::Reset(void* context, std::initializer_list<Phase> phases) {
+  Require(phases.size() <= kMaxPhases, "a job has at most 4 phases");
+  context_ = context;
+  count_ = static_cast<int>(phases.size());
+  int i = 0;
+  for (const Phase& phase : phases) {
+    phases_[i] = phase;
+    counters_[i].next.store(0, std::memory_order_relaxed);
+    counters_[i].done.store(0, std::memory_order_relaxed);
+    ++i;
+  }
+  int first = 0;
+  while (first < count_ && phases_[first].chunks == 0) ++first;
+  phase_.store(first, std::memory_order_release);
+}
+
+void Job::Advance(int from) {
+  int next = from + 1;
+  while (next < count_ && phases_[next].chunks == 0) ++next;
+  phase_.store(next, std::memory_order_release);
+}
+
+Pool::Pool(int threads, const std::vector<int>& cpus) : threads_(threads) {
+  Require(threads >= 1 && threads <= 1024, "threads must lie in 1..1024");
+  for (int worker = 1; worker < threads; ++worker) {
+    workers_.emplace_back([this, worker] { Loop(worker); });
+    if (static_cast<size_t>(worker) < cpus.size()) Pin(workers_.back(), cpus[worker]);
+  }
+}
+
+Pool::~Pool() {
+  stop_.store(true, std::memory_order_release);
+  signal_.fetch_add(1, std::memory_order_release);
+  signal_.notify_all();
+  for (std::thread& thread : workers_) thread.join();
+}
+
+void Pool::Submit(Job* job) {
+  const std::lock_guard lock(submit_);
+  const uint64_t sequence = tail_.load(std::memory_order_relaxed) + 1;
+  Entry& entry = ring_[sequence % kRing];
+  job->sequence_ = sequence;
+  // The entry's last job has been waited for unless 64 are in flight; its visitors leave at once.
+  while (entry.users.load(std::memory_order_acquire) != 0) Pause();
+  entry.job.store(job, std::memory_order_relaxed);
+  entry.sequence.store(sequence, std::memory_order_seq_cst);
+  tail_.store(sequence, std::memory_order_release);
+  signal_.fetch_add(1, std::memory_order_release);
+  signal_.notify_all();
+}
+
+bool Pool::Idle(const Job* job) const {
+  const Entry& entry = ring_[job->sequence_ % kRing];
+  return entry.sequence.load(std::memory_order_acquire) != job->sequence_ ||
+         entry.users.load(std::memory_order_acquire) == 0;
+}
+
+bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
+  const std::lock_guard lock(caller_);
+  // Jobs before this one come first: they were submitted first, and the workers are busy with them.
+  int seen = -1;
+  Clock::time_point changed = Clock::now();
+  while (!job->Done()) {
+    Work(job, 0);
+    int progress = 0;
+    for (const auto& counter : job->counters_) progress += counter.done.load(std::memory_order_relaxed);
+    const Clock::time_point now = Clock::now();
+    if (progress != seen) {
+      seen = progress;
+      changed = now;
+    } else if (now - changed > patience) {
+      return false;
+    }
+    Pause();
+  }
+  // Retire the entry, so that no late worker starts on it, then let those inside leave.
+  Entry& entry = ring_[job->sequence_ % kRing];
+  uint64_t mine = job->sequence_;
+  entry.sequence.compare_exchange_strong(mine, 0, std::memory_order_seq_cst);
+  while (mine == job->sequence_ && entry.users.load(std::memory_order_seq_cst) != 0) Pause();
+  return true;
+}
+
+void Pool::Run(Job* job) {
+  Submit(job);
+  while (!Wait(job, std::chrono::hours(1))) {
+  }
+}
+
+void Pool::Work(Job* job, int worker) {
+  for (;;) {
+    const int p = job->phase_.load(std::memory_order_acquire);
+    if (p >= job->count_) return;
+    const Phase& phase = job->phases_[p];
+    Job::Counters& counters = job->counters_[p];
+    if (counters.next.load(std::memory_order_relaxed) >= phase.chunks) return;
+    const int chunk = counters.next.fetch_add(1, std::memory_order_relaxed);
+    if (chunk >= phase.chunks) return;
+    phase.run(job->context_, chunk, worker);
+    if (counters.done.fetch_add(1, std::memory_order_acq_rel) + 1 == phase.chunks) job->Advance(p);
+  }
+}
+
+void Pool::Visit(uint64_t sequence, int worker) {
+  Entry& entry = ring_[sequence % kRing];
+  entry.users.fetch_add(1, std::memory_order_seq_cst);
+  if (entry.sequence.load(std::memory_order_seq_cst) == sequence) {
+    Job* job = entry.job.load(std::memory_order_relaxed);
+    while (!job->Done()) {
+      Work(job, worker);
+      if (job->Done() || entry.sequence.load(std::memory_order_relaxed) != sequence) break;
+      // The last phase has no more to take: the next job may have.
+      const int p = job->phase_.load(std::memory_order_acquire);
+      if (p == job->count_ - 1 &&
+          job->counters_[p].next.load(std::memory_order_relaxed) >= job->phases_[p].chunks)
+        break;
+      Pause();
+    }
+  }
+  entry.users.fetch_sub(1, std::memory_order_release);
+}
+
+void Pool::Loop(int worker) {
+  uint64_t visited = 0;
+  while (!stop_.load(std::memory_order_acquire)) {
+    const uint32_t signal = signal_.load(std::memory_order_acquire);
+    const uint64_t tail = tail_.load(std::memory_order_acquire);
+    if (visited < tail) {
+      if (tail - visited > kRing) visited = tail - kRing;
+      Visit(++visited, worker);
+      continue;
+    }
+    const Clock::time_point start = Clock::now();
+    bool slept = false;
+    while (signal_.load(std::memory_order_acquire) == signal && !slept) {
+      for (int i = 0; i < 64; ++i) Pause();
+      if (Clock::now() - start > kSpin) {
+        signal_.wait(signal, std::memory_order_acquire);
+        slept = true;
+      }
+    }
+  }
+}
+
+}  // namespace k2

@@ -1,0 +1,99 @@
+// A pool of pinned threads that work through jobs in the order of their submission.
+//
+// A job is a few phases; a phase is a number of chunks, taken one by one from a counter by whoever is free, so no
+// thread waits long; a phase opens when all chunks of the one before are done. The thread that waits for a job
+// works too, as worker 0. What a chunk computes must not depend on who runs it.
+//
+// Workers spin for a bounded time, then sleep: jobs of one decode step follow each other within tens of
+// microseconds, a wake-up costs as much.
+//
+// Lifetime: a job may be destroyed once Wait() returned: no worker holds it any more then (each ring entry counts
+// the workers inside).
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#include "base.h"
+
+namespace k2 {
+
+struct Phase {
+  void (*run)(void* context, int chunk, int worker) = nullptr;
+  int chunks = 0;
+};
+
+class Job {
+ public:
+  static constexpr int kMaxPhases = 4;
+
+  // Phases without chunks are allowed.
+  void Reset(void* context, std::initializer_list<Phase> phases);
+  bool Done() const { return phase_.load(std::memory_order_acquire) >= count_; }
+
+ private:
+  friend class Pool;
+  struct Counters {
+    alignas(64) std::atomic<int> next{0};
+    alignas(64) std::atomic<int> done{0};
+  };
+  void Advance(int from);
+
+  void* context_ = nullptr;
+  std::array<Phase, kMaxPhases> phases_;
+  std::array<Counters, kMaxPhases> counters_;
+  int count_ = 0;
+  std::atomic<int> phase_{0};
+  uint64_t sequence_ = 0;
+};
+
+class Pool {
+ public:
+  // `threads` in all, the waiting caller included; the others are pinned to `cpus` (one each, in order).
+  Pool(int threads, const std::vector<int>& cpus);
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  int threads() const { return threads_; }
+
+  // Publishes the job; it must stay alive until Wait() returned for it.
+  void Submit(Job* job);
+  // Works until the job is done. Returns false if, with nothing left to take, no chunk of it was finished for
+  // `patience`: a worker is stuck, and the job must not be touched again before Done() and Idle(job).
+  bool Wait(Job* job, std::chrono::milliseconds patience);
+  // True once no worker is inside the job.
+  bool Idle(const Job* job) const;
+
+  // Submit and wait, without bound: for jobs that read memory only.
+  void Run(Job* job);
+
+ private:
+  static constexpr uint64_t kRing = 64;
+  struct Entry {
+    alignas(64) std::atomic<uint64_t> sequence{0};
+    std::atomic<Job*> job{nullptr};
+    std::atomic<int> users{0};
+  };
+
+  void Loop(int worker);
+  // Takes chunks until none is left to take; false if it left because the phase is not open yet.
+  static void Work(Job* job, int worker);
+  void Visit(uint64_t sequence, int worker);
+
+  const int threads_;
+  std::array<Entry, kRing> ring_;
+  std::atomic<uint64_t> tail_{0};  // sequences 1..tail_ have been published
+  std::atomic<uint32_t> signal_{0};
+  std::atomic<bool> stop_{false};
+  std::mutex caller_;  // one thread at a time is worker 0
+  std::mutex submit_;
+  std::vector<std::thread> workers_;
+};
+
+}  // namespace k2

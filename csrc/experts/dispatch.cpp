@@ -1,0 +1,285 @@
+#include "experts/dispatch.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "cpu/fault.h"
+
+namespace k2 {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+constexpr auto kWatchdog = std::chrono::milliseconds(1000);
+constexpr int kTokenTile = 64;  // rows of one expert whose results fit a worker's scratch
+constexpr int kPrepareRows = 8;
+constexpr int kGateRows = 32;   // 112 KB of K2's nibbles: half of a core's L2 for gate, half for up
+constexpr int kDownRows = 128;  // 128 KB of K2's nibbles
+
+// Aligned to cache lines, zeroed once.
+template <typename T>
+class Buffer {
+ public:
+  explicit Buffer(size_t count)
+      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {
+    if (data_ == nullptr) throw std::bad_alloc();
+    std::memset(data_, 0, count * sizeof(T));
+  }
+  ~Buffer() { std::free(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  T* get() const { return data_; }
+
+ private:
+  T* data_;
+};
+
+int BlockRows(int rows, int most, int threads) {
+  // At least eight chunks a thread where there are rows enough: the last chunk is what others wait for.
+  return std::clamp(rows / (8 * threads) & ~1, 2, most);
+}
+
+float Silu(float v) { return v / (1.0f + std::exp(-v)); }
+
+}  // namespace
+
+struct Dispatcher::Slot {
+  enum State { kFree, kFilling, kRunning, kStuck };
+
+  Slot(Dispatcher& owner, const ExpertSizes& sizes, int max_rows, int top_k)
+      : dispatcher(owner),
+        x(static_cast<size_t>(max_rows) * sizes.hidden),
+        prepared(static_cast<size_t>(max_rows) * PreparedSize(sizes.hidden)),
+        hidden(static_cast<size_t>(max_rows) * top_k * PreparedSize(sizes.inter)),
+        ids(static_cast<size_t>(max_rows) * top_k),
+        weights(static_cast<size_t>(max_rows) * top_k),
+        out(static_cast<size_t>(max_rows) * sizes.hidden),
+        first(sizes.experts + 1),
+        assignment(static_cast<size_t>(max_rows) * top_k),
+        failed(sizes.experts) {
+    groups.reserve(sizes.experts);
+  }
+
+  struct Group {
+    int expert;
+    int begin;  // in `assignment`
+    int end;
+    const ExpertView* view;
+  };
+
+  Dispatcher& dispatcher;
+  Buffer<bf16> x;
+  Buffer<bf16> prepared;  // x in the kernels' order
+  Buffer<bf16> hidden;    // SwiGLU outputs by position in `assignment`, in the kernels' order
+  Buffer<int32_t> ids;
+  Buffer<float> weights;
+  Buffer<float> out;
+  std::vector<int> first;
+  std::vector<int> assignment;  // row * top_k + k, grouped by ascending expert
+  std::vector<Group> groups;
+  std::vector<std::atomic<bool>> failed;  // by group
+  Job job;
+  State state = kFree;
+  uint64_t epoch = 0;
+  int layer = 0;
+  int rows = 0;
+  Clock::time_point submitted;
+};
+
+Dispatcher::Dispatcher(ExpertStore& store, Machine& machine, int max_rows, int top_k, int slots)
+    : store_(store), machine_(machine), max_rows_(max_rows), top_k_(top_k) {
+  const ExpertSizes& sizes = store.sizes();
+  Require(max_rows >= 1 && max_rows <= 1 << 16, "max_rows must lie in 1..65536");
+  Require(top_k >= 1 && top_k <= sizes.experts, "top_k must lie in 1..experts");
+  Require(slots >= 1 && slots <= 16, "slots must lie in 1..16");
+  const int threads = machine.pool().threads();
+  gate_rows_ = BlockRows(sizes.inter, kGateRows, threads);
+  down_rows_ = BlockRows(sizes.hidden, kDownRows, threads);
+  for (int i = 0; i < slots; ++i)
+    slots_.push_back(std::make_unique<Slot>(*this, sizes, max_rows, top_k));
+  scratch_.resize(threads);
+  for (auto& scratch : scratch_) scratch.resize(kTokenTile * std::max(2 * kGateRows, kDownRows));
+}
+
+Dispatcher::~Dispatcher() {
+  Abort();
+  for (auto& slot : slots_)
+    while (slot->state != Slot::kFree && slot->state != Slot::kFilling) {
+      if (machine_.pool().Wait(&slot->job, kWatchdog)) Retire(*slot);
+    }
+}
+
+SlotBuffers Dispatcher::buffers(int slot) const {
+  const Slot& s = *slots_.at(slot);
+  return {s.x.get(), s.ids.get(), s.weights.get(), s.out.get()};
+}
+
+int Dispatcher::Acquire() {
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    Slot& slot = *slots_[i];
+    if (slot.state == Slot::kStuck && slot.job.Done() && machine_.pool().Idle(&slot.job)) Retire(slot);
+    if (slot.state == Slot::kFree) {
+      slot.state = Slot::kFilling;
+      return static_cast<int>(i);
+    }
+  }
+  throw Error("all slots of the dispatcher are in flight; collect a ticket first");
+}
+
+void Dispatcher::Group(Slot& slot, int layer, int rows) {
+  const int experts = store_.sizes().experts;
+  const int count = rows * top_k_;
+  const int32_t* ids = slot.ids.get();
+  std::fill(slot.first.begin(), slot.first.end(), 0);
+  for (int i = 0; i < count; ++i) {
+    Require(ids[i] >= -1 && ids[i] < experts, "expert id " + std::to_string(ids[i]) + " is out of range");
+    if (ids[i] >= 0) ++slot.first[ids[i] + 1];
+  }
+  for (int e = 0; e < experts; ++e) slot.first[e + 1] += slot.first[e];
+  slot.groups.clear();
+  for (int e = 0; e < experts; ++e)
+    if (slot.first[e] != slot.first[e + 1]) slot.groups.push_back({e, slot.first[e], slot.first[e + 1], nullptr});
+  for (int i = 0; i < count; ++i)
+    if (ids[i] >= 0) slot.assignment[slot.first[ids[i]]++] = i;
+  size_t pinned = 0;
+  try {
+    for (; pinned < slot.groups.size(); ++pinned) {
+      slot.groups[pinned].view = &store_.Pin(layer, slot.groups[pinned].expert);
+      slot.failed[pinned].store(false, std::memory_order_relaxed);
+    }
+  } catch (...) {
+    for (size_t i = 0; i < pinned; ++i) store_.Unpin(layer, slot.groups[i].expert);
+    throw;
+  }
+}
+
+uint64_t Dispatcher::Submit(int index, int layer, int rows) {
+  Slot& slot = *slots_.at(index);
+  Require(slot.state == Slot::kFilling, "submit needs a slot from Acquire");
+  slot.state = Slot::kFree;
+  Require(rows >= 0 && rows <= max_rows_,
+          "rows must lie in 0.." + std::to_string(max_rows_) + ", not " + std::to_string(rows));
+  Group(slot, layer, rows);
+  slot.layer = layer;
+  slot.rows = rows;
+  slot.submitted = Clock::now();
+  const ExpertSizes& sizes = store_.sizes();
+  const int gate_chunks = (sizes.inter + gate_rows_ - 1) / gate_rows_;
+  const int down_chunks = (sizes.hidden + down_rows_ - 1) / down_rows_;
+  slot.job.Reset(&slot, {{RunPrepare, (rows + kPrepareRows - 1) / kPrepareRows},
+                         {RunGateUp, gate_chunks * static_cast<int>(slot.groups.size())},
+                         {RunDown, rows == 0 ? 0 : down_chunks}});
+  slot.state = Slot::kRunning;
+  machine_.pool().Submit(&slot.job);
+  return ++slot.epoch;
+}
+
+void Dispatcher::RunPrepare(void* context, int chunk, int) {
+  Slot& slot = *static_cast<Slot*>(context);
+  const int hidden = slot.dispatcher.store_.sizes().hidden;
+  const int end = std::min(slot.rows, (chunk + 1) * kPrepareRows);
+  for (int row = chunk * kPrepareRows; row < end; ++row)
+    slot.dispatcher.machine_.kernels().prepare(
+        slot.x.get() + static_cast<ptrdiff_t>(row) * hidden, hidden,
+        slot.prepared.get() + static_cast<ptrdiff_t>(row) * PreparedSize(hidden));
+}
+
+void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
+  Slot& slot = *static_cast<Slot*>(context);
+  Dispatcher& self = slot.dispatcher;
+  if (self.abort_.load(std::memory_order_relaxed)) return;
+  const ExpertSizes& sizes = self.store_.sizes();
+  const KernelTable& kernels = self.machine_.kernels();
+  const int per_group = (sizes.inter + self.gate_rows_ - 1) / self.gate_rows_;
+  const size_t g = chunk / per_group;
+  const Slot::Group& group = slot.groups[g];
+  const int row = chunk % per_group * self.gate_rows_;
+  const int rows = std::min(self.gate_rows_, sizes.inter - row);
+  float* gate = self.scratch_[worker].data();
+  float* up = gate + kTokenTile * kGateRows;
+  const bool readable = FaultGuard::Run([&] {
+    for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
+      const int tokens = std::min(kTokenTile, group.end - begin);
+      const bf16* x[kTokenTile];
+      for (int t = 0; t < tokens; ++t)
+        x[t] = slot.prepared.get() + static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) *
+                                         PreparedSize(sizes.hidden);
+      kernels.int4_rows(group.view->gate, row, rows, x, tokens, gate, kGateRows);
+      kernels.int4_rows(group.view->up, row, rows, x, tokens, up, kGateRows);
+      for (int t = 0; t < tokens; ++t) {
+        bf16* h = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
+        for (int r = 0; r < rows; ++r)
+          h[PreparedIndex(row + r)] = ToBf16(Silu(gate[t * kGateRows + r]) * up[t * kGateRows + r]);
+      }
+    }
+  });
+  if (!readable) slot.failed[g].store(true, std::memory_order_relaxed);
+}
+
+void Dispatcher::RunDown(void* context, int chunk, int worker) {
+  Slot& slot = *static_cast<Slot*>(context);
+  Dispatcher& self = slot.dispatcher;
+  if (self.abort_.load(std::memory_order_relaxed)) return;
+  const ExpertSizes& sizes = self.store_.sizes();
+  const int row = chunk * self.down_rows_;
+  const int rows = std::min(self.down_rows_, sizes.hidden - row);
+  float* y = self.scratch_[worker].data();
+  for (int t = 0; t < slot.rows; ++t)
+    std::memset(slot.out.get() + static_cast<ptrdiff_t>(t) * sizes.hidden + row, 0, rows * sizeof(float));
+  for (size_t g = 0; g < slot.groups.size(); ++g) {
+    const Slot::Group& group = slot.groups[g];
+    const bool readable = FaultGuard::Run([&] {
+      for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
+        const int tokens = std::min(kTokenTile, group.end - begin);
+        const bf16* h[kTokenTile];
+        for (int t = 0; t < tokens; ++t)
+          h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
+        self.machine_.kernels().int4_rows(group.view->down, row, rows, h, tokens, y, kDownRows);
+        for (int t = 0; t < tokens; ++t) {
+          const int a = slot.assignment[begin + t];
+          const float weight = slot.weights.get()[a];
+          float* out = slot.out.get() + static_cast<ptrdiff_t>(a / self.top_k_) * sizes.hidden + row;
+          for (int r = 0; r < rows; ++r) out[r] = __builtin_fmaf(weight, y[t * kDownRows + r], out[r]);
+        }
+      }
+    });
+    if (!readable) slot.failed[g].store(true, std::memory_order_relaxed);
+  }
+}
+
+void Dispatcher::Retire(Slot& slot) {
+  for (const Slot::Group& group : slot.groups) store_.Unpin(slot.layer, group.expert);
+  slot.state = Slot::kFree;
+}
+
+TicketReport Dispatcher::Collect(int index, uint64_t epoch, int rows, uint8_t* status) {
+  Slot& slot = *slots_.at(index);
+  Require(slot.state == Slot::kRunning && slot.epoch == epoch && slot.rows == rows, "this ticket is not outstanding");
+  const Clock::time_point start = Clock::now();
+  const bool finished = machine_.pool().Wait(&slot.job, kWatchdog);
+  const Clock::time_point end = Clock::now();
+  const bool poisoned = !finished || abort_.load();
+  std::memset(status, static_cast<int>(poisoned ? RowStatus::kPoisoned : RowStatus::kOk), slot.rows);
+  TicketReport report;
+  report.bytes = store_.expert_bytes() * static_cast<int64_t>(slot.groups.size());
+  report.busy_ns = std::chrono::nanoseconds(end - slot.submitted).count();
+  report.wait_ns = std::chrono::nanoseconds(end - start).count();
+  if (!poisoned)
+    for (size_t g = 0; g < slot.groups.size(); ++g)
+      if (slot.failed[g].load())
+        for (int i = slot.groups[g].begin; i < slot.groups[g].end; ++i)
+          status[slot.assignment[i] / top_k_] = static_cast<uint8_t>(RowStatus::kReadError);
+  if (finished) {
+    Retire(slot);
+  } else {
+    slot.state = Slot::kStuck;  // its buffers and pins stay until the stuck worker has left
+  }
+  return report;
+}
+
+void Dispatcher::Abort() { abort_.store(true); }
+
+}  // namespace k2

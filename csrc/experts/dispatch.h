@@ -1,0 +1,91 @@
+// The hand-off of routed experts: submit -> ticket -> collect. The contract:
+//
+//  1. Slots. A dispatcher owns a few slots; each has buffers at fixed addresses for `max_rows` rows:
+//       x bf16 [max_rows, hidden] · ids int32 [max_rows, top_k] · weights fp32 [max_rows, top_k] ·
+//       out fp32 [max_rows, hidden].  Nothing is allocated per call.
+//  2. Descriptor. The number of valid rows and the layer are data, not shape: Submit publishes {epoch, rows,
+//     layer} in the slot. Id -1 is padding and reads nothing.
+//  3. Order. The producer fills x, ids and weights of Acquire()'s slot, then submits. Tickets retire in any order,
+//     each collected exactly once; a slot is handed out again only after its ticket was collected. The epoch rises
+//     by one per use of a slot, so a stale ticket is recognised.
+//  4. Stream. Submit and Collect are recordings on a stream: inline on the CPU (the pool starts at once, the
+//     thread that collects works too); a captured graph replays them with the same slots through doorbells
+//     (gpu/doorbell.h). Neither knows the model.
+//  5. Result. out[row] = sum over the row's experts in ascending id of weight * E(x), fp32, each E(x) the same
+//     bits whatever else is in the batch.
+//  6. Pins. Every expert a ticket reads is pinned from Submit until the ticket retires.
+//  7. Status. A row is kOk, kReadError (the bytes of one of its experts could not be read) or kPoisoned. A bad row
+//     ends its request, not the step: the other rows are valid.
+//  8. Abort. The abort word makes every outstanding and later ticket complete as poisoned, at the next chunk. The
+//     watchdog does the same for one ticket whose workers made no progress for a second.
+//  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the nanoseconds from
+//     submit to collect and those spent waiting in collect.
+#pragma once
+
+#include <memory>
+#include <vector>
+
+#include "cpu/machine.h"
+#include "experts/store.h"
+
+namespace k2 {
+
+enum class RowStatus : uint8_t { kOk = 0, kReadError = 1, kPoisoned = 2 };
+
+struct TicketReport {
+  int64_t bytes = 0;
+  int64_t misses = 0;
+  int64_t busy_ns = 0;
+  int64_t wait_ns = 0;
+};
+
+struct SlotBuffers {
+  bf16* x;
+  int32_t* ids;
+  float* weights;
+  float* out;
+};
+
+class Dispatcher {
+ public:
+  Dispatcher(ExpertStore& store, Machine& machine, int max_rows, int top_k, int slots);
+  ~Dispatcher();
+  Dispatcher(const Dispatcher&) = delete;
+  Dispatcher& operator=(const Dispatcher&) = delete;
+
+  int slots() const { return static_cast<int>(slots_.size()); }
+  int max_rows() const { return max_rows_; }
+  int top_k() const { return top_k_; }
+  SlotBuffers buffers(int slot) const;
+
+  // A free slot to fill. Throws if all are in flight.
+  int Acquire();
+
+  // Starts `rows` rows of the acquired slot; returns its epoch. Throws on a bad id or layer, and the slot is free.
+  uint64_t Submit(int slot, int layer, int rows);
+
+  // Waits; fills `status` [rows]. Throws if (slot, epoch) is not outstanding with that many rows.
+  TicketReport Collect(int slot, uint64_t epoch, int rows, uint8_t* status);
+
+  void Abort();
+
+ private:
+  struct Slot;
+  static void RunPrepare(void* context, int chunk, int worker);
+  static void RunGateUp(void* context, int chunk, int worker);
+  static void RunDown(void* context, int chunk, int worker);
+  void Group(Slot& slot, int layer, int rows);
+  void Retire(Slot& slot);
+
+  ExpertStore& store_;
+  Machine& machine_;
+  const int max_rows_;
+  const int top_k_;
+  int gate_rows_;  // output rows per chunk
+  int down_rows_;
+  std::atomic<bool> abort_{false};
+  std::vector<std::unique_ptr<Slot>> slots_;
+  std::vector<std::vector<float>> scratch_;  // one per worker
+};
+
+}  // namespace k2

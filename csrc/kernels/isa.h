@@ -1,0 +1,13 @@
+// The stamped tables; only table.cpp reads this.
+#pragma once
+
+#include "kernels/table.h"
+
+namespace k2 {
+
+extern const KernelTable kScalarKernels;
+#if defined(__x86_64__)
+extern const KernelTable kAvx512Bf16Kernels;
+#endif
+
+}  // namespace k2

@@ -1,0 +1,45 @@
+#include "kernels/table.h"
+
+#include "kernels/isa.h"
+
+namespace k2 {
+namespace {
+
+// CPUID says what the core has; XCR0 says which registers the operating system saves.
+bool HasAvx512Bf16() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
+}  // namespace
+
+const std::vector<const KernelTable*>& AvailableKernels() {
+  static const std::vector<const KernelTable*> tables = [] {
+    std::vector<const KernelTable*> found;
+#if defined(__x86_64__)
+    if (HasAvx512Bf16()) found.push_back(&kAvx512Bf16Kernels);
+#endif
+    found.push_back(&kScalarKernels);
+    return found;
+  }();
+  return tables;
+}
+
+const KernelTable& PickKernels(const std::string& name) {
+  const auto& tables = AvailableKernels();
+  if (name.empty()) return *tables.front();
+  std::string known;
+  for (const KernelTable* table : tables) {
+    if (name == table->name) return *table;
+    known += std::string(known.empty() ? "" : ", ") + table->name;
+  }
+  throw Error("instruction set '" + name + "' is unknown or more than this CPU offers; it offers: " + known);
+}
+
+}  // namespace k2

@@ -1,0 +1,39 @@
+// One entry per instruction set; the best that the CPU and its operating system offer is picked once.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "kernels/layout.h"
+
+namespace k2 {
+
+// A tile of activations is a list of row pointers: the rows an expert got need not be neighbours.
+struct KernelTable {
+  const char* name;
+
+  // Plain bf16 [in] to prepared order (layout.h).
+  void (*prepare)(const bf16* x, int in, bf16* prepared);
+
+  // y[t * ldy + r] = weights.row(row0 + r) . x[t], for `rows` rows and `tokens` prepared activations.
+  void (*int4_rows)(const Int4Matrix& weights, int row0, int rows, const bf16* const* x, int tokens,
+                    float* y, ptrdiff_t ldy);
+
+  // y[t * ldy + r] = w.row(r) . x[t] for bf16 weights of `in` columns, rows `ldw` elements apart.
+  void (*dense_rows)(const bf16* w, ptrdiff_t ldw, int in, int rows, const bf16* const* x, int tokens,
+                     float* y, ptrdiff_t ldy);
+
+  // y[n] = sum_k x[k] * w[k * ldw + n]: the transposed product of absorbed attention.
+  void (*dense_columns)(const bf16* w, ptrdiff_t ldw, int in, int columns, const bf16* x, float* y);
+
+  // Sum of all 64-bit words of `bytes` bytes: the bandwidth probe. `ahead_bytes` of software prefetch.
+  uint64_t (*read_bytes)(const void* data, size_t bytes, int ahead_bytes);
+};
+
+// Entries this CPU can run, best first; the last is always "scalar".
+const std::vector<const KernelTable*>& AvailableKernels();
+
+// The best available, or the named one; throws if `name` is unknown or needs more than this CPU has.
+const KernelTable& PickKernels(const std::string& name);
+
+}  // namespace k2

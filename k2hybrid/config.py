@@ -1,0 +1,55 @@
+"""RuntimeConfig: every option of a running model, frozen, resolved once. Layer 0."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from k2hybrid.errors import ConfigError
+
+MINI_MODEL = Path(__file__).parent / "mini"
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """Options that shape a loaded model. Sizes in tokens or bytes as their names say."""
+
+    model: Path = MINI_MODEL
+    device: str = "cpu"
+    threads: int | None = None  # None: physical cores this process may use
+    isa: str | None = None  # may only lower what the CPU offers
+    context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
+    latent_bytes: int = 1 << 30  # memory for latent pages
+    max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
+    max_running: int = 16  # sequences that decode together
+    max_queue: int = 256
+    latent_norm_eps: float = 1e-6  # q_a/kv_a norms: what the published modelling code uses, whatever the config says
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu":
+            raise ConfigError(f"device {self.device!r} is not supported in this version; use --device cpu")
+        for name in ("latent_bytes", "max_step_tokens", "max_running", "max_queue"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("threads", "context_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"{name} must be at least 1, not {value}")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any]) -> RuntimeConfig:
+        """Build from names and values; an unknown name fails with the nearest valid one."""
+        known = {f.name for f in fields(cls)}
+        for name in options:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, n=1)
+                hint = f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(sorted(known))}"
+                raise ConfigError(f"unknown option {name!r}{hint}")
+        return cls(**{**options, "model": Path(options.get("model", MINI_MODEL))})
+
+    def table(self) -> list[tuple[str, str]]:
+        """(name, value) rows for the one table that start-up prints."""
+        return [(f.name, str(getattr(self, f.name))) for f in fields(self)]

@@ -1,0 +1,216 @@
+"""The only importer of the C++ extension. Checks tensors at the border; pointers cross, torch does not. Layer 0."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+# libgomp's threads would otherwise spin for milliseconds after each torch operation, on the very cores that
+# the pinned pool needs next. Must be set before torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import torch
+
+from k2hybrid.errors import NativeError
+
+try:
+    from k2hybrid import _native
+except ImportError as error:  # pragma: no cover - depends on the installation
+    raise NativeError(
+        f"the extension k2hybrid._native cannot be imported ({error}); build it with `make build` or `pip install .`"
+    ) from error
+
+INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.instruction_sets())  # what this CPU offers, best first
+
+
+def physical_cpus(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[int]:
+    """One CPU number per physical core among those this process may run on, ascending."""
+    allowed = sorted(os.sched_getaffinity(0))
+    seen: set[str] = set()
+    chosen: list[int] = []
+    for cpu in allowed:
+        siblings = sysfs / f"cpu{cpu}" / "topology" / "thread_siblings_list"
+        core = siblings.read_text().strip() if siblings.exists() else str(cpu)
+        if core not in seen:
+            seen.add(core)
+            chosen.append(cpu)
+    return chosen
+
+
+class Machine:
+    """The kernels picked for this CPU and the pinned pool that runs them. Passed on; there is no singleton.
+
+    Args:
+        threads: workers in all; default one per physical core that this process may use.
+        isa: an instruction set of `INSTRUCTION_SETS`; may only lower what the CPU offers.
+
+    Raises:
+        NativeError: unknown instruction set, or more than this CPU has.
+    """
+
+    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
+        cpus = physical_cpus()
+        with _errors():
+            self.handle = _native.Machine(threads or len(cpus), isa or "", cpus)
+        self.threads: int = self.handle.threads
+        self.isa: str = self.handle.isa
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, N] = x bf16 [T, K] · weight bf16 [N, K]ᵀ. A row's bits never depend on the other rows."""
+        _require_bf16("x", x, 2)
+        _require_bf16("weight", weight, 2)
+        if x.shape[1] != weight.shape[1]:
+            raise NativeError(f"linear: x {list(x.shape)} does not fit weight {list(weight.shape)}")
+        tokens, columns = x.shape
+        rows = weight.shape[0]
+        out = torch.empty(tokens, rows, dtype=torch.float32)
+        with _errors():
+            self.handle.linear(
+                x.data_ptr(), tokens, x.stride(0), 0, weight.data_ptr(), 1, rows, columns, 0, weight.stride(0), out.data_ptr()
+            )  # fmt: skip
+        return out
+
+    def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, H, N]: for each head h, x bf16 [T, H, K] · weight bf16 [H, N, K]ᵀ."""
+        _require_heads("head_linear", x, weight, weight.dim() - 1)
+        tokens, heads, columns = x.shape
+        rows = weight.shape[1]
+        out = torch.empty(tokens, heads, rows, dtype=torch.float32)
+        with _errors():
+            self.handle.linear(
+                x.data_ptr(), tokens, x.stride(0), x.stride(1), weight.data_ptr(), heads, rows, columns,
+                weight.stride(0), weight.stride(1), out.data_ptr(),
+            )  # fmt: skip
+        return out
+
+    def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, H, N]: for each head h, x bf16 [T, H, K] · weight bf16 [H, K, N]."""
+        _require_heads("head_linear_t", x, weight, 1)
+        tokens, heads, rows = x.shape
+        columns = weight.shape[2]
+        out = torch.empty(tokens, heads, columns, dtype=torch.float32)
+        with _errors():
+            self.handle.linear_transposed(
+                x.data_ptr(), tokens, x.stride(0), x.stride(1), weight.data_ptr(), heads, rows, columns,
+                weight.stride(0), weight.stride(1), out.data_ptr(),
+            )  # fmt: skip
+        return out
+
+    def read_seconds(self, data: torch.Tensor, stripe_bytes: int, ahead_bytes: int) -> float:
+        """Seconds that all threads need to read `data` once; see `hardware.bandwidth`."""
+        if not data.is_contiguous():
+            raise NativeError("read_seconds needs contiguous data")
+        with _errors():
+            return float(self.handle.read_seconds(data.data_ptr(), data.nbytes, stripe_bytes, ahead_bytes))
+
+
+class NativeStore:
+    """Addresses of all routed experts, [layer][expert]. The bytes must outlive it."""
+
+    def __init__(self, layers: int, experts: int, hidden: int, inter: int) -> None:
+        with _errors():
+            self.handle = _native.ExpertStore(layers, experts, hidden, inter)
+        self.expert_bytes: int = self.handle.expert_bytes
+
+    def put(self, layer: int, expert: int, packed: Sequence[int], scale: Sequence[int]) -> None:
+        """Addresses of gate, up and down."""
+        with _errors():
+            self.handle.put(layer, expert, list(packed), list(scale))
+
+    def pins(self, layer: int, expert: int) -> int:
+        """Tickets that read this expert now."""
+        return int(self.handle.pins(layer, expert))
+
+
+class NativeSlot(NamedTuple):
+    """Torch views of a slot's buffers at their fixed addresses."""
+
+    x: torch.Tensor  # bf16 [max_rows, hidden]
+    ids: torch.Tensor  # int32 [max_rows, top_k]
+    weights: torch.Tensor  # fp32 [max_rows, top_k]
+    out: torch.Tensor  # fp32 [max_rows, hidden]
+
+
+class CollectReport(NamedTuple):
+    """What `NativeDispatcher.collect` tells: a status byte per row (0: good), bytes, misses, nanoseconds."""
+
+    status: bytes
+    bytes_read: int
+    misses: int
+    busy_ns: int
+    wait_ns: int
+
+
+class NativeDispatcher:
+    """The hand-off of `csrc/experts/dispatch.h`, slots as tensors."""
+
+    def __init__(
+        self, store: NativeStore, machine: Machine, *, hidden: int, max_rows: int, top_k: int, slots: int
+    ) -> None:
+        with _errors():
+            self.handle = _native.Dispatcher(store.handle, machine.handle, max_rows, top_k, slots)
+        self.slots = [self._views(i, hidden, max_rows, top_k) for i in range(slots)]
+
+    def _views(self, slot: int, hidden: int, max_rows: int, top_k: int) -> NativeSlot:
+        x, ids, weights, out = self.handle.buffers(slot)
+        return NativeSlot(
+            _view(self.handle, x, torch.bfloat16, max_rows, hidden),
+            _view(self.handle, ids, torch.int32, max_rows, top_k),
+            _view(self.handle, weights, torch.float32, max_rows, top_k),
+            _view(self.handle, out, torch.float32, max_rows, hidden),
+        )
+
+    def acquire(self) -> int:
+        """A free slot to fill."""
+        with _errors():
+            return int(self.handle.acquire())
+
+    def submit(self, slot: int, layer: int, rows: int) -> int:
+        """Start the slot's first `rows` rows; returns the epoch that `collect` wants."""
+        with _errors():
+            return int(self.handle.submit(slot, layer, rows))
+
+    def collect(self, slot: int, epoch: int, rows: int) -> CollectReport:
+        """Wait for the ticket; the result lies in the slot's `out`."""
+        with _errors():
+            return CollectReport(*self.handle.collect(slot, epoch, rows))
+
+    def abort(self) -> None:
+        """Every outstanding and later ticket completes as poisoned."""
+        self.handle.abort()
+
+
+def _view(owner: object, address: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    nbytes = rows * columns * dtype.itemsize
+    buffer = (ctypes.c_uint8 * nbytes).from_address(address)
+    buffer._owner = owner  # the memory lives as long as a view of it
+    return torch.frombuffer(buffer, dtype=dtype).view(rows, columns)
+
+
+def _require_bf16(name: str, tensor: torch.Tensor, dims: int) -> None:
+    if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
+        raise NativeError(f"{name} must be bfloat16 on the CPU, not {tensor.dtype} on {tensor.device}")
+    if tensor.dim() != dims or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
+        raise NativeError(
+            f"{name} must have {dims} dimensions, the last contiguous; shape {list(tensor.shape)}, "
+            f"strides {list(tensor.stride())}"
+        )
+
+
+def _require_heads(what: str, x: torch.Tensor, weight: torch.Tensor, contracted: int) -> None:
+    _require_bf16("x", x, 3)
+    _require_bf16("weight", weight, 3)
+    if x.shape[1] != weight.shape[0] or x.shape[2] != weight.shape[contracted]:
+        raise NativeError(f"{what}: x {list(x.shape)} does not fit weight {list(weight.shape)}")
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    try:
+        yield
+    except _native.Error as error:
+        raise NativeError(str(error)) from None

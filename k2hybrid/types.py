@@ -1,0 +1,283 @@
+"""Values and protocols that rooms exchange. Layer 0: imports only `errors`; torch for type checkers alone.
+
+Three families:
+
+* chat: `Message`, `ChatRequest`, and the events a token stream turns into;
+* generation: `SamplingParams`, `Job`, `TokenEvent`/`DoneEvent`, and the two protocols through which the
+  engine meets chat without knowing it (`LogitsMask`, `StopRule`);
+* weights: `TensorRef`, `WeightSource`, `ExpertSink`, and the hand-off (`RoutedExperts`, `Ticket`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import torch
+
+# --- chat: what goes in ---------------------------------------------------------------------------
+
+ReasonCode = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A call in the history. `arguments` is the JSON text as the client sent it, kept verbatim."""
+
+    id: str
+    name: str
+    arguments: str
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One message of a conversation, whatever dialect it came in.
+
+    `content` is text, or a sequence of parts (`{"type": "text", "text": …}`, …), or None.
+    """
+
+    role: str
+    content: str | tuple[Mapping[str, Any], ...] | None = None
+    name: str | None = None
+    reasoning: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    partial: bool = False  # the last assistant message is to be continued, not answered
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token is drawn. Defaults follow the model's makers: temperature 1.0, nothing cut."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0  # 0: all
+    min_p: float = 0.0
+    seed: int | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None  # None: none; n: the chosen token's and the n best
+
+
+@dataclass(frozen=True, slots=True)
+class ChatRequest:
+    """What every dialect parses into."""
+
+    messages: tuple[Message, ...]
+    tools: tuple[Mapping[str, Any], ...] = ()
+    tool_choice: str = "auto"  # "auto", "none"; "required" and names come with constrained decoding
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    request_id: str = ""
+
+
+# --- chat: what comes out -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Reasoning:
+    """A piece of the model's thinking."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """A piece of the answer."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallStart:
+    """A tool call opens: its position in this message, canonical id and name."""
+
+    index: int
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallArguments:
+    """A piece of the argument JSON of call `index`."""
+
+    index: int
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCallEnd:
+    """Call `index` is finished."""
+
+    index: int
+
+
+@dataclass(frozen=True, slots=True)
+class Malformed:
+    """Something the model wrote that is neither text nor a usable call: visible, never swallowed."""
+
+    text: str
+    reason: str
+
+
+Event = Reasoning | Content | ToolCallStart | ToolCallArguments | ToolCallEnd | Malformed
+
+
+# --- generation -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """Natural-log probability of a token under the model (before temperature and cuts), and the best few."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class TokenEvent:
+    """One generated token."""
+
+    token: int
+    logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Token counts of one request. `cached_tokens` of the prompt were not prefilled again."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class DoneEvent:
+    """The last event of a job. With reason "error", `error` says why."""
+
+    reason: ReasonCode
+    usage: Usage
+    error: Exception | None = None
+
+
+EngineEvent = TokenEvent | DoneEvent
+
+
+@runtime_checkable
+class LogitsMask(Protocol):
+    """Which tokens may come next; stateful, one per job. None of the engine's business why."""
+
+    def apply(self, logits: torch.Tensor) -> None:
+        """Set forbidden entries of `logits` [vocab] fp32 to −inf, in place."""
+
+    def accept(self, token: int) -> None:
+        """`token` was chosen."""
+
+
+@runtime_checkable
+class StopRule(Protocol):
+    """When a job ends; stateful, one per job."""
+
+    def push(self, token: int) -> bool:
+        """True if generation ends with `token` (which is still delivered)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What the engine is asked to do: continue `ids`. `sink` is called from the engine's thread."""
+
+    ids: Sequence[int]
+    sampling: SamplingParams
+    max_tokens: int
+    stop: StopRule
+    sink: Callable[[EngineEvent], None]
+    mask: LogitsMask | None = None
+    request_id: str = ""
+
+
+# --- weights --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRef:
+    """Where a tensor's bytes lie: `address` is inside a read-only map of `path` that its owner keeps open."""
+
+    name: str
+    path: Path
+    offset: int  # bytes from the start of the file
+    nbytes: int
+    dtype: str  # safetensors' words: "BF16", "I32", …
+    shape: tuple[int, ...]
+    address: int
+
+
+@dataclass(frozen=True, slots=True)
+class Int4Ref:
+    """One INT4 matrix in place: `packed` int32 [out, in/8], `scale` bf16 [out, in/group]."""
+
+    packed: TensorRef
+    scale: TensorRef
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertRef:
+    """One routed expert: `gate`, `up` [moe_intermediate, hidden], `down` [hidden, moe_intermediate]."""
+
+    gate: Int4Ref
+    up: Int4Ref
+    down: Int4Ref
+
+
+class ExpertSink(Protocol):
+    """Takes experts from the loader, which so needs to know nothing of the store behind it."""
+
+    def add_expert(self, layer: int, expert: int, ref: ExpertRef) -> None:
+        """Called exactly once for each (layer, expert); `layer` counts from 0 over all layers."""
+
+
+class WeightSource(Protocol):
+    """Hands out the non-expert weights, each exactly once."""
+
+    def take(self, layer: int | None, role: str) -> torch.Tensor:
+        """The tensor in place (or on the device), e.g. `take(3, "q_a_proj")`, `take(None, "lm_head")`."""
+
+
+@dataclass(frozen=True, slots=True)
+class TicketStats:
+    """What one hand-off cost."""
+
+    bytes_read: int
+    misses: int
+    wait_ms: float
+    busy_ms: float
+
+
+class Ticket(Protocol):
+    """A submitted hand-off. Collect it exactly once."""
+
+    def collect(self) -> torch.Tensor:
+        """Routed sum, fp32 [rows, hidden]; rows whose experts failed are listed in `failed_rows`."""
+
+    @property
+    def failed_rows(self) -> tuple[int, ...]:
+        """Rows whose result is not to be used (their request ends); valid after `collect`."""
+
+    @property
+    def stats(self) -> TicketStats:
+        """Valid after `collect`."""
+
+
+class RoutedExperts(Protocol):
+    """The routed experts of all layers, wherever their bytes lie."""
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
+        """x bf16 [rows, hidden], ids int32 [rows, top_k] (−1: padding), weights fp32 [rows, top_k]."""
