@@ -77,7 +77,8 @@ void BindExperts(py::module_& m) {
            [](const k2::Dispatcher& self, int slot) {
              const k2::SlotBuffers b = self.buffers(slot);
              return py::make_tuple(reinterpret_cast<uintptr_t>(b.x), reinterpret_cast<uintptr_t>(b.ids),
-                                   reinterpret_cast<uintptr_t>(b.weights), reinterpret_cast<uintptr_t>(b.out));
+                                   reinterpret_cast<uintptr_t>(b.weights),
+                                   reinterpret_cast<uintptr_t>(b.out));
            })
       .def("acquire", &k2::Dispatcher::Acquire)
       .def("submit", &k2::Dispatcher::Submit, py::call_guard<py::gil_scoped_release>())

@@ -1,4 +1,4 @@
-"""The only importer of the C++ extension. Checks tensors at the border; pointers cross, torch does not. Layer 0."""
+"""The only importer of the C++ extension: checks tensors at the border, since only pointers cross, torch does not."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ import torch
 from k2hybrid.errors import NativeError
 
 try:
-    from k2hybrid import _native
+    import k2hybrid._native as _native
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise NativeError(
-        f"the extension k2hybrid._native cannot be imported ({error}); build it with `make build` or `pip install .`"
+        f"the extension k2hybrid._native cannot be imported ({error}); build it with `pip install -e .`"
     ) from error
 
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.instruction_sets())  # what this CPU offers, best first
@@ -70,7 +70,8 @@ class Machine:
         out = torch.empty(tokens, rows, dtype=torch.float32)
         with _errors():
             self.handle.linear(
-                x.data_ptr(), tokens, x.stride(0), 0, weight.data_ptr(), 1, rows, columns, 0, weight.stride(0), out.data_ptr()
+                x.data_ptr(), tokens, x.stride(0), 0, weight.data_ptr(), 1, rows, columns,
+                0, weight.stride(0), out.data_ptr(),
             )  # fmt: skip
         return out
 
@@ -187,7 +188,7 @@ class NativeDispatcher:
 def _view(owner: object, address: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
     nbytes = rows * columns * dtype.itemsize
     buffer = (ctypes.c_uint8 * nbytes).from_address(address)
-    buffer._owner = owner  # the memory lives as long as a view of it
+    buffer._owner = owner  # type: ignore[attr-defined]  # the memory lives as long as a view of it
     return torch.frombuffer(buffer, dtype=dtype).view(rows, columns)
 
 

@@ -1,8 +1,8 @@
 // Turns a SIGBUS on a mapped weight (the file shrank, the disk failed) into a return value.
 //
-// Guard::Run(fn) calls fn and returns false if it touched a page that could not be read. `fn` must own nothing
-// that needs a destructor: it is left by a jump. Nothing else in the process loses its own SIGBUS handler: a
-// fault outside a guard is handed to whoever was installed before.
+// Guard::Run(fn) calls fn and returns false if it touched a page that could not be read. `fn` must own
+// nothing that needs a destructor: it is left by a jump. Nothing else in the process loses its own SIGBUS
+// handler: a fault outside a guard is handed to whoever was installed before.
 #pragma once
 
 #include <csetjmp>

@@ -1,14 +1,14 @@
 // A pool of pinned threads that work through jobs in the order of their submission.
 //
-// A job is a few phases; a phase is a number of chunks, taken one by one from a counter by whoever is free, so no
-// thread waits long; a phase opens when all chunks of the one before are done. The thread that waits for a job
-// works too, as worker 0. What a chunk computes must not depend on who runs it.
+// A job is a few phases; a phase is a number of chunks, taken one by one from a counter by whoever is free,
+// so no thread waits long; a phase opens when all chunks of the one before are done. The thread that waits
+// for a job works too, as worker 0. What a chunk computes must not depend on who runs it.
 //
 // Workers spin for a bounded time, then sleep: jobs of one decode step follow each other within tens of
 // microseconds, a wake-up costs as much.
 //
-// Lifetime: a job may be destroyed once Wait() returned: no worker holds it any more then (each ring entry counts
-// the workers inside).
+// Lifetime: a job may be destroyed once Wait() returned: no worker holds it any more then (each ring entry
+// counts the workers inside).
 #pragma once
 
 #include <array>

@@ -98,8 +98,7 @@ Dispatcher::Dispatcher(ExpertStore& store, Machine& machine, int max_rows, int t
   const int threads = machine.pool().threads();
   gate_rows_ = BlockRows(sizes.inter, kGateRows, threads);
   down_rows_ = BlockRows(sizes.hidden, kDownRows, threads);
-  for (int i = 0; i < slots; ++i)
-    slots_.push_back(std::make_unique<Slot>(*this, sizes, max_rows, top_k));
+  for (int i = 0; i < slots; ++i) slots_.push_back(std::make_unique<Slot>(*this, sizes, max_rows, top_k));
   scratch_.resize(threads);
   for (auto& scratch : scratch_) scratch.resize(kTokenTile * std::max(2 * kGateRows, kDownRows));
 }
@@ -141,7 +140,8 @@ void Dispatcher::Group(Slot& slot, int layer, int rows) {
   for (int e = 0; e < experts; ++e) slot.first[e + 1] += slot.first[e];
   slot.groups.clear();
   for (int e = 0; e < experts; ++e)
-    if (slot.first[e] != slot.first[e + 1]) slot.groups.push_back({e, slot.first[e], slot.first[e + 1], nullptr});
+    if (slot.first[e] != slot.first[e + 1])
+      slot.groups.push_back({e, slot.first[e], slot.first[e + 1], nullptr});
   for (int i = 0; i < count; ++i)
     if (ids[i] >= 0) slot.assignment[slot.first[ids[i]]++] = i;
   size_t pinned = 0;
@@ -205,8 +205,8 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
       const int tokens = std::min(kTokenTile, group.end - begin);
       const bf16* x[kTokenTile];
       for (int t = 0; t < tokens; ++t)
-        x[t] = slot.prepared.get() + static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) *
-                                         PreparedSize(sizes.hidden);
+        x[t] = slot.prepared.get() +
+               static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * PreparedSize(sizes.hidden);
       kernels.int4_rows(group.view->gate, row, rows, x, tokens, gate, kGateRows);
       kernels.int4_rows(group.view->up, row, rows, x, tokens, up, kGateRows);
       for (int t = 0; t < tokens; ++t) {
@@ -257,7 +257,8 @@ void Dispatcher::Retire(Slot& slot) {
 
 TicketReport Dispatcher::Collect(int index, uint64_t epoch, int rows, uint8_t* status) {
   Slot& slot = *slots_.at(index);
-  Require(slot.state == Slot::kRunning && slot.epoch == epoch && slot.rows == rows, "this ticket is not outstanding");
+  Require(slot.state == Slot::kRunning && slot.epoch == epoch && slot.rows == rows,
+          "this ticket is not outstanding");
   const Clock::time_point start = Clock::now();
   const bool finished = machine_.pool().Wait(&slot.job, kWatchdog);
   const Clock::time_point end = Clock::now();

@@ -5,20 +5,25 @@
 //       out fp32 [max_rows, hidden].  Nothing is allocated per call.
 //  2. Descriptor. The number of valid rows and the layer are data, not shape: Submit publishes {epoch, rows,
 //     layer} in the slot. Id -1 is padding and reads nothing.
-//  3. Order. The producer fills x, ids and weights of Acquire()'s slot, then submits. Tickets retire in any order,
-//     each collected exactly once; a slot is handed out again only after its ticket was collected. The epoch rises
-//     by one per use of a slot, so a stale ticket is recognised.
+//  3. Order. The producer fills x, ids and weights of Acquire()'s slot, then submits. Tickets retire in any
+//  order,
+//     each collected exactly once; a slot is handed out again only after its ticket was collected. The epoch
+//     rises by one per use of a slot, so a stale ticket is recognised.
 //  4. Stream. Submit and Collect are recordings on a stream: inline on the CPU (the pool starts at once, the
 //     thread that collects works too); a captured graph replays them with the same slots through doorbells
 //     (gpu/doorbell.h). Neither knows the model.
-//  5. Result. out[row] = sum over the row's experts in ascending id of weight * E(x), fp32, each E(x) the same
+//  5. Result. out[row] = sum over the row's experts in ascending id of weight * E(x), fp32, each E(x) the
+//  same
 //     bits whatever else is in the batch.
 //  6. Pins. Every expert a ticket reads is pinned from Submit until the ticket retires.
-//  7. Status. A row is kOk, kReadError (the bytes of one of its experts could not be read) or kPoisoned. A bad row
+//  7. Status. A row is kOk, kReadError (the bytes of one of its experts could not be read) or kPoisoned. A
+//  bad row
 //     ends its request, not the step: the other rows are valid.
-//  8. Abort. The abort word makes every outstanding and later ticket complete as poisoned, at the next chunk. The
+//  8. Abort. The abort word makes every outstanding and later ticket complete as poisoned, at the next chunk.
+//  The
 //     watchdog does the same for one ticket whose workers made no progress for a second.
-//  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the nanoseconds from
+//  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the
+//  nanoseconds from
 //     submit to collect and those spent waiting in collect.
 #pragma once
 
@@ -61,7 +66,8 @@ class Dispatcher {
   // A free slot to fill. Throws if all are in flight.
   int Acquire();
 
-  // Starts `rows` rows of the acquired slot; returns its epoch. Throws on a bad id or layer, and the slot is free.
+  // Starts `rows` rows of the acquired slot; returns its epoch. Throws on a bad id or layer, and the slot is
+  // free.
   uint64_t Submit(int slot, int layer, int rows);
 
   // Waits; fills `status` [rows]. Throws if (slot, epoch) is not outstanding with that many rows.

@@ -1,7 +1,7 @@
 // Where the bytes of every routed expert lie.
 //
-// An expert is in one place at a time; a hand-off pins the experts it reads, and only an unpinned expert may be
-// moved. In this version every expert is `mapped`: read in place from the checkpoint's file.
+// An expert is in one place at a time; a hand-off pins the experts it reads, and only an unpinned expert may
+// be moved. In this version every expert is `mapped`: read in place from the checkpoint's file.
 //
 //   Put(layer, expert) ──► mapped ──Pin──► read by a ticket ──Unpin──► mapped
 #pragma once

@@ -1,7 +1,7 @@
 // bf16 rows times bf16 activations. Included once per instruction set, inside its namespace, after `Simd`.
 //
-// Order, the same for every tile shape: two accumulators of 16 lanes take the blocks of 32 columns in turn (one
-// alone would be bound by the latency of the dot product), are added at the end, and summed as a tree.
+// Order, the same for every tile shape: two accumulators of 16 lanes take the blocks of 32 columns in turn
+// (one alone would be bound by the latency of the dot product), are added at the end, and summed as a tree.
 
 template <int R, int T>
 static inline void DenseTile(const bf16* w, ptrdiff_t ldw, int in, const bf16* const* x, float* y,

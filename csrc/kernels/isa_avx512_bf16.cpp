@@ -43,11 +43,11 @@ struct Simd {
   // bf16 of nibble - 8 for 0..15, twice: the permute reads five index bits, and the fifth (the next nibble's
   // lowest) then does not matter, so no mask is needed.
   static inline __m512i Table() {
-    const __m256i once = _mm256_setr_epi16(
-        static_cast<short>(0xC100), static_cast<short>(0xC0E0), static_cast<short>(0xC0C0),
-        static_cast<short>(0xC0A0), static_cast<short>(0xC080), static_cast<short>(0xC040),
-        static_cast<short>(0xC000), static_cast<short>(0xBF80), 0x0000, 0x3F80, 0x4000, 0x4040, 0x4080,
-        0x40A0, 0x40C0, 0x40E0);
+    const __m256i once =
+        _mm256_setr_epi16(static_cast<short>(0xC100), static_cast<short>(0xC0E0), static_cast<short>(0xC0C0),
+                          static_cast<short>(0xC0A0), static_cast<short>(0xC080), static_cast<short>(0xC040),
+                          static_cast<short>(0xC000), static_cast<short>(0xBF80), 0x0000, 0x3F80, 0x4000,
+                          0x4040, 0x4080, 0x40A0, 0x40C0, 0x40E0);
     return _mm512_broadcast_i64x4(once);
   }
   static inline Weights Split(__m512i v) {
@@ -65,11 +65,9 @@ struct Simd {
   }
   // Four bf16 scales to the upper halves of four lanes each.
   static inline F32 Spread(long long four) {
-    const __m512i index =
-        _mm512_set_epi32(0x30000, 0x30000, 0x30000, 0x30000, 0x20000, 0x20000, 0x20000, 0x20000, 0x10000,
-                         0x10000, 0x10000, 0x10000, 0, 0, 0, 0);
-    return _mm512_castsi512_ps(
-        _mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, index, _mm512_set1_epi64(four)));
+    const __m512i index = _mm512_set_epi32(0x30000, 0x30000, 0x30000, 0x30000, 0x20000, 0x20000, 0x20000,
+                                           0x20000, 0x10000, 0x10000, 0x10000, 0x10000, 0, 0, 0, 0);
+    return _mm512_castsi512_ps(_mm512_maskz_permutexvar_epi16(0xAAAAAAAAu, index, _mm512_set1_epi64(four)));
   }
   static inline F32 Scales(const bf16* p) {
     long long four;
@@ -108,9 +106,9 @@ uint64_t ReadBytes(const void* data, size_t bytes, int ahead_bytes) {
 }  // namespace
 }  // namespace avx512_bf16
 
-const KernelTable kAvx512Bf16Kernels = {"avx512_bf16",          avx512_bf16::Prepare,
-                                        avx512_bf16::Int4Rows,  avx512_bf16::DenseRows,
-                                        avx512_bf16::DenseColumns, avx512_bf16::ReadBytes};
+const KernelTable kAvx512Bf16Kernels = {
+    "avx512_bf16",          avx512_bf16::Prepare,      avx512_bf16::Int4Rows,
+    avx512_bf16::DenseRows, avx512_bf16::DenseColumns, avx512_bf16::ReadBytes};
 
 }  // namespace k2
 

@@ -1,11 +1,11 @@
 // How the published INT4 experts lie in memory, and how activations are laid out to meet them.
 //
-// Weights: a row of `in` weights is in/2 bytes of nibbles (byte b holds elements 2b, low nibble, and 2b+1) and
-// in/32 bf16 scales; w = (nibble - 8) * scale. Rows start at any multiple of 8 bytes.
+// Weights: a row of `in` weights is in/2 bytes of nibbles (byte b holds elements 2b, low nibble, and 2b+1)
+// and in/32 bf16 scales; w = (nibble - 8) * scale. Rows start at any multiple of 8 bytes.
 //
-// Activations ("prepared"): blocks of 128 in the order in which a 512-bit load of nibbles, taken as 32 words of
-// 16 bits, gives them up: word w holds elements 4w..4w+3, so shifting by 4k leaves element 4w+k in the low bits.
-// Position k*32 + w of a block holds element 4w + k. The last block is padded with zeros.
+// Activations ("prepared"): blocks of 128 in the order in which a 512-bit load of nibbles, taken as 32 words
+// of 16 bits, gives them up: word w holds elements 4w..4w+3, so shifting by 4k leaves element 4w+k in the low
+// bits. Position k*32 + w of a block holds element 4w + k. The last block is padded with zeros.
 #pragma once
 
 #include "base.h"

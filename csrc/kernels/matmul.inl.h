@@ -6,8 +6,9 @@
 // 16 lanes (lane j holds elements 8j..8j+7 of each block, so four lanes share a scale); at the end the lanes
 // are summed as a tree. Four sums of two products of |x| * 8 cannot overflow fp32 for bf16 |x| < 1e36.
 //
-// A tile is R rows times T tokens: the nibbles are unpacked once for T tokens, an activation is loaded once for
-// R rows. One row at a time for a single token: eight streams defeat the hardware prefetcher, one does not.
+// A tile is R rows times T tokens: the nibbles are unpacked once for T tokens, an activation is loaded once
+// for R rows. One row at a time for a single token: eight streams defeat the hardware prefetcher, one does
+// not.
 
 inline constexpr int kPrefetchBytes = 4096;  // ahead of the row stream; hides DRAM latency at ~25 GB/s a core
 

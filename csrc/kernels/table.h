@@ -16,8 +16,8 @@ struct KernelTable {
   void (*prepare)(const bf16* x, int in, bf16* prepared);
 
   // y[t * ldy + r] = weights.row(row0 + r) . x[t], for `rows` rows and `tokens` prepared activations.
-  void (*int4_rows)(const Int4Matrix& weights, int row0, int rows, const bf16* const* x, int tokens,
-                    float* y, ptrdiff_t ldy);
+  void (*int4_rows)(const Int4Matrix& weights, int row0, int rows, const bf16* const* x, int tokens, float* y,
+                    ptrdiff_t ldy);
 
   // y[t * ldy + r] = w.row(r) . x[t] for bf16 weights of `in` columns, rows `ldw` elements apart.
   void (*dense_rows)(const bf16* w, ptrdiff_t ldw, int in, int rows, const bf16* const* x, int tokens,
