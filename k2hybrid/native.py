@@ -1,4 +1,4 @@
-"""The only importer of the C++ extension: checks tensors at the border, since only pointers cross, torch does not."""
+"""The only importer of the C++ extension: checks tensors at the border; pointers cross, torch does not."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import torch
 from k2hybrid.errors import NativeError
 
 try:
-    import k2hybrid._native as _native
+    from k2hybrid import _native
 except ImportError as error:  # pragma: no cover - depends on the installation
     raise NativeError(
         f"the extension k2hybrid._native cannot be imported ({error}); build it with `pip install -e .`"

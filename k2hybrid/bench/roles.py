@@ -1,0 +1,99 @@
+"""Who read how many bytes in what time: wrappers around what multiplies and around the routed experts."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from k2hybrid.native import Machine
+from k2hybrid.types import RoutedExperts, Ticket, TicketStats
+
+
+@dataclass(slots=True)
+class Tally:
+    """Bytes of weights read, and the seconds that took."""
+
+    nbytes: int = 0
+    seconds: float = 0.0
+    calls: int = 0
+
+    def add(self, nbytes: int, seconds: float) -> None:
+        """Count one call."""
+        self.nbytes += nbytes
+        self.seconds += seconds
+        self.calls += 1
+
+
+class RecordingMachine:
+    """`native.Machine`'s linears, timed. The head is told from the dense weights by its address."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.tallies: dict[str, Tally] = defaultdict(Tally)
+        self.head_address = 0
+
+    def _record(self, weight: torch.Tensor, start: float) -> None:
+        role = "head" if weight.data_ptr() == self.head_address else "dense"
+        self.tallies[role].add(weight.numel() * weight.element_size(), time.perf_counter() - start)
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `native.Machine.linear`."""
+        start = time.perf_counter()
+        y = self._machine.linear(x, weight)
+        self._record(weight, start)
+        return y
+
+    def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `native.Machine.head_linear`."""
+        start = time.perf_counter()
+        y = self._machine.head_linear(x, weight)
+        self._record(weight, start)
+        return y
+
+    def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """See `native.Machine.head_linear_t`."""
+        start = time.perf_counter()
+        y = self._machine.head_linear_t(x, weight)
+        self._record(weight, start)
+        return y
+
+
+class RecordingExperts:
+    """`RoutedExperts` whose tickets are collected at once, so that submit → collect is what is timed."""
+
+    def __init__(self, experts: RoutedExperts) -> None:
+        self._experts = experts
+        self.tally = Tally()
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
+        """See `types.RoutedExperts.submit`."""
+        start = time.perf_counter()
+        ticket = self._experts.submit(layer, x, ids, weights)
+        out = ticket.collect()
+        self.tally.add(ticket.stats.bytes_read, time.perf_counter() - start)
+        return _Collected(out, ticket)
+
+
+class _Collected:
+    """A ticket that has been collected already and gives its result out again."""
+
+    def __init__(self, out: torch.Tensor, ticket: Ticket) -> None:
+        self._out = out
+        self._ticket = ticket
+
+    def collect(self) -> torch.Tensor:
+        """The result."""
+        return self._out
+
+    @property
+    def failed_rows(self) -> tuple[int, ...]:
+        """See `types.Ticket`."""
+        return self._ticket.failed_rows
+
+    @property
+    def stats(self) -> TicketStats:
+        """See `types.Ticket`."""
+        return self._ticket.stats
