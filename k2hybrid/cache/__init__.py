@@ -1,0 +1,1 @@
+"""Latent pages and the prefix tree over them. Layer 2."""

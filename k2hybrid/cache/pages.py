@@ -1,0 +1,161 @@
+"""Latent pages: the MLA cache in refcounted pages of 64 tokens, stored `[layer][page][token][row_bytes]`.
+
+A page holds the latent rows of 64 consecutive tokens in every layer. Holders say so with `retain` and
+`release`; a page nobody holds is free. What a row looks like in memory is the `RowFormat`'s business alone.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Iterable
+from typing import Protocol
+
+import torch
+
+from k2hybrid.errors import CapacityError, EngineError
+
+PAGE_TOKENS = 64
+
+
+class RowFormat(Protocol):
+    """How one token's latent row lies in memory. Bytes are opaque to `LatentPages`."""
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row."""
+
+    @property
+    def latent_dim(self) -> int:
+        """Values of one row."""
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [n, latent_dim], bf16 or fp32 -> uint8 [n, row_bytes]."""
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        """uint8 [n, row_bytes] -> [n, latent_dim]: a view where the format allows it."""
+
+
+class _PlainRows:
+    """Rows stored as plain numbers of one type."""
+
+    def __init__(self, latent_dim: int, dtype: torch.dtype) -> None:
+        self.latent_dim = latent_dim
+        self.row_bytes = latent_dim * dtype.itemsize
+        self.dtype = dtype
+
+    def encode(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows.to(self.dtype).contiguous().view(torch.uint8)
+
+    def decode(self, stored: torch.Tensor) -> torch.Tensor:
+        return stored.view(self.dtype)
+
+
+class Bf16Rows(_PlainRows):
+    """The latent and the rotated key part in bf16: 1,152 bytes at Kimi-K2's 512 + 64 values."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim, torch.bfloat16)
+
+
+class Fp32Rows(_PlainRows):
+    """The same rows in fp32, for tests against a reference only."""
+
+    def __init__(self, latent_dim: int) -> None:
+        super().__init__(latent_dim, torch.float32)
+
+
+class LatentPages:
+    """A fixed number of pages for `layers` layers. Memory is reserved at once, and touched only when written.
+
+    Page 3 of layer 0 and page 3 of layer 5 belong together: pages are counted once, for all layers.
+    """
+
+    PAGE_TOKENS = PAGE_TOKENS
+
+    def __init__(self, layers: int, pages: int, fmt: RowFormat, device: torch.device | str = "cpu") -> None:
+        self.format = fmt
+        self.pages = pages
+        self._storage = torch.empty(
+            (layers, pages, PAGE_TOKENS, fmt.row_bytes), dtype=torch.uint8, device=device
+        )
+        self._rows = self._storage.view(layers, pages * PAGE_TOKENS, fmt.row_bytes)
+        self._refcounts = [0] * pages
+        # A heap hands out the lowest free page, so that a sequence tends to lie in one piece: no copy.
+        self._free = list(range(pages))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows lie."""
+        return self._storage.device
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page over all layers."""
+        return self._storage.shape[0] * PAGE_TOKENS * self.format.row_bytes
+
+    @property
+    def free_pages(self) -> int:
+        """Pages that nobody holds."""
+        return len(self._free)
+
+    def refcount(self, page: int) -> int:
+        """How many hold `page`; 0 if it is free."""
+        return self._refcounts[page]
+
+    def allocate(self, n: int) -> list[int]:
+        """Take `n` free pages, each held once. Raises CapacityError, and takes none, if there are fewer."""
+        if n > len(self._free):
+            raise CapacityError(
+                f"{n} latent pages of {PAGE_TOKENS} tokens are needed, {len(self._free)} of {self.pages} are free; "
+                "wait for a sequence to end, or raise latent_bytes"
+            )
+        taken = [heapq.heappop(self._free) for _ in range(n)]
+        for page in taken:
+            self._refcounts[page] = 1
+        return taken
+
+    def retain(self, pages: Iterable[int]) -> None:
+        """Hold pages that somebody holds already."""
+        for page in pages:
+            if self._refcounts[page] < 1:
+                raise EngineError(f"latent page {page} is free and cannot be retained; allocate it")
+            self._refcounts[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        """Let go of pages; those nobody holds any more become free."""
+        for page in pages:
+            if self._refcounts[page] < 1:
+                raise EngineError(f"latent page {page} is released more often than it was held")
+            self._refcounts[page] -= 1
+            if self._refcounts[page] == 0:
+                heapq.heappush(self._free, page)
+
+    def slots(self, page_table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Row numbers, int64 [stop - start], of a sequence's tokens; the same in every layer."""
+        tokens = torch.arange(start, stop, device=self.device)
+        return page_table[tokens // PAGE_TOKENS] * PAGE_TOKENS + tokens % PAGE_TOKENS
+
+    def put(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
+        """Store rows [n, latent_dim] at `slots` [n], which may belong to several sequences."""
+        self._rows[layer].index_copy_(0, slots, self.format.encode(rows))
+
+    def write(self, layer: int, page_table: torch.Tensor, start: int, rows: torch.Tensor) -> None:
+        """Store rows [n, latent_dim] as tokens start…start+n-1 of the sequence with this page table [P].
+
+        Token t lies in page `page_table[t // 64]` at `t % 64`.
+        """
+        self.put(layer, self.slots(page_table, start, start + rows.shape[0]), rows)
+
+    def gather(self, layer: int, page_table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Rows [stop - start, latent_dim] of tokens start…stop-1; a view if their pages adjoin."""
+        first = start // PAGE_TOKENS
+        pages = page_table[first : -(-stop // PAGE_TOKENS)]
+        numbers = pages.tolist()
+        if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
+            base = numbers[0] * PAGE_TOKENS
+            rows = self._rows[layer]
+        else:
+            base = 0
+            rows = self._storage[layer].index_select(0, pages).view(-1, self.format.row_bytes)
+        base -= first * PAGE_TOKENS
+        return self.format.decode(rows[base + start : base + stop])

@@ -1,0 +1,176 @@
+"""Softmax attention of a span's queries over its paged context, in blocks merged by log-sum-exp in fp32.
+
+Two forms of the same function (DeepSeek-V2, arXiv 2405.04434, §2.1). *Absorbed*: kv_b is folded into query
+and output, every head attends over the shared latent rows; cheap for few queries. *Expanded*: a block of
+latent rows is multiplied with kv_b into every head's keys and values; cheap for many queries, who share them.
+
+Memory: whatever the context, a block is chosen so that all temporaries of a block together stay within
+`BLOCK_BYTES`, and queries are taken in tiles so that what lives across blocks stays within `TILE_BYTES`.
+Block borders depend on a span's own sizes alone, never on what else is in the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from k2hybrid.cache.pages import LatentPages
+    from k2hybrid.model.batch import Span
+    from k2hybrid.model.layers import Linear
+
+# Both together, with a pass's own activations at 512 rows of Kimi-K2 (about 100 MB), stay below 512 MB.
+BLOCK_BYTES = 192 << 20
+TILE_BYTES = 96 << 20
+BLOCK_ALIGNMENT = 64  # whole pages, so that a block's gather is a view whenever its pages adjoin
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSizes:
+    """The sizes of one attention layer."""
+
+    heads: int
+    nope: int
+    rope: int
+    value: int
+    latent: int
+    scale: float  # of the scores
+
+    @property
+    def absorbed_below(self) -> float:
+        """Spans with fewer new tokens than this are cheaper absorbed; 170.7 at Kimi-K2's sizes.
+
+        Multiplications per head and context row, for n queries: absorbed n · (2·latent + rope), scores over
+        latent + rope values and a sum over latent; expanded n · (nope + rope + value), plus latent ·
+        (nope + value) once, to make that row's key and value. They are equal at
+        n = latent · (nope + value) / ((2·latent + rope) − (nope + rope + value)).
+        """
+        saved = (2 * self.latent + self.rope) - (self.nope + self.rope + self.value)
+        return self.latent * (self.nope + self.value) / saved if saved > 0 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """One span's rows of one layer, read from the pages block by block."""
+
+    pages: LatentPages
+    layer: int
+    span: Span
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Latent rows [stop - start, latent + rope] in the type they are stored in."""
+        return self.pages.gather(self.layer, self.span.page_table, start, stop)
+
+
+def block_rows(bytes_per_row: int) -> int:
+    """Context rows of a block, whole pages, given what one of them costs in temporaries."""
+    return max(BLOCK_BYTES // bytes_per_row // BLOCK_ALIGNMENT, 1) * BLOCK_ALIGNMENT
+
+
+def tile_rows(bytes_per_row: int) -> int:
+    """Queries of a tile, given what one of them costs for as long as the tile lives."""
+    return max(TILE_BYTES // bytes_per_row, 1)
+
+
+class _RunningSoftmax:
+    """Σ softmax(scores) · values over blocks: the maximum, the sum and the weighted sum so far, all fp32.
+
+    Shapes: scores [B, rows, n], values [B, n, width]; out [B, rows, width].
+    """
+
+    def __init__(self) -> None:
+        self._peak: torch.Tensor | None = None
+        self._total = self._out = torch.empty(0)
+
+    def add(self, scores: torch.Tensor, values: torch.Tensor) -> None:
+        """Take in one block; overwrites `scores`. In the first block every row must see something."""
+        peak = scores.amax(-1, keepdim=True)
+        if self._peak is None:
+            weights = scores.sub_(peak).exp_()
+            self._total = weights.sum(-1, keepdim=True)
+            self._out = weights @ values
+        else:
+            peak = torch.maximum(self._peak, peak)
+            weights = scores.sub_(peak).exp_()
+            fade = self._peak.sub_(peak).exp_()
+            self._total.mul_(fade).add_(weights.sum(-1, keepdim=True))
+            self._out.mul_(fade).baddbmm_(weights, values)
+        self._peak = peak
+
+    def result(self) -> torch.Tensor:
+        """The weighted mean of all values so far."""
+        return self._out.div_(self._total)
+
+
+def _hide_later(scores: torch.Tensor, first_query: int, block_start: int) -> None:
+    """Set scores [..., queries, n] of context rows behind each query to −inf, in place."""
+    queries, n = scores.shape[-2:]
+    if block_start + n <= first_query + 1:
+        return
+    device = scores.device
+    query = torch.arange(first_query, first_query + queries, device=device)[:, None]
+    row = torch.arange(block_start, block_start + n, device=device)
+    scores.masked_fill_(row > query, -torch.inf)
+
+
+def absorbed(
+    q_latent: torch.Tensor, q_rope: torch.Tensor, context: Context, sizes: AttentionSizes
+) -> torch.Tensor:
+    """q_latent [n, heads, latent], q_rope [n, heads, rope] in the model's dtype -> fp32 [n, heads, latent]."""
+    span, heads, width = context.span, sizes.heads, sizes.latent + sizes.rope
+    # A query lives as fp32 query and output, and as what one block adds to the output.
+    tile = tile_rows(heads * (width + 2 * sizes.latent) * 4)
+    outs = []
+    for first in range(0, span.count, tile):
+        last = min(first + tile, span.count)
+        q = torch.cat((q_latent[first:last], q_rope[first:last]), dim=-1).float().mul_(sizes.scale)
+        q = q.view(1, -1, width)
+        queries, end = last - first, span.start + last
+        # Per context row: gathered (at most 4 B a value), fp32, and one score and one mask byte a query.
+        step = block_rows(width * 8 + queries * (heads * 4 + 1))
+        softmax = _RunningSoftmax()
+        for start in range(0, end, step):
+            rows = context.rows(start, min(start + step, end)).float()
+            scores = q @ rows.T
+            by_query = scores.view(queries, heads, -1).transpose(0, 1)
+            _hide_later(by_query, span.start + first, start)
+            softmax.add(scores, rows[None, :, : sizes.latent])
+        outs.append(softmax.result().view(queries, heads, sizes.latent))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+
+def expanded(
+    q: torch.Tensor, context: Context, sizes: AttentionSizes, kv_b: Linear, dtype: torch.dtype
+) -> torch.Tensor:
+    """q [n, heads, nope + rope] in the model's dtype -> fp32 [n, heads, value]."""
+    span, heads, nope = context.span, sizes.heads, sizes.nope
+    key, pair = nope + sizes.rope, nope + sizes.value
+    tile = tile_rows(heads * (key + 2 * sizes.value) * 4)
+    outs = []
+    for first in range(0, span.count, tile):
+        last = min(first + tile, span.count)
+        by_head = q[first:last].transpose(0, 1).float().mul_(sizes.scale)
+        queries, end = last - first, span.start + last
+        # Per context row: gathered rows; kv_b's fp32 output and its rounding; fp32 keys and values; a score a
+        # query and head; a mask byte a query.
+        per_head = pair * (4 + dtype.itemsize) + (key + sizes.value) * 4 + queries * 4
+        step = block_rows((sizes.latent + sizes.rope) * 4 + heads * per_head + queries)
+        softmax = _RunningSoftmax()
+        for start in range(0, end, step):
+            rows = context.rows(start, min(start + step, end))
+            n = rows.shape[0]
+            # The products read keys and values as the model's dtype has them, like every other activation.
+            both = kv_b(rows[:, : sizes.latent].to(dtype)).to(dtype).view(n, heads, pair).transpose(0, 1)
+            keys = torch.empty((heads, n, key), dtype=torch.float32, device=q.device)
+            keys[..., :nope] = both[..., :nope]
+            keys[..., nope:] = rows[:, sizes.latent :]
+            values = both[..., nope:].float()
+            del both
+            scores = by_head @ keys.transpose(1, 2)
+            del keys
+            _hide_later(scores, span.start + first, start)
+            softmax.add(scores, values)
+        outs.append(softmax.result().transpose(0, 1))
+    return outs[0] if len(outs) == 1 else torch.cat(outs)

@@ -1,0 +1,41 @@
+"""What one forward pass works on: token rows of several sequences, and where each sequence's context lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`count` new tokens of one sequence that has `start` tokens in its pages already.
+
+    `page_table` int64 [P] covers start + count tokens.
+    """
+
+    start: int
+    count: int
+    page_table: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows of one pass. The spans follow each other in the rows, in order: Σ count = T.
+
+    ids, positions: int64 [T]. logit_rows: int64 [R], the rows of T whose logits are wanted.
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    spans: tuple[Span, ...]
+    logit_rows: torch.Tensor
+
+    def row_slices(self) -> list[slice]:
+        """The rows of each span."""
+        slices = []
+        row = 0
+        for span in self.spans:
+            slices.append(slice(row, row + span.count))
+            row += span.count
+        return slices

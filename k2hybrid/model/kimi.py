@@ -1,0 +1,152 @@
+"""The network from token ids to logits, layer by layer over explicit state: DeepSeek-V3's graph.
+
+The residual stream is fp32; what a linear reads is in the model's dtype (bf16). `docs/numerics.md` derives
+what that costs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.errors import ConfigError
+from k2hybrid.model.batch import Batch
+from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm
+from k2hybrid.model.mla import MLA, AttentionPlan, attention_sizes, plan_attention
+from k2hybrid.model.moe import MoE
+from k2hybrid.model.rope import Rope
+from k2hybrid.model.router import Router
+from k2hybrid.types import RoutedExperts, WeightSource
+
+
+@dataclass(slots=True)
+class ForwardState:
+    """A pass under way. hidden fp32 [T, hidden]; `layer` runs next; rows in `failed_rows` are lost."""
+
+    batch: Batch
+    hidden: torch.Tensor
+    plan: AttentionPlan
+    layer: int = 0
+    failed_rows: set[int] = field(default_factory=set)
+
+
+class Layer:
+    """One decoder layer."""
+
+    def __init__(
+        self, input_norm: RMSNorm, attention: MLA, post_norm: RMSNorm, feed_forward: MLP | MoE
+    ) -> None:
+        self.input_norm = input_norm
+        self.attention = attention
+        self.post_norm = post_norm
+        self.feed_forward = feed_forward
+
+    def __call__(self, state: ForwardState) -> None:
+        """Advance the residual stream in place."""
+        rows = state.batch.row_slices()
+        hidden = state.hidden
+        hidden += self.attention(self.input_norm(hidden), state.plan)
+        x = self.post_norm(hidden)
+        if isinstance(self.feed_forward, MoE):
+            mixed = self.feed_forward(x, rows)
+            state.failed_rows.update(mixed.failed_rows)
+            hidden += mixed.out
+        else:
+            hidden += self.feed_forward(x, rows)
+
+
+class Kimi:
+    """The model. Weights are taken from `weights`, each once, and stay where they are.
+
+    Args:
+        experts: the routed experts of all layers.
+        kernels: what multiplies: `native.Machine`, or `TorchLinears` in tests.
+        pages: the latent cache; `pages.format` must hold spec.latent_dim values a row.
+        latent_norm_eps: of the q_a and kv_a norms; 1e-6 in the published code, whatever the config says.
+        dtype: of activations that a linear reads; float32 is for tests alone.
+
+    Raises:
+        ConfigError: pages or dtype do not fit the model.
+    """
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: WeightSource,
+        experts: RoutedExperts,
+        kernels: LinearKernels,
+        pages: LatentPages,
+        *,
+        latent_norm_eps: float = 1e-6,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        if pages.format.latent_dim != spec.latent_dim:
+            raise ConfigError(
+                f"latent pages hold {pages.format.latent_dim} values a row; this model needs {spec.latent_dim}"
+            )
+        if dtype not in (torch.bfloat16, torch.float32):
+            raise ConfigError(f"activations can be bfloat16 (or float32, in tests), not {dtype}")
+        self.spec = spec
+        self.pages = pages
+        self.dtype = dtype
+        self.sizes = attention_sizes(spec)
+        self.rope = Rope(spec)
+        self.embedding = weights.take(None, "embed_tokens")
+        self.layers = [
+            self._layer(layer, weights, experts, kernels, latent_norm_eps) for layer in range(spec.num_layers)
+        ]
+        self.norm = RMSNorm(weights.take(None, "norm"), spec.rms_norm_eps, dtype)
+        self.head = Linear(kernels, weights.take(None, "lm_head"))
+
+    def _layer(
+        self,
+        layer: int,
+        weights: WeightSource,
+        experts: RoutedExperts,
+        kernels: LinearKernels,
+        latent_norm_eps: float,
+    ) -> Layer:
+        def take(role: str) -> torch.Tensor:
+            return weights.take(layer, role)
+
+        def mlp(prefix: str = "") -> MLP:
+            gate, up, down = (take(f"{prefix}{part}_proj") for part in ("gate", "up", "down"))
+            return MLP(kernels, gate, up, down, self.dtype)
+
+        spec, eps = self.spec, self.spec.rms_norm_eps
+        feed_forward: MLP | MoE
+        input_norm = RMSNorm(take("input_layernorm"), eps, self.dtype)
+        mla = MLA(layer, spec, self.sizes, take, kernels, self.pages, latent_norm_eps, self.dtype)
+        post_norm = RMSNorm(take("post_attention_layernorm"), eps, self.dtype)
+        if spec.is_moe(layer):
+            router = Router(spec, kernels, take("router"), take("router_bias"))
+            feed_forward = MoE(layer, router, experts, mlp("shared_"))
+        else:
+            feed_forward = mlp()
+        return Layer(input_norm, mla, post_norm, feed_forward)
+
+    @torch.no_grad()
+    def begin(self, batch: Batch) -> ForwardState:
+        """Look the tokens up; nothing is stored yet."""
+        hidden = self.embedding[batch.ids].float()
+        return ForwardState(batch, hidden, plan_attention(batch, self.sizes, self.rope, self.pages))
+
+    @torch.no_grad()
+    def forward(self, state: ForwardState, until: int | None = None) -> ForwardState:
+        """Run layers state.layer … until−1 (default: all that are left), in place.
+
+        A pass may stop after any layer and go on later: between two calls other passes may run, as long as
+        this one's pages stay held.
+        """
+        for layer in range(state.layer, self.spec.num_layers if until is None else until):
+            self.layers[layer](state)
+            state.layer = layer + 1
+        return state
+
+    @torch.no_grad()
+    def logits(self, state: ForwardState) -> torch.Tensor:
+        """fp32 [R, vocab] of the rows that the batch asks for. Call it after the last layer."""
+        return self.head(self.norm(state.hidden[state.batch.logit_rows]))

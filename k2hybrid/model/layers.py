@@ -1,0 +1,119 @@
+"""The layers everything else is made of. Linears read activations in the model's dtype and give fp32.
+
+A row's result of a linear never depends on the other rows (the kernels promise it). Functions built on exp
+are another matter: vectorised and scalar code differ in the last bit, and which of them an element meets
+depends on how many rows there are. They are evaluated span by span, see `swiglu` and the router.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+
+class LinearKernels(Protocol):
+    """What multiplies. `native.Machine` on the CPU in bf16; `TorchLinears` for tests and the fp32 dtype."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, K] (row stride free), weight [N, K] -> fp32 [T, N]."""
+
+    def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, H, K], weight [H, N, K] (head and row strides free) -> fp32 [T, H, N]."""
+
+    def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        """x [T, H, K], weight [H, K, N] (head and row strides free) -> fp32 [T, H, N]."""
+
+
+class TorchLinears:
+    """Products by torch in fp32, whatever the inputs' type: the reference. Converts the weight every time."""
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return x.float() @ weight.float().T
+
+    def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("thk,hnk->thn", x.float(), weight.float())
+
+    def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return torch.einsum("thk,hkn->thn", x.float(), weight.float())
+
+
+class Linear:
+    """y = x Wᵀ. weight [N, K]."""
+
+    def __init__(self, kernels: LinearKernels, weight: torch.Tensor) -> None:
+        self._kernels = kernels
+        self.weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, K] -> fp32 [T, N]."""
+        return self._kernels.linear(x, self.weight)
+
+
+class HeadLinear:
+    """y[h] = x[h] W[h]ᵀ for every head. weight [H, N, K]."""
+
+    def __init__(self, kernels: LinearKernels, weight: torch.Tensor) -> None:
+        self._kernels = kernels
+        self.weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H, K] -> fp32 [T, H, N]."""
+        return self._kernels.head_linear(x, self.weight)
+
+
+class HeadLinearT:
+    """y[h] = x[h] W[h] for every head. weight [H, K, N]."""
+
+    def __init__(self, kernels: LinearKernels, weight: torch.Tensor) -> None:
+        self._kernels = kernels
+        self.weight = weight
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, H, K] -> fp32 [T, H, N]."""
+        return self._kernels.head_linear_t(x, self.weight)
+
+
+class RMSNorm:
+    """x / rms(x) · weight, computed in fp32, given in `dtype`."""
+
+    def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
+        self.weight = weight.float()
+        self.eps = eps
+        self.dtype = dtype
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x fp32 [..., n] -> dtype [..., n]."""
+        inverse_rms = (x * x).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        return (x * inverse_rms).mul_(self.weight).to(self.dtype)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, rows: Sequence[slice], dtype: torch.dtype) -> torch.Tensor:
+    """silu(gate) · up, fp32 [T, n] -> dtype [T, n], one slice of rows (a span) at a time."""
+    out = torch.empty(gate.shape, dtype=dtype, device=gate.device)
+    for span in rows:
+        out[span] = F.silu(gate[span]).mul_(up[span])
+    return out
+
+
+class MLP:
+    """down(silu(gate(x)) · up(x)): the dense layers and the shared expert."""
+
+    def __init__(
+        self,
+        kernels: LinearKernels,
+        gate: torch.Tensor,
+        up: torch.Tensor,
+        down: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        self.gate = Linear(kernels, gate)
+        self.up = Linear(kernels, up)
+        self.down = Linear(kernels, down)
+        self.dtype = dtype
+
+    def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
+        """x [T, hidden], the rows of each span -> fp32 [T, hidden]."""
+        return self.down(swiglu(self.gate(x), self.up(x), rows, self.dtype))

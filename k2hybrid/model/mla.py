@@ -1,0 +1,151 @@
+"""Multi-head latent attention: projections around the attention core, and the latent rows it leaves in the pages.
+
+Source: DeepSeek-V2 (arXiv 2405.04434, §2.1). Layouts as published: q_b rows per head [nope | rope]; kv_a rows
+[latent | k_rope], where the norm covers the latent only and k_rope is shared by all heads; kv_b rows per head
+[k_nope | v].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.model import attention
+from k2hybrid.model.attention import AttentionSizes, Context
+from k2hybrid.model.batch import Batch
+from k2hybrid.model.layers import HeadLinear, HeadLinearT, Linear, LinearKernels, RMSNorm
+from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
+
+
+def attention_sizes(spec: ModelSpec) -> AttentionSizes:
+    """The attention sizes of a model."""
+    return AttentionSizes(
+        heads=spec.num_heads,
+        nope=spec.qk_nope_head_dim,
+        rope=spec.qk_rope_head_dim,
+        value=spec.v_head_dim,
+        latent=spec.kv_lora_rank,
+        scale=softmax_scale(spec),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionPlan:
+    """What all layers of a pass share: where new rows go, their angles, and which spans take which form."""
+
+    batch: Batch
+    slots: torch.Tensor  # int64 [T]
+    rotation: Rotation
+    absorbed: tuple[int, ...]  # spans, by number
+    expanded: tuple[int, ...]
+
+
+def plan_attention(batch: Batch, sizes: AttentionSizes, rope: Rope, pages: LatentPages) -> AttentionPlan:
+    """Made once per pass. The form of a span depends on its own length alone."""
+    slots = [pages.slots(s.page_table, s.start, s.start + s.count) for s in batch.spans]
+    few = [span.count < sizes.absorbed_below for span in batch.spans]
+    return AttentionPlan(
+        batch=batch,
+        slots=slots[0] if len(slots) == 1 else torch.cat(slots),
+        rotation=rope.at(batch.positions),
+        absorbed=tuple(i for i, is_few in enumerate(few) if is_few),
+        expanded=tuple(i for i, is_few in enumerate(few) if not is_few),
+    )
+
+
+class MLA:
+    """Attention of one layer. `take(role)` hands out its weights."""
+
+    def __init__(
+        self,
+        layer: int,
+        spec: ModelSpec,
+        sizes: AttentionSizes,
+        take: Callable[[str], torch.Tensor],
+        kernels: LinearKernels,
+        pages: LatentPages,
+        latent_norm_eps: float,
+        dtype: torch.dtype,
+    ) -> None:
+        self.layer = layer
+        self.sizes = sizes
+        self.pages = pages
+        self.dtype = dtype
+        if spec.q_lora_rank is None:
+            self.q_a: Linear | None = None
+            self.q = Linear(kernels, take("q_proj"))
+        else:
+            self.q_a = Linear(kernels, take("q_a_proj"))
+            self.q_norm = RMSNorm(take("q_a_layernorm"), latent_norm_eps, dtype)
+            self.q = Linear(kernels, take("q_b_proj"))
+        self.kv_a = Linear(kernels, take("kv_a_proj"))
+        self.latent_norm = RMSNorm(take("kv_a_layernorm"), latent_norm_eps, dtype)
+        kv_b = take("kv_b_proj")
+        self.kv_b = Linear(kernels, kv_b)
+        by_head = kv_b.view(sizes.heads, sizes.nope + sizes.value, sizes.latent)
+        self.key_to_latent = HeadLinearT(kernels, by_head[:, : sizes.nope])
+        self.latent_to_value = HeadLinear(kernels, by_head[:, sizes.nope :])
+        self.o = Linear(kernels, take("o_proj"))
+
+    def __call__(self, x: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
+        """x [T, hidden] -> fp32 [T, hidden]; stores the rows' latents on the way."""
+        sizes = self.sizes
+        tokens, heads = x.shape[0], sizes.heads
+        q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x)))
+        q = q.view(tokens, heads, sizes.nope + sizes.rope)
+        latent, k_rope = self.compress(x)
+        # The key's rotary part is rotated as one more head.
+        rotary = rotate(torch.cat((q[..., sizes.nope :], k_rope[:, None]), dim=1), plan.rotation).to(
+            self.dtype
+        )
+        q_nope, q_rope = q[..., : sizes.nope].to(self.dtype), rotary[:, :heads]
+        self.pages.put(self.layer, plan.slots, torch.cat((latent, rotary[:, heads]), dim=-1))
+        out = torch.empty((tokens, heads, sizes.value), dtype=self.dtype, device=x.device)
+        if plan.absorbed:
+            self._absorbed(q_nope, q_rope, plan, out)
+        rows = plan.batch.row_slices()
+        for i in plan.expanded:
+            q_span = torch.cat((q_nope[rows[i]], q_rope[rows[i]]), dim=-1)
+            out[rows[i]] = attention.expanded(q_span, self._context(plan, i), sizes, self.kv_b, self.dtype)
+        return self.o(out.view(tokens, -1))
+
+    def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """x [T, hidden] -> normed latent [T, latent] in the model's dtype, unrotated k_rope fp32 [T, rope]."""
+        kv = self.kv_a(x)
+        return self.latent_norm(kv[:, : self.sizes.latent]), kv[:, self.sizes.latent :]
+
+    def _absorbed(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, plan: AttentionPlan, out: torch.Tensor
+    ) -> None:
+        # kv_b is read once for all spans; only the attention itself goes span by span.
+        all_rows = plan.batch.row_slices()
+        rows = [all_rows[i] for i in plan.absorbed]
+        q_latent = self.key_to_latent(_pick(q_nope, rows)).to(self.dtype)
+        mixed = torch.empty_like(q_latent)
+        first = 0
+        for i, span_rows in zip(plan.absorbed, rows, strict=True):
+            last = first + span_rows.stop - span_rows.start
+            mixed[first:last] = attention.absorbed(
+                q_latent[first:last], q_rope[span_rows], self._context(plan, i), self.sizes
+            )
+            first = last
+        values = self.latent_to_value(mixed)
+        first = 0
+        for span_rows in rows:
+            last = first + span_rows.stop - span_rows.start
+            out[span_rows] = values[first:last]
+            first = last
+
+    def _context(self, plan: AttentionPlan, span: int) -> Context:
+        return Context(self.pages, self.layer, plan.batch.spans[span])
+
+
+def _pick(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:
+    """The rows of some spans, together; no copy where that is all of x."""
+    if sum(r.stop - r.start for r in rows) == x.shape[0]:
+        return x
+    return torch.cat([x[r] for r in rows])

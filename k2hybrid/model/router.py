@@ -1,0 +1,74 @@
+"""The router: sigmoid scores in fp32, a correction bias that decides the choice but not the weights.
+
+Source: DeepSeek-V3 (arXiv 2412.19437, §2.1.2, "noaux_tc"): the bias balances load; the sum is weighed by the
+unbiased scores.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.model.layers import Linear, LinearKernels
+
+
+@dataclass(frozen=True, slots=True)
+class Routing:
+    """Chosen experts of each row, best first: ids int32 [T, top_k], weights fp32 [T, top_k]."""
+
+    ids: torch.Tensor
+    weights: torch.Tensor
+
+
+def choose(scores: torch.Tensor, bias: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """The top_k experts of each row by score + bias, int64 [T, top_k]; equal scores go to the lower id.
+
+    With groups, only the `topk_group` groups whose two best experts have the largest sum take part.
+    """
+    biased = scores + bias
+    if spec.n_group > 1:
+        groups = biased.view(-1, spec.n_group, spec.num_experts // spec.n_group)
+        best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+        kept = _best(best_two, spec.topk_group)
+        closed = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
+        biased = groups.masked_fill(closed[..., None], -torch.inf).flatten(1)
+    return _best(biased, spec.top_k)
+
+
+def _best(values: torch.Tensor, count: int) -> torch.Tensor:
+    # Not topk: which of two equal entries it takes is unspecified.
+    return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
+
+
+def weigh(scores: torch.Tensor, ids: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+    """The weights of the chosen experts, fp32 [T, top_k], from the unbiased scores."""
+    weights = scores.gather(1, ids)
+    if spec.norm_topk_prob:
+        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+    return weights * spec.routed_scaling_factor
+
+
+class Router:
+    """weight [experts, hidden], bias fp32 [experts]."""
+
+    def __init__(
+        self, spec: ModelSpec, kernels: LinearKernels, weight: torch.Tensor, bias: torch.Tensor
+    ) -> None:
+        self.spec = spec
+        self.linear = Linear(kernels, weight)
+        self.bias = bias.float()
+
+    def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> Routing:
+        """x [T, hidden], the rows of each span -> Routing. bf16 products are exact in fp32."""
+        logits = self.linear(x)
+        ids = torch.empty((x.shape[0], self.spec.top_k), dtype=torch.int32, device=x.device)
+        weights = torch.empty((x.shape[0], self.spec.top_k), dtype=torch.float32, device=x.device)
+        for span in rows:
+            scores = logits[span].sigmoid()
+            chosen = choose(scores, self.bias, self.spec)
+            ids[span] = chosen
+            weights[span] = weigh(scores, chosen, self.spec)
+        return Routing(ids, weights)

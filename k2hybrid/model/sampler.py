@@ -1,0 +1,204 @@
+"""Draws the next token of one sequence from its logits. Layer 3.
+
+Order of operations, all in fp32 on this row alone, so that no other request can change the outcome:
+
+1. the log-probabilities that a client may ask for are taken from the raw logits;
+2. repetition penalty (over prompt and generated tokens): positive logits are divided by it, others multiplied;
+3. presence and frequency penalties (over generated tokens only, as in OpenAI's API);
+4. `logit_bias`, then the mask;
+5. temperature (below 1e-5: the best token, lowest id among equals, and nothing further);
+6. cuts on the tempered distribution, each renormalising for the next: `min_p`, `top_k`, `top_p`. Among equal
+   logits lower ids rank first;
+7. one uniform number of a counter-based generator (Philox) keyed by the seed picks the token by inverse CDF.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from k2hybrid.errors import EngineError, RequestError
+from k2hybrid.types import LogitsMask, SamplingParams, TokenLogprob
+
+Row = npt.NDArray[np.float32]
+Ids = npt.NDArray[np.int64]
+
+GREEDY_BELOW = 1e-5  # smaller temperatures would overflow fp32, and mean the same
+MAX_LOGPROBS = 1024
+
+
+def check_sampling(params: SamplingParams, vocab_size: int) -> None:
+    """Refuse parameters outside their range.
+
+    Raises:
+        RequestError: naming the field, its value and its range.
+    """
+
+    def within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
+        if not (low <= value <= high) or (open_low and value == low) or not math.isfinite(value):
+            upper = "" if high == math.inf else f" and at most {high:g}"
+            lower = f"above {low:g}" if open_low else f"at least {low:g}"
+            raise RequestError(
+                f"{name} must be {lower}{upper}, not {value}", param=name, code="invalid_value"
+            )
+
+    within("temperature", params.temperature, 0.0, math.inf)
+    within("top_p", params.top_p, 0.0, 1.0)
+    within("min_p", params.min_p, 0.0, 1.0)
+    within("top_k", params.top_k, -1, math.inf)
+    within("presence_penalty", params.presence_penalty, -2.0, 2.0)
+    within("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
+    within("repetition_penalty", params.repetition_penalty, 0.0, math.inf, open_low=True)
+    if params.logprobs is not None:
+        within("logprobs", params.logprobs, 0, MAX_LOGPROBS)
+    for token, bias in params.logit_bias.items():
+        if not 0 <= token < vocab_size:
+            raise RequestError(
+                f"logit_bias names token {token}; this vocabulary has ids 0 to {vocab_size - 1}",
+                param="logit_bias",
+                code="invalid_value",
+            )
+        within("logit_bias", bias, -100.0, 100.0)
+
+
+class Sampler:
+    """The sampling state of one sequence: its random stream and what its penalties count.
+
+    Args:
+        params: checked with `check_sampling`.
+        vocab_size: length of a logits row.
+        prompt: prompt ids, counted by the repetition penalty.
+
+    Raises:
+        RequestError: a parameter is out of range.
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int, prompt: Sequence[int] = ()) -> None:
+        check_sampling(params, vocab_size)
+        self._params = params
+        self._vocab_size = vocab_size
+        key = None if params.seed is None else params.seed % (1 << 128)
+        self._uniform = np.random.Generator(np.random.Philox(key=key))
+        self._counts: dict[int, int] = {}  # of generated tokens
+        self._seen: set[int] = set(prompt) if params.repetition_penalty != 1.0 else set()
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float32)
+
+    def sample(self, logits: torch.Tensor, mask: LogitsMask | None = None) -> tuple[int, TokenLogprob | None]:
+        """Choose a token and count it.
+
+        Args:
+            logits: fp32 [vocab] on the CPU; left unchanged.
+            mask: forbids tokens; asked to `apply`, and told what was chosen.
+
+        Raises:
+            EngineError: a logit is not finite, or the mask forbids every token.
+        """
+        raw: Row = logits.numpy()
+        best, least = float(raw.max()), float(raw.min())  # NaN and either infinity show in these two
+        if not (math.isfinite(best) and math.isfinite(least)):
+            raise EngineError(
+                "the model produced logits that are not finite; this request ends, others go on"
+            )
+        row = self._adjusted(logits, raw, mask)
+        token = self._choose(row)
+        self._counts[token] = self._counts.get(token, 0) + 1
+        if self._params.repetition_penalty != 1.0:
+            self._seen.add(token)
+        if mask is not None:
+            mask.accept(token)
+        return token, self._logprob(raw, best, token)
+
+    def _adjusted(self, logits: torch.Tensor, raw: Row, mask: LogitsMask | None) -> Row:
+        params = self._params
+        penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
+        if mask is None and not penalised and params.repetition_penalty == 1.0 and not self._bias_ids.size:
+            return raw
+        changed = logits.clone()  # numpy and torch see the same memory
+        row: Row = changed.numpy()
+        if self._seen:
+            seen = np.fromiter(self._seen, np.int64)
+            values = row[seen]
+            penalty = np.float32(params.repetition_penalty)
+            row[seen] = np.where(values > 0, values / penalty, values * penalty)
+        if penalised and self._counts:
+            ids = np.fromiter(self._counts.keys(), np.int64)
+            counts = np.fromiter(self._counts.values(), np.float32)
+            row[ids] -= np.float32(params.frequency_penalty) * counts + np.float32(params.presence_penalty)
+        if self._bias_ids.size:
+            row[self._bias_ids] += self._bias
+        if mask is not None:
+            mask.apply(changed)
+        return row
+
+    def _choose(self, row: Row) -> int:
+        params = self._params
+        first = int(row.argmax())  # numpy returns the lowest id among equals
+        best = row[first]
+        if best == -np.inf:
+            raise EngineError("the mask forbids every token")
+        if params.temperature < GREEDY_BELOW:
+            return first
+        weights = row - best
+        if params.temperature != 1.0:
+            weights *= np.float32(1.0 / params.temperature)
+        np.exp(weights, out=weights)  # unnormalised probabilities; the best token has exactly 1
+        if params.min_p == 0.0 and params.top_k <= 0 and params.top_p >= 1.0:
+            return self._draw(weights)
+        ids = cut(weights, params.min_p, params.top_k, params.top_p)
+        return int(ids[self._draw(weights[ids])])
+
+    def _draw(self, weights: Row) -> int:
+        mass = np.cumsum(weights, dtype=np.float64)
+        index = int(mass.searchsorted(self._uniform.random() * mass[-1], side="right"))
+        if index == len(mass):  # the product was rounded up to the total
+            index = int(weights.nonzero()[0][-1])
+        return index
+
+    def _logprob(self, raw: Row, best: float, token: int) -> TokenLogprob | None:
+        wanted = self._params.logprobs
+        if wanted is None:
+            return None
+        total = best + math.log(float(np.exp(raw - np.float32(best)).sum(dtype=np.float64)))
+        ids = ranked(raw, min(wanted, self._vocab_size)) if wanted else np.empty(0, np.int64)
+        top = tuple((int(i), float(raw[i]) - total) for i in ids)
+        return TokenLogprob(token, float(raw[token]) - total, top)
+
+
+def ranked(values: Row, count: int) -> Ids:
+    """Ids of the `count` largest values, largest first; lower ids first among equals."""
+    if count < len(values):
+        threshold = np.partition(values, len(values) - count)[len(values) - count]
+        candidates = np.flatnonzero(values >= threshold)
+    else:
+        candidates = np.arange(len(values))
+    order = np.argsort(-values[candidates], kind="stable")
+    return candidates[order][:count]
+
+
+def cut(weights: Row, min_p: float, top_k: int, top_p: float) -> Ids:
+    """Ids that survive `min_p`, then `top_k`, then `top_p`, best first; never empty.
+
+    Args:
+        weights: unnormalised probabilities whose largest is 1.
+        min_p: keep tokens at least this share of the best token's probability.
+        top_k: keep so many; 0 or less keeps all.
+        top_p: of what is left, keep the fewest best tokens whose share reaches it.
+    """
+    kept = np.flatnonzero(weights >= np.float32(min_p)) if min_p > 0.0 else np.arange(len(weights))
+    if 0 < top_k < len(kept):
+        kept = kept[ranked(weights[kept], top_k)]
+    if top_p < 1.0:
+        mass = float(weights[kept].sum(dtype=np.float64))
+        # All tokens below this bound together weigh less than what top_p drops anyway: no need to sort them.
+        bound = 0.999 * (1.0 - top_p) * mass / len(kept)
+        kept = kept[weights[kept] >= bound]
+        order = np.argsort(-weights[kept], kind="stable")
+        kept = kept[order]
+        before = np.cumsum(weights[kept], dtype=np.float64) - weights[kept]
+        kept = kept[: max(1, int(np.count_nonzero(before < top_p * mass)))]
+    return kept

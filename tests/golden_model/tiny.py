@@ -1,0 +1,265 @@
+"""Tiny random models in the published layout, in memory: for ours, and for transformers' DeepseekV3ForCausalLM."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from k2hybrid.cache.pages import Bf16Rows, Fp32Rows, LatentPages
+from k2hybrid.checkpoint import int4
+from k2hybrid.checkpoint.names import expected_tensors
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.model.batch import Batch, Span
+from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef
+
+YARN = {
+    "type": "yarn",
+    "factor": 64.0,
+    "original_max_position_embeddings": 64,
+    "beta_fast": 1.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+}
+
+# Every dimension that the loader accepts differs somewhere; most sizes are no power of two.
+CONFIGS: dict[str, dict[str, Any]] = {
+    "k2": {},
+    "no_q_lora_groups_3_dense_no_yarn": {
+        "q_lora_rank": None,
+        "n_routed_experts": 12,
+        "n_group": 4,
+        "topk_group": 2,
+        "num_experts_per_tok": 3,
+        "first_k_dense_replace": 3,
+        "num_hidden_layers": 5,
+        "rope_scaling": None,
+        "num_attention_heads": 3,
+        "v_head_dim": 20,
+        "n_shared_experts": 2,
+        "norm_topk_prob": False,
+        "routed_scaling_factor": 1.5,
+    },
+    "beta_fast_32_odd_sizes": {
+        "rope_scaling": {**YARN, "beta_fast": 32.0, "factor": 8.0},
+        "hidden_size": 96,
+        "num_attention_heads": 5,
+        "n_routed_experts": 13,
+        "num_experts_per_tok": 5,
+        "q_lora_rank": 33,
+        "kv_lora_rank": 27,
+        "qk_nope_head_dim": 14,
+        "qk_rope_head_dim": 10,
+        "v_head_dim": 18,
+        "intermediate_size": 77,
+        "moe_intermediate_size": 96,
+        "vocab_size": 101,
+    },
+    "mscales_differ_all_moe": {
+        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.707, "beta_fast": 4.0},
+        "first_k_dense_replace": 0,
+        "num_hidden_layers": 2,
+        "num_experts_per_tok": 1,
+        "rope_theta": 10000.0,
+        "rms_norm_eps": 1e-6,
+    },
+    "groups_2_of_1_no_all_dim_mscale": {
+        "rope_scaling": {**YARN, "mscale_all_dim": 0.0},
+        "n_routed_experts": 10,
+        "n_group": 2,
+        "topk_group": 1,
+        "num_experts_per_tok": 4,
+        "n_shared_experts": 3,
+        "num_attention_heads": 1,
+        "kv_lora_rank": 40,
+        "routed_scaling_factor": 2.446,
+    },
+    "no_moe": {"first_k_dense_replace": 2, "num_hidden_layers": 2, "num_attention_heads": 7},
+    "wide_latent": {
+        "kv_lora_rank": 64,
+        "q_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 8,
+        "num_hidden_layers": 4,
+        "first_k_dense_replace": 1,
+        "n_routed_experts": 31,
+        "num_experts_per_tok": 8,
+        "rope_scaling": {**YARN, "beta_fast": 32.0, "original_max_position_embeddings": 4096},
+        "rope_theta": 1e6,
+    },
+}
+
+
+def config(**overrides: Any) -> dict[str, Any]:
+    """A config.json as published, at a size for tests."""
+    return {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        "model_type": "kimi_k2",
+        "vocab_size": 97,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "moe_intermediate_size": 32,
+        "num_hidden_layers": 3,
+        "first_k_dense_replace": 1,
+        "moe_layer_freq": 1,
+        "num_attention_heads": 4,
+        "num_key_value_heads": overrides.get("num_attention_heads", 4),
+        "q_lora_rank": 24,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+        "n_routed_experts": 16,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 4,
+        "n_group": 1,
+        "topk_group": 1,
+        "topk_method": "noaux_tc",
+        "scoring_func": "sigmoid",
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.827,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 50000.0,
+        "rope_scaling": YARN,
+        "max_position_embeddings": 4096,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "pad_token_id": 0,
+        "dtype": "bfloat16",
+        "quantization_config": {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "kv_cache_scheme": None,
+            "config_groups": {
+                "group_0": {
+                    "targets": ["Linear"],
+                    "input_activations": None,
+                    "output_activations": None,
+                    "weights": {
+                        "num_bits": 4,
+                        "type": "int",
+                        "symmetric": True,
+                        "strategy": "group",
+                        "group_size": 32,
+                        "dynamic": False,
+                        "actorder": None,
+                    },
+                }
+            },
+            "ignore": ["lm_head", "re:.*self_attn.*", "re:.*shared_experts.*"],
+        },
+        **overrides,
+    }
+
+
+@dataclass(slots=True)
+class TinyCheckpoint:
+    """All tensors of a random model by their published names, and the two faces the model room asks for."""
+
+    config: Mapping[str, Any]
+    spec: ModelSpec
+    tensors: dict[str, torch.Tensor]
+    keys: dict[tuple[int | None, str, int | None], str] = field(default_factory=dict)
+
+    def take(self, layer: int | None, role: str) -> torch.Tensor:
+        """`types.WeightSource`; may be asked again, since several models are built from one checkpoint."""
+        return self.tensors[self.keys[layer, role, None]]
+
+    def fill(self, sink: ExpertSink) -> None:
+        """Hand all experts to `sink`, pointing into this checkpoint's tensors."""
+        for layer in self.spec.moe_layers:
+            for expert in range(self.spec.num_experts):
+                parts = [self._int4(layer, expert, part) for part in ("gate", "up", "down")]
+                sink.add_expert(layer, expert, ExpertRef(*parts))
+
+    def _int4(self, layer: int, expert: int, part: str) -> Int4Ref:
+        return Int4Ref(
+            *(self._ref(layer, expert, f"expert_{part}_proj.{kind}") for kind in ("packed", "scale"))
+        )
+
+    def _ref(self, layer: int, expert: int, role: str) -> TensorRef:
+        name = self.keys[layer, role, expert]
+        tensor = self.tensors[name]
+        dtype = "I32" if tensor.dtype == torch.int32 else "BF16"
+        return TensorRef(
+            name, Path("memory"), 0, tensor.nbytes, dtype, tuple(tensor.shape), tensor.data_ptr()
+        )
+
+
+def tiny_checkpoint(name: str, seed: int = 1) -> TinyCheckpoint:
+    """The random model of `CONFIGS[name]`.
+
+    Activations stay near 1 and softmax, router and correction bias all matter, so that no part of the graph is
+    invisible in the logits.
+    """
+    values = config(**CONFIGS[name])
+    spec = ModelSpec.from_config(values)
+    random = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> torch.Tensor:
+        return torch.randn(shape, generator=random)
+
+    tensors: dict[str, torch.Tensor] = {}
+    keys: dict[tuple[int | None, str, int | None], str] = {}
+    for want in expected_tensors(spec):
+        role, shape = want.key.role, want.shape
+        if role.endswith(".shape"):
+            continue
+        if role.endswith(".packed"):
+            q = torch.randint(-8, 8, (shape[0], shape[1] * 8), generator=random, dtype=torch.int8)
+            tensor = int4.pack(q)
+        elif role.endswith(".scale"):
+            tensor = normal(*shape).mul(0.5).exp() * (1 / 4.6 / math.sqrt(shape[1] * spec.group_size))
+        elif role.endswith("norm"):
+            tensor = 1 + 0.2 * normal(*shape)
+        elif role == "router_bias":
+            tensor = 0.15 * normal(*shape)
+        elif role == "embed_tokens":
+            tensor = normal(*shape)
+        else:
+            tensor = normal(*shape) * (1.5 / math.sqrt(shape[-1]))
+        if tensor.is_floating_point() and role != "router_bias":
+            tensor = tensor.bfloat16()
+        tensors[want.name] = tensor
+        keys[want.key.layer, role, want.key.expert] = want.name
+    return TinyCheckpoint(values, spec, tensors, keys)
+
+
+def latent_pages(spec: ModelSpec, tokens: int, dtype: torch.dtype) -> LatentPages:
+    """Pages for `tokens` tokens, and as many again."""
+    rows = Fp32Rows(spec.latent_dim) if dtype == torch.float32 else Bf16Rows(spec.latent_dim)
+    return LatentPages(spec.num_layers, 2 * -(-tokens // LatentPages.PAGE_TOKENS), rows)
+
+
+def batch_of(sequences: list[tuple[torch.Tensor, int, torch.Tensor]]) -> Batch:
+    """A batch from (new ids, tokens before, page table) of each sequence; logits of every row."""
+    ids = torch.cat([new for new, _, _ in sequences])
+    positions = torch.cat([torch.arange(start, start + len(new)) for new, start, _ in sequences])
+    spans = tuple(Span(start, len(new), table) for new, start, table in sequences)
+    return Batch(ids, positions, spans, torch.arange(len(ids)))
+
+
+def random_ids(spec: ModelSpec, count: int, seed: int = 7) -> torch.Tensor:
+    """Token ids int64 [count]."""
+    return torch.randint(0, spec.vocab_size, (count,), generator=torch.Generator().manual_seed(seed))
+
+
+def chunks(ids: torch.Tensor, sizes: list[int]) -> Iterator[tuple[torch.Tensor, int]]:
+    """ids cut into pieces of the given sizes, the last size repeated: (piece, tokens before it)."""
+    start = 0
+    for i in range(len(ids)):
+        if start == len(ids):
+            return
+        size = sizes[min(i, len(sizes) - 1)]
+        yield ids[start : start + size], start
+        start = min(start + size, len(ids))
