@@ -1,0 +1,57 @@
+"""`python -m k2hybrid.server`, the same as `k2hybrid serve`: load a model, answer until a signal comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from k2hybrid.errors import K2Error
+from k2hybrid.server.options import (
+    Parser,
+    add_model_options,
+    add_server_options,
+    fail,
+    model_path,
+    read_api_keys,
+    runtime_options,
+)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Every option of `serve`."""
+    add_model_options(parser)
+    add_server_options(parser)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse `argv` and serve; the exit code."""
+    parser = Parser(prog="python -m k2hybrid.server", description="Serve a model through the OpenAI API.")
+    add_options(parser)
+    return serve(parser.parse_args(argv))
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve as `args` say, until SIGINT or SIGTERM; the exit code. Failures end in one line."""
+    program = "k2hybrid serve"
+    try:
+        keys = read_api_keys(args.api_key_file)
+        # Heavy imports only now, so that a wrong option is told at once.
+        from k2hybrid.runtime import load
+        from k2hybrid.server.app import Settings, create_app
+        from k2hybrid.server.process import bind, hosts_for, print_table, run
+
+        # The port first: it can be wrong in milliseconds, the model only in seconds or minutes.
+        with bind(args.host, args.port) as listener, load(model_path(args), **runtime_options(args)) as model:
+            print_table(model.config.table())
+            settings = Settings(args.served_model_name, keys, hosts_for(args.host))
+            run(create_app(model, settings), listener)
+    except (K2Error, OSError) as error:
+        return fail(program, error)
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The application: routes, their order, and which error ends how."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import ASGIApp
+
+from k2hybrid.errors import K2Error
+from k2hybrid.hardware.doctor import package_version
+from k2hybrid.server.failures import HttpError, classify, failure_response, json_response
+from k2hybrid.server.guard import LOOPBACK_HOSTS, ApiKeys, Guard, log_unexpected, request_id
+from k2hybrid.server.openai import OpenAI
+from k2hybrid.server.served import ServedModel
+from k2hybrid.server.sse import ClientGone
+from k2hybrid.server.tokenize import Tokenization
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How the model is offered. `hosts` None answers any Host header: for servers bound beyond loopback."""
+
+    name: str | None = None  # None: the model's own
+    api_keys: tuple[str, ...] = ()
+    hosts: Collection[str] | None = LOOPBACK_HOSTS
+
+
+def create_app(model: ServedModel, settings: Settings | None = None) -> ASGIApp:
+    """The ASGI application that serves `model`. It keeps no state of its own between requests."""
+    settings = settings or Settings()
+    name = settings.name or model.name
+    openai = OpenAI(model, name)
+    tokenization = Tokenization(model)
+
+    async def root(_request: Request) -> Response:
+        return json_response({"name": "k2hybrid", "version": package_version(), "model": name})
+
+    async def health(_request: Request) -> Response:
+        return json_response({"status": "ok", "model": name})
+
+    app = Starlette(
+        routes=[
+            Route("/", root),  # HEAD too: an agent probes with it
+            Route("/health", health),
+            Route("/v1/models", openai.models),
+            Route("/v1/models/{name:path}", openai.one_model),
+            Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route("/tokenize", tokenization.tokenize, methods=["POST"]),
+            Route("/detokenize", tokenization.detokenize, methods=["POST"]),
+        ],
+        exception_handlers={
+            K2Error: _failed,
+            HTTPException: _refused,
+            ClientDisconnect: _gone,
+            ClientGone: _gone,
+            Exception: _failed,
+        },
+    )
+    return Guard(app, keys=ApiKeys(settings.api_keys), hosts=settings.hosts)
+
+
+async def _failed(request: Request, error: Exception) -> Response:
+    log_unexpected(error, request.scope)
+    return failure_response(classify(error, request_id(request.scope)))
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    """404 and 405, in the words of the dialect."""
+    status = error.status_code if isinstance(error, HTTPException) else 404
+    known = {404: "there is no {path}", 405: "{path} does not take {method}"}
+    text = known.get(status, "refused").format(path=request.url.path, method=request.method)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(status, "refused")
+    response = failure_response(classify(HttpError(status, text, kind="invalid_request_error", code=code)))
+    if isinstance(error, HTTPException):
+        response.headers.update(error.headers or {})
+    return response
+
+
+async def _gone(_request: Request, _error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it

@@ -1,0 +1,114 @@
+"""Which error becomes which HTTP status. One table; every dialect renders from it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import orjson
+from starlette.responses import Response
+
+from k2hybrid.errors import (
+    CapacityError,
+    CheckpointError,
+    ConfigError,
+    ContextLengthError,
+    EngineError,
+    ExpertReadError,
+    K2Error,
+    NativeError,
+    RequestError,
+    TemplateError,
+)
+
+# Seconds a client should wait when the queue is full: about one long prompt's prefill on a CPU.
+RETRY_AFTER_S = 5
+
+
+class HttpError(K2Error):
+    """A refusal that is about HTTP itself (key, host, size, path), not about a request's fields."""
+
+    def __init__(self, status: int, message: str, *, kind: str, code: str) -> None:
+        super().__init__(message)
+        self.status = status
+        self.kind = kind
+        self.code = code
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """An error as a client sees it. `retry`: whether sending the same again may succeed."""
+
+    status: int
+    kind: str
+    message: str
+    param: str | None = None
+    code: str | None = None
+    retry: bool = False
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error object."""
+        return {
+            "error": {"message": self.message, "type": self.kind, "param": self.param, "code": self.code},
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    status: int
+    kind: str
+    code: str | None = None
+    retry: bool = False
+
+
+# Most specific first: the first class that matches wins.
+_RULES: tuple[tuple[type[K2Error], _Rule], ...] = (
+    (ContextLengthError, _Rule(400, "invalid_request_error", "context_length_exceeded")),
+    (RequestError, _Rule(400, "invalid_request_error")),  # its own code
+    (TemplateError, _Rule(400, "invalid_request_error", "template_error")),  # the messages made it fail
+    (CapacityError, _Rule(429, "rate_limit_error", "capacity_exceeded", retry=True)),
+    (ExpertReadError, _Rule(500, "server_error", "expert_read_error", retry=True)),
+    (EngineError, _Rule(500, "server_error", "engine_error")),
+    (ConfigError, _Rule(500, "server_error", "config_error")),
+    (CheckpointError, _Rule(500, "server_error", "checkpoint_error")),
+    (NativeError, _Rule(500, "server_error", "native_error")),
+    (K2Error, _Rule(500, "server_error", "internal_error")),
+)
+
+
+def classify(error: BaseException, request_id: str = "") -> Failure:
+    """The failure a client is told about. What is not a `K2Error` is told by its request id alone."""
+    if isinstance(error, HttpError):
+        headers = {"WWW-Authenticate": "Bearer"} if error.status == 401 else {}
+        return Failure(error.status, error.kind, str(error), code=error.code, headers=headers)
+    for cls, rule in _RULES:
+        if isinstance(error, cls):
+            own = error if isinstance(error, RequestError) else None
+            headers = {"Retry-After": str(RETRY_AFTER_S)} if rule.status == 429 else {}
+            return Failure(
+                rule.status,
+                rule.kind,
+                str(error),
+                param=own.param if own else None,
+                code=rule.code or (own.code if own else None),
+                retry=rule.retry,
+                headers=headers,
+            )
+    return Failure(
+        500, "server_error", f"internal error; the log has it as {request_id}", code="internal_error"
+    )
+
+
+def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | None = None) -> Response:
+    """A JSON response. Lone surrogates cannot occur: the parser refuses them and the decoder makes none."""
+    return Response(orjson.dumps(value), status, dict(headers or {}), "application/json")
+
+
+def failure_response(failure: Failure) -> Response:
+    """The whole HTTP answer of a failure. SDKs retry 408, 409, 429 and 5xx unless told otherwise."""
+    headers = dict(failure.headers)
+    if not failure.retry:
+        headers["x-should-retry"] = "false"
+    return json_response(failure.body(), failure.status, headers)

@@ -1,0 +1,125 @@
+"""What stands before every request: its id, the host check, the API key, and the last exception handler."""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import traceback
+import uuid
+from collections.abc import Collection, Iterable
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from k2hybrid.errors import K2Error
+from k2hybrid.server.failures import HttpError, classify, failure_response
+
+_log = logging.getLogger("k2hybrid.server")
+
+# Needed before a client can show anything; they tell that a server is here, and the model's name.
+OPEN_PATHS = frozenset({"/", "/health", "/v1/models"})
+LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+
+def request_id(scope: Scope) -> str:
+    """The id under which the log knows this request; the client gets it as `x-request-id`."""
+    return str(scope["state"]["request_id"])
+
+
+def log_unexpected(error: BaseException, scope: Scope) -> None:
+    """Log, once, what nobody foresaw: its type and where. Not its message, which may quote a prompt."""
+    state = scope["state"]
+    if isinstance(error, K2Error) or state.get("logged") is error:
+        return
+    state["logged"] = error
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    _log.error("%s: unexpected %s\n%s", request_id(scope), type(error).__name__, frames)
+
+
+class ApiKeys:
+    """The accepted keys; with none, everything is let in."""
+
+    def __init__(self, keys: Iterable[str]) -> None:
+        self._digests = [_digest(key) for key in keys]
+
+    def admit(self, headers: Headers) -> bool:
+        """Whether a key came as Bearer or as x-api-key. Takes the same time whichever byte differs."""
+        if not self._digests:
+            return True
+        scheme, _, bearer = headers.get("authorization", "").partition(" ")
+        offered = [headers.get("x-api-key", "")]
+        if scheme.lower() == "bearer":
+            offered.append(bearer.strip())
+        # No early exit: all pairs are compared.
+        return sum(hmac.compare_digest(_digest(key), known) for key in offered for known in self._digests) > 0
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode()).digest()
+
+
+class Guard:
+    """ASGI middleware around the whole application.
+
+    Args:
+        hosts: the Host names answered, without port; None: any. A server on loopback must check, or a web
+            page whose name is rebound to 127.0.0.1 could talk to it.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, hosts: Collection[str] | None) -> None:
+        self._app = app
+        self._keys = keys
+        self._hosts = hosts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Refuse, or pass on; whatever comes up from below ends here."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        identity = f"req_{uuid.uuid4().hex}"
+        scope.setdefault("state", {})["request_id"] = identity
+        started = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = identity
+            await send(message)
+
+        try:
+            self._check(scope)
+            await self._app(scope, receive, send_with_id)
+        except Exception as error:
+            log_unexpected(error, scope)
+            if not started:  # else nothing more can be said; the connection closes unfinished
+                await failure_response(classify(error, identity))(scope, receive, send_with_id)
+
+    def _check(self, scope: Scope) -> None:
+        headers = Headers(scope=scope)
+        offered = headers.get("host", "")
+        host = host_name(offered)
+        # Without a Host header it is no browser.
+        if self._hosts is not None and offered and host not in self._hosts:
+            raise HttpError(
+                403,
+                f"the host {offered!r} is not served here; use localhost, or bind to another address",
+                kind="permission_error",
+                code="host_not_allowed",
+            )
+        if scope["path"] not in OPEN_PATHS and not self._keys.admit(headers):
+            raise HttpError(
+                401,
+                "missing or wrong API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
+                kind="authentication_error",
+                code="invalid_api_key",
+            )
+
+
+def host_name(header: str) -> str:
+    """A Host header without its port, lower case; IPv6 keeps its brackets."""
+    host = header.strip().lower()
+    if host.startswith("["):
+        return host[: host.find("]") + 1]
+    return host.partition(":")[0]

@@ -1,0 +1,172 @@
+"""OpenAI's endpoints: /v1/chat/completions, /v1/models."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import time
+import uuid
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from typing import Any
+
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Scope
+
+from k2hybrid.hardware.doctor import package_version
+from k2hybrid.server.body import read_object
+from k2hybrid.server.chat_reply import Choice, Head, usage
+from k2hybrid.server.chat_request import ChatCall, parse_chat
+from k2hybrid.server.failures import classify, json_response
+from k2hybrid.server.guard import log_unexpected, request_id
+from k2hybrid.server.served import ChatRun, Delta, ServedModel
+from k2hybrid.server.sse import DONE, EventStream, data_event, unless_gone
+
+_log = logging.getLogger("k2hybrid.server")
+
+# Deltas waiting for a slow client beyond what the run itself keeps.
+_MERGE_DEPTH = 64
+
+
+class OpenAI:
+    """The handlers, over one model under one name: a request for any other name gets this one."""
+
+    def __init__(self, model: ServedModel, name: str) -> None:
+        self._model = model
+        self._name = name
+        self._created = int(time.time())
+        self._fingerprint = f"k2hybrid-{package_version()}"
+
+    async def models(self, _request: Request) -> Response:
+        """The list with its one entry."""
+        return json_response({"object": "list", "data": [self._record()]})
+
+    async def one_model(self, _request: Request) -> Response:
+        """The one entry, whatever name was asked for: any of them is answered by it."""
+        return json_response(self._record())
+
+    def _record(self) -> dict[str, Any]:
+        return {
+            "id": self._name,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "k2hybrid",
+            "max_model_len": self._model.context_tokens,
+        }
+
+    async def chat_completions(self, request: Request) -> Response:
+        """Parse, queue, and answer as a stream or as a whole."""
+        call = parse_chat(await read_object(request), request_id(request.scope))
+        runs = await run_in_threadpool(self._start, call)
+        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self._name, self._fingerprint)
+        if call.stream:
+            return EventStream(self._events(call, runs, head, request.scope))
+        try:
+            return await unless_gone(self._completion(call, runs, head), request.receive)
+        finally:
+            _cancel(runs)
+
+    def _start(self, call: ChatCall) -> list[ChatRun]:
+        """Queue one run per choice; with a seed, each choice gets its own."""
+        runs: list[ChatRun] = []
+        try:
+            for i in range(call.choices):
+                sampling = call.request.sampling
+                if sampling.seed is not None:
+                    sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
+                runs.append(self._model.chat(dataclasses.replace(call.request, sampling=sampling)))
+        except BaseException:
+            _cancel(runs)
+            raise
+        return runs
+
+    def _choices(self, call: ChatCall) -> list[Choice]:
+        logprobs = call.request.sampling.logprobs is not None
+        return [Choice(i, self._model.tokenizer, logprobs=logprobs) for i in range(call.choices)]
+
+    async def _completion(self, call: ChatCall, runs: Sequence[ChatRun], head: Head) -> Response:
+        choices = self._choices(call)
+        started = time.monotonic()
+        async with aclosing(_merge(runs)) as deltas:
+            async for i, delta in deltas:
+                if delta is not None:
+                    choices[i].push(delta)
+        finished = [choice.completion(run) for choice, run in zip(choices, runs, strict=True)]
+        totals = usage(list(zip(choices, runs, strict=True)))
+        _report(call, totals, started)
+        return json_response({**head.fields("chat.completion"), "choices": finished, "usage": totals})
+
+    async def _events(
+        self, call: ChatCall, runs: Sequence[ChatRun], head: Head, scope: Scope
+    ) -> AsyncGenerator[bytes, None]:
+        choices = self._choices(call)
+        # With include_usage every chunk but the last has the field, as null.
+        more = {"usage": None} if call.include_usage else {}
+        started = time.monotonic()
+        try:
+            for choice in choices:
+                yield data_event(choice.opening(head, **more))
+            async with aclosing(_merge(runs)) as deltas:
+                async for i, delta in deltas:
+                    if delta is None:
+                        yield data_event(choices[i].closing(head, runs[i], **more))
+                        continue
+                    for piece in choices[i].push(delta):
+                        yield data_event(choices[i].chunk(head, piece, **more))
+            totals = usage(list(zip(choices, runs, strict=True)))
+            _report(call, totals, started)
+            if call.include_usage:
+                yield data_event(head.chunk([], usage=totals))
+        except Exception as error:
+            log_unexpected(error, scope)
+            yield data_event(classify(error, call.request.request_id).body())
+        finally:
+            _cancel(runs)
+        yield DONE
+
+
+async def _merge(runs: Sequence[ChatRun]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+    """(choice, delta) as they come, (choice, None) at a run's end; the first failure ends everything."""
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_MERGE_DEPTH)
+
+    async def pump(i: int, run: ChatRun) -> None:
+        try:
+            async for delta in run:
+                await queue.put((i, delta))
+        except Exception as error:
+            await queue.put((i, error))
+        else:
+            await queue.put((i, None))
+
+    pumps = [asyncio.create_task(pump(i, run)) for i, run in enumerate(runs)]
+    try:
+        running = len(runs)
+        while running:
+            i, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            running -= item is None
+            yield i, item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def _cancel(runs: Sequence[ChatRun]) -> None:
+    for run in runs:
+        run.cancel()
+
+
+def _report(call: ChatCall, totals: dict[str, Any], started: float) -> None:
+    _log.info(
+        "%s: prompt %d (cached %d) + %d tokens in %.1f s",
+        call.request.request_id,
+        totals["prompt_tokens"],
+        totals["cached_tokens"],
+        totals["completion_tokens"],
+        time.monotonic() - started,
+    )

@@ -1,0 +1,138 @@
+"""Command-line options of a loaded model and of the server. Imports nothing heavy: `--help` must be quick."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+from k2hybrid.config import MINI_MODEL
+from k2hybrid.errors import ConfigError
+
+# Exit codes: 1, it could not be done; 2, the command line is wrong.
+FAILED = 1
+USAGE = 2
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint about an unknown option names the nearest valid one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # An abbreviation that works today would change its meaning with tomorrow's options.
+        super().__init__(*args, **{"allow_abbrev": False, **kwargs})
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Like the base class; unknown options exit with code 2 and a hint."""
+        parsed, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            getattr(parsed, "parser", self).refuse(unknown[0])
+        return parsed
+
+    def refuse(self, argument: str) -> NoReturn:
+        """Exit because of an argument nobody asked for."""
+        name = argument.partition("=")[0]
+        valid = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(name, valid, n=1, cutoff=0.5)
+        hint = f"; did you mean {near[0]}?" if near else f"; see {self.prog} --help"
+        kind = "option" if name.startswith("-") else "argument"
+        self.error(f"unknown {kind} {name}{hint}")
+
+    def error(self, message: str) -> NoReturn:
+        """One line, no usage dump."""
+        self.exit(USAGE, f"{self.prog}: {message}\n")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Options that become a RuntimeConfig."""
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        type=Path,
+        default=None,
+        metavar="PATH",
+        help="checkpoint folder (default: the built-in model)",
+    )
+    group.add_argument("--device", default=None, help="where the dense part runs (default: cpu)")
+    group.add_argument(
+        "--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)"
+    )
+    group.add_argument("--isa", default=None, help="lower the instruction set used (see `k2hybrid doctor`)")
+    group.add_argument(
+        "--ctx", type=int, default=None, metavar="TOKENS", help="longest context (default: the model's)"
+    )
+    group.add_argument("--latent-gb", type=float, default=None, metavar="GB", help="memory for the KV cache")
+    group.add_argument(
+        "--max-step-tokens", type=int, default=None, metavar="N", help="rows of one step at most"
+    )
+    group.add_argument(
+        "--max-running", type=int, default=None, metavar="N", help="requests that decode together"
+    )
+    group.add_argument("--max-queue", type=int, default=None, metavar="N", help="requests that may wait")
+
+
+def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The RuntimeConfig fields that were given; the others keep their defaults."""
+    latent_bytes = None
+    if args.latent_gb is not None:
+        if not args.latent_gb > 0:
+            raise ConfigError(f"--latent-gb must be above 0, not {args.latent_gb:g}")
+        latent_bytes = int(args.latent_gb * (1 << 30))
+    given = {
+        "device": args.device,
+        "threads": args.threads,
+        "isa": args.isa,
+        "context_tokens": args.ctx,
+        "latent_bytes": latent_bytes,
+        "max_step_tokens": args.max_step_tokens,
+        "max_running": args.max_running,
+        "max_queue": args.max_queue,
+    }
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def model_path(args: argparse.Namespace) -> Path:
+    """The checkpoint folder asked for."""
+    return args.model if args.model is not None else MINI_MODEL
+
+
+def add_server_options(parser: argparse.ArgumentParser) -> None:
+    """Options of the HTTP side."""
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", default="127.0.0.1", help="address to bind (default: %(default)s)")
+    group.add_argument(
+        "--port", type=_port, default=8000, help="port, 0: any free one (default: %(default)s)"
+    )
+    group.add_argument(
+        "--api-key-file", type=Path, default=None, metavar="FILE", help="accepted keys, one a line"
+    )
+    group.add_argument("--served-model-name", default=None, metavar="NAME", help="name that clients see")
+
+
+def _port(text: str) -> int:
+    if not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
+    return int(text)
+
+
+def read_api_keys(path: Path | None) -> tuple[str, ...]:
+    """The keys in `path`: one a line, empty lines and `#` comments apart. ConfigError if there is none."""
+    if path is None:
+        return ()
+    try:
+        lines = path.read_text("ascii").splitlines()
+    except OSError as error:
+        raise ConfigError(f"cannot read the API key file {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"the API key file {path} holds more than ASCII text") from None
+    keys = tuple(key for line in lines if (key := line.strip()) and not key.startswith("#"))
+    if not keys:
+        raise ConfigError(f"the API key file {path} holds no key; write one on a line of its own")
+    return keys
+
+
+def fail(program: str, error: Exception) -> int:
+    """Say in one line why it could not be done, and give the exit code."""
+    print(f"{program}: {error}", file=sys.stderr)
+    return FAILED

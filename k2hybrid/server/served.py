@@ -1,0 +1,77 @@
+"""ServedModel: all that the server needs to know of a runtime. Tests put a scripted one in its place."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from k2hybrid.types import ChatRequest, Event, Message, ReasonCode, TokenLogprob, Usage
+
+
+class Delta(Protocol):
+    """What one generated token added. `events` is empty while text is held back (half a character, …)."""
+
+    @property
+    def events(self) -> tuple[Event, ...]: ...
+    @property
+    def logprob(self) -> TokenLogprob | None: ...
+
+
+class ChatRun(Protocol):
+    """One answer being generated. Iterating raises what made it fail; after the end the rest is valid."""
+
+    @property
+    def prompt_tokens(self) -> int: ...
+    @property
+    def usage(self) -> Usage: ...
+    @property
+    def finish_reason(self) -> ReasonCode | None: ...
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+    def cancel(self) -> None:
+        """End generation soon; may be called from any thread, twice, and after the end."""
+
+
+class Tokenizer(Protocol):
+    """Text to ids and back."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def specials(self) -> Mapping[str, int]: ...
+    def encode_with_specials(self, text: str) -> list[int]: ...
+    def decode(self, ids: Iterable[int]) -> str: ...
+    def token_bytes(self, token: int) -> bytes: ...
+
+
+class Prompt(Protocol):
+    """A rendered conversation."""
+
+    @property
+    def ids(self) -> list[int]: ...
+
+
+class Template(Protocol):
+    """The chat template."""
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
+    ) -> Prompt: ...
+
+
+class ServedModel(Protocol):
+    """A loaded model."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def context_tokens(self) -> int: ...
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def template(self) -> Template: ...
+    def chat(self, request: ChatRequest) -> ChatRun:
+        """Validate, render and queue. Takes as long as rendering does: call it in a thread."""

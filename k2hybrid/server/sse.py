@@ -1,0 +1,104 @@
+"""Answers that outlive a client's patience: event streams with keep-alive, and noticing that it has gone."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Awaitable, Mapping
+from typing import Any, TypeVar
+
+import orjson
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+KEEP_ALIVE_S = 10.0  # clients and proxies give up after 30 to 600 silent seconds
+KEEP_ALIVE = b": keep-alive\n\n"  # a comment: every client seen skips it
+DONE = b"data: [DONE]\n\n"
+
+T = TypeVar("T")
+
+
+class ClientGone(Exception):  # noqa: N818 - an event, not an error: nobody is left to be told
+    """The client closed its connection before the answer was ready."""
+
+
+def data_event(value: Any) -> bytes:
+    """One `data:` event holding `value` as JSON (which never spans lines)."""
+    return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+async def wait_gone(receive: Receive) -> None:
+    """Return when the client has disconnected. Call it after the body was read."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
+    """The result of `work`, which is cancelled when the client goes; ClientGone then."""
+    task = asyncio.ensure_future(work)
+    gone = asyncio.ensure_future(wait_gone(receive))
+    try:
+        both: set[asyncio.Future[Any]] = {task, gone}
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        await _end(task)
+        await _end(gone)
+
+
+class EventStream(Response):
+    """Sends what `events` yields as it comes; closes `events` when it ends or the client goes.
+
+    `events` must not raise: it turns its errors into events.
+    """
+
+    media_type = "text/event-stream"
+
+    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+        # Proxies must neither store nor collect the stream.
+        super().__init__(
+            None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
+        )
+        del self.headers["content-length"]
+        self._events = events
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Headers at once, events as they come, a comment after every KEEP_ALIVE_S without one."""
+        gone = asyncio.ensure_future(wait_gone(receive))
+        item: asyncio.Future[bytes] | None = None
+        try:
+            await send(
+                {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
+            )
+            while True:
+                if item is None:
+                    item = asyncio.ensure_future(anext(self._events))
+                waiting: set[asyncio.Future[Any]] = {item, gone}
+                await asyncio.wait(waiting, timeout=KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
+                if gone.done():
+                    return
+                if not item.done():
+                    chunk = KEEP_ALIVE
+                else:
+                    try:
+                        chunk = item.result()
+                    except StopAsyncIteration:
+                        break
+                    item = None
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+        finally:
+            await _end(gone)
+            if item is not None:
+                await _end(item)
+            await self._events.aclose()
+
+
+async def _end(task: asyncio.Future[Any]) -> None:
+    """Cancel `task` and wait for it, so that its own clean-up has run."""
+    if not task.done():
+        task.cancel()
+        await asyncio.wait({task})
+    if not task.cancelled():
+        task.exception()  # taken note of: whoever wanted the result has it

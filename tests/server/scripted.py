@@ -1,0 +1,152 @@
+"""A ServedModel that plays scripts instead of running a network: the server's other side in these tests."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from k2hybrid.errors import ContextLengthError
+from k2hybrid.types import ChatRequest, Event, Message, TokenLogprob, Usage
+
+
+@dataclass
+class Step:
+    """One token: after `delay_s`, its events; or a failure."""
+
+    events: tuple[Event, ...] = ()
+    logprob: TokenLogprob | None = None
+    delay_s: float = 0.0
+    error: Exception | None = None
+
+
+@dataclass
+class Script:
+    """What one answer consists of."""
+
+    steps: Iterable[Step]
+    finish: str = "stop"
+    cached_tokens: int = 0
+
+
+@dataclass
+class ScriptedRun:
+    script: Script
+    prompt_tokens: int
+    cancelled: threading.Event = field(default_factory=threading.Event)
+    cancelled_at: float = 0.0
+    played: int = 0
+    finish_reason: str | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, self.played, self.script.cached_tokens)
+
+    async def __aiter__(self) -> AsyncIterator[Step]:
+        for step in self.script.steps:
+            if step.delay_s:
+                await asyncio.sleep(step.delay_s)
+            if self.cancelled.is_set():
+                self.finish_reason = "cancelled"
+                return
+            if step.error is not None:
+                raise step.error
+            self.played += 1
+            yield step
+        self.finish_reason = self.script.finish
+
+    def cancel(self) -> None:
+        if not self.cancelled.is_set():
+            self.cancelled_at = time.monotonic()
+            self.cancelled.set()
+
+
+@dataclass
+class Prompt:
+    ids: list[int]
+
+
+class ByteTokenizer:
+    """Token i is byte i; above them one control token per name."""
+
+    specials: Mapping[str, int] = {"<|im_end|>": 256, "</think>": 257}
+    vocab_size = 258
+
+    def encode_with_specials(self, text: str) -> list[int]:
+        out: list[int] = []
+        while text:
+            name = next((name for name in self.specials if text.startswith(name)), None)
+            if name:
+                out.append(self.specials[name])
+            else:
+                out += text[0].encode()
+            text = text[len(name or text[0]) :]
+        return out
+
+    def decode(self, ids: Iterable[int]) -> str:
+        return b"".join(map(self.token_bytes, ids)).decode("utf-8", "replace")
+
+    def token_bytes(self, token: int) -> bytes:
+        names = {number: name for name, number in self.specials.items()}
+        return names[token].encode() if token in names else bytes([token])
+
+
+class PlainTemplate:
+    """Roles and texts on lines of their own."""
+
+    def __init__(self, tokenizer: ByteTokenizer) -> None:
+        self._tokenizer = tokenizer
+
+    def render(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        add_generation_prompt: bool = True,
+    ) -> Prompt:
+        lines = [f"tools:{len(tools)}"] if tools else []
+        for message in messages:
+            parts = message.content
+            text = parts if isinstance(parts, str) else "".join(part["text"] for part in parts or ())
+            lines.append(f"{message.role}:{text}")
+        if add_generation_prompt:
+            lines.append("assistant:")
+        return Prompt(list("\n".join(lines).encode()))
+
+
+class ScriptedModel:
+    """Plays `scripts` one after the other, the last one for ever; records requests and runs."""
+
+    def __init__(
+        self, *scripts: Script | Exception, name: str = "scripted", context_tokens: int = 4096
+    ) -> None:
+        self.name = name
+        self.context_tokens = context_tokens
+        self.tokenizer = ByteTokenizer()
+        self.template = PlainTemplate(self.tokenizer)
+        self.requests: list[ChatRequest] = []
+        self.runs: list[ScriptedRun] = []
+        self._scripts = list(scripts)
+        self._lock = threading.Lock()
+
+    def play(self, *scripts: Script | Exception) -> None:
+        """What comes next; forgets the past."""
+        self._scripts = list(scripts)
+        self.requests.clear()
+        self.runs.clear()
+
+    def chat(self, request: ChatRequest) -> ScriptedRun:
+        with self._lock:
+            script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+            self.requests.append(request)
+            if isinstance(script, Exception):
+                raise script
+            length = len(self.template.render(request.messages, request.tools).ids)
+            if length >= self.context_tokens:
+                raise ContextLengthError(f"the prompt has {length} tokens; the context {self.context_tokens}")
+            run = ScriptedRun(script, length)
+            self.runs.append(run)
+            return run

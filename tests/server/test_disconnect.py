@@ -1,0 +1,124 @@
+"""A client that has gone costs nothing more; one that waits long is told that we are here."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+
+import httpx
+import openai
+import orjson
+import pytest
+
+from k2hybrid.server import sse
+from k2hybrid.types import Content
+from tests.server.conftest import Served
+from tests.server.scripted import Script, Step
+
+WITHIN_S = 1.0
+
+
+def endless(delay_s: float) -> Script:
+    return Script(Step((Content("x"),), delay_s=delay_s) for _ in range(100_000))
+
+
+def send_chat(port: int, **fields: object) -> socket.socket:
+    body = orjson.dumps({"messages": [{"role": "user", "content": "hi"}], **fields})
+    connection = socket.create_connection(("127.0.0.1", port))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection.sendall(head.encode() + body)
+    return connection
+
+
+def wait_for_run(server: Served) -> None:
+    deadline = time.monotonic() + 10
+    while not (server.model.runs and server.model.runs[0].played):
+        assert time.monotonic() < deadline, "the request never ran"
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_generation_stops_when_the_client_goes(server: Served, stream: bool) -> None:
+    server.model.play(endless(0.01))
+    connection = send_chat(server.port, stream=stream)
+    wait_for_run(server)
+    left = time.monotonic()
+    connection.close()
+    assert server.model.runs[0].cancelled.wait(10)
+    assert server.model.runs[0].cancelled_at - left < WITHIN_S
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_it_stops_in_the_middle_of_a_silent_prefill_too(server: Served, stream: bool) -> None:
+    server.model.play(Script([Step((Content("x"),)), Step((Content("y"),), delay_s=3600)]))
+    connection = send_chat(server.port, stream=stream)
+    wait_for_run(server)
+    left = time.monotonic()
+    connection.close()
+    assert server.model.runs[0].cancelled.wait(10)
+    assert server.model.runs[0].cancelled_at - left < WITHIN_S
+
+
+def test_the_sdk_closing_its_stream_counts_as_gone(server: Served) -> None:
+    server.model.play(endless(0.01))
+    stream = server.openai().chat.completions.create(
+        model="m", messages=[{"role": "user", "content": "hi"}], stream=True
+    )
+    next(iter(stream))
+    stream.close()
+    assert server.model.runs[0].cancelled.wait(10)
+
+
+def test_all_choices_stop(server: Served) -> None:
+    server.model.play(endless(0.01), endless(0.01), endless(0.01))
+    connection = send_chat(server.port, stream=True, n=3)
+    wait_for_run(server)
+    connection.close()
+    assert all(run.cancelled.wait(10) for run in server.model.runs)
+    assert len(server.model.runs) == 3
+
+
+def test_choices_already_queued_stop_when_a_later_one_is_refused(server: Served) -> None:
+    server.model.play(endless(0.01), openai.OpenAIError("unexpected"))
+    assert server.chat(n=2).status_code == 500
+    assert server.model.runs[0].cancelled.is_set()
+
+
+def test_a_finished_run_is_cancelled_only_after_its_end(server: Served) -> None:
+    assert server.chat().json()["choices"][0]["finish_reason"] == "stop"
+    assert server.model.runs[0].finish_reason == "stop"
+
+
+def test_silence_is_filled_with_comments(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    server.model.play(Script([Step((Content("late"),), delay_s=0.4)]))
+    text = server.chat(stream=True).text
+    first, _, rest = text.partition("\n\n")
+    assert '"role":"assistant"' in first  # at once, before the silence
+    assert rest.startswith(": keep-alive\n\n")
+    assert rest.count(": keep-alive\n\n") >= 3
+    # The SDK reads through them.
+    client = server.openai()
+    chunks = list(
+        client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}], stream=True)
+    )
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "late"
+
+
+def test_other_requests_are_answered_while_one_waits(server: Served) -> None:
+    server.model.play(Script([Step((Content("x"),), delay_s=3600)]))
+    connection = send_chat(server.port)
+    answers: list[int] = []
+    threads = [
+        threading.Thread(
+            target=lambda: answers.append(httpx.get(f"{server.url}/health", timeout=5).status_code)
+        )
+        for _ in range(4)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    connection.close()
+    assert answers == [200] * 4

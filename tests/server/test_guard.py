@@ -1,0 +1,148 @@
+"""Keys, hosts and the small endpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+
+from k2hybrid.errors import ConfigError
+from k2hybrid.server.app import Settings
+from k2hybrid.server.guard import host_name
+from k2hybrid.server.options import read_api_keys
+from k2hybrid.server.process import hosts_for
+from k2hybrid.types import Content
+from tests.server.conftest import Served, serving
+from tests.server.scripted import Script, ScriptedModel, Step
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}]}
+
+
+@pytest.fixture(scope="module")
+def locked() -> Iterator[Served]:
+    model = ScriptedModel(Script([Step((Content("ok"),))]))
+    with serving(model, Settings(name="org/served-name", api_keys=("key-one", "key-two"))) as served:
+        yield served
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"authorization": "Bearer key-one"},
+        {"authorization": "bearer key-two"},
+        {"x-api-key": "key-one"},
+        {"authorization": "Bearer wrong", "x-api-key": "key-two"},
+    ],
+)
+def test_a_right_key_opens(locked: Served, headers: dict[str, str]) -> None:
+    assert locked.post("/v1/chat/completions", json=CHAT, headers=headers).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {},
+        {"authorization": ""},
+        {"authorization": "Bearer"},
+        {"authorization": "Bearer wrong"},
+        {"authorization": "key-one"},
+        {"authorization": "Basic key-one"},
+        {"x-api-key": "key-on"},
+        {"x-api-key": "key-one2"},
+        {"x-api-key": b"\xff\xfe"},
+    ],
+)
+def test_anything_else_is_401(locked: Served, headers: dict[str, str]) -> None:
+    for path in ("/v1/chat/completions", "/tokenize", "/detokenize", "/v1/other"):
+        response = locked.post(path, json=CHAT, headers=headers)
+        assert response.status_code == 401
+        assert response.json()["error"]["code"] == "invalid_api_key"
+        assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_the_sdk_sees_an_authentication_error(locked: Served) -> None:
+    with pytest.raises(openai.AuthenticationError):
+        locked.openai().chat.completions.create(model="m", messages=CHAT["messages"])
+
+
+def test_some_paths_are_open(locked: Served) -> None:
+    assert httpx.head(f"{locked.url}/").status_code == 200
+    for path in ("/", "/health", "/v1/models"):
+        assert httpx.get(locked.url + path).status_code == 200
+
+
+def test_the_served_name_is_what_clients_see(locked: Served) -> None:
+    client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key="key-one")
+    (model,) = client.models.list().data
+    assert model.id == "org/served-name"
+    assert model.max_model_len == 4096
+    assert client.models.retrieve("org/served-name").id == "org/served-name"
+    assert client.models.retrieve("gpt-4o-mini").id == "org/served-name"
+    assert (
+        client.chat.completions.create(model="gpt-4o-mini", messages=CHAT["messages"]).model
+        == "org/served-name"
+    )
+
+
+def test_health_and_root(server: Served) -> None:
+    assert httpx.get(f"{server.url}/health").json() == {"status": "ok", "model": "k2"}
+    assert httpx.get(f"{server.url}/").json()["name"] == "k2hybrid"
+    head = httpx.head(f"{server.url}/")
+    assert head.status_code == 200
+    assert head.content == b""
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:1234", "127.0.0.1", "127.0.0.1:9", "[::1]", "[::1]:8000"]
+)
+def test_loopback_names_are_answered(server: Served, host: str) -> None:
+    assert server.post("/v1/chat/completions", json=CHAT, headers={"host": host}).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "localhost.evil.example:80", "127.0.0.1.nip.io", "[::2]", "[::1"]
+)
+def test_a_rebound_name_is_refused(server: Served, host: str) -> None:
+    response = server.post("/v1/chat/completions", json=CHAT, headers={"host": host})
+    assert response.status_code == 403
+    assert response.json()["error"]["code"] == "host_not_allowed"
+    assert httpx.get(f"{server.url}/health", headers={"host": host}).status_code == 403
+
+
+def test_beyond_loopback_any_name_is_answered() -> None:
+    assert hosts_for("0.0.0.0") is None
+    assert hosts_for("192.168.1.5") is None
+    assert "localhost" in (hosts_for("127.0.0.1") or ())
+    assert "[::1]" in (hosts_for("::1") or ())
+    assert "127.0.0.5" in (hosts_for("127.0.0.5") or ())
+    with serving(ScriptedModel(Script([])), Settings(hosts=None)) as served:
+        assert httpx.get(f"{served.url}/health", headers={"host": "my.lan"}).status_code == 200
+
+
+def test_no_page_of_another_origin_may_read_answers(server: Served) -> None:
+    response = server.post("/v1/chat/completions", json=CHAT, headers={"origin": "http://evil.example"})
+    assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_host_header_forms() -> None:
+    assert host_name("A.b:80") == "a.b"
+    assert host_name("[::1]:80") == "[::1]"
+    assert host_name("[::1") == ""
+
+
+def test_key_files(tmp_path: Path) -> None:
+    path = tmp_path / "keys"
+    path.write_text("# mine\n\n one \ntwo\n")
+    assert read_api_keys(path) == ("one", "two")
+    assert read_api_keys(None) == ()
+    path.write_text("# none\n")
+    with pytest.raises(ConfigError, match="holds no key"):
+        read_api_keys(path)
+    path.write_text("schlüssel\n")
+    with pytest.raises(ConfigError, match="ASCII"):
+        read_api_keys(path)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_api_keys(tmp_path / "missing")

@@ -1,0 +1,185 @@
+"""What real clients send, and what the model gets to see of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from k2hybrid.server.chat_request import parse_chat
+from k2hybrid.types import Message, SamplingParams, ToolCall
+from tests.server.conftest import Served
+
+USER = {"role": "user", "content": "hi"}
+TOOL = {"type": "function", "function": {"name": "get_weather", "parameters": {"type": "object"}}}
+
+
+def parsed(**body: Any) -> Any:
+    return parse_chat({"messages": [USER], **body}).request
+
+
+def message(**fields: Any) -> Message:
+    (result,) = parse_chat({"messages": [fields]}).request.messages
+    return result
+
+
+@pytest.mark.parametrize("role", ["system", "user", "assistant", "tool"])
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ({}, None),
+        ({"content": None}, None),
+        ({"content": ""}, ""),
+        ({"content": "x"}, "x"),
+        ({"content": []}, ()),
+        ({"content": [{"type": "text", "text": "x"}]}, ({"type": "text", "text": "x"},)),
+        ({"content": ["x", {"type": "text", "text": "y", "cache_control": {}}]}, None),
+    ],
+)
+def test_content_has_many_forms_in_every_role(role: str, content: dict[str, Any], expected: Any) -> None:
+    if expected is None and content.get("content"):
+        expected = ({"type": "text", "text": "x"}, {"type": "text", "text": "y"})
+    assert message(role=role, **content) == Message(role, expected)
+
+
+def test_developer_is_system_and_function_is_tool() -> None:
+    assert message(role="developer", content="x").role == "system"
+    assert message(role="function", content="x", name="f") == Message("tool", "x", name="f")
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "reasoning"])
+def test_reasoning_comes_back_under_either_name(key: str) -> None:
+    assert message(role="assistant", content="x", **{key: "because"}).reasoning == "because"
+
+
+def test_assistant_calls_without_content_or_id() -> None:
+    calls = [
+        {"id": "a", "type": "function", "function": {"name": "f", "arguments": '{ "x": 1}'}},
+        {"function": {"name": "g", "arguments": {"y": 2}}},
+        {"function": {"name": "h"}},
+    ]
+    assert message(role="assistant", tool_calls=calls).tool_calls == (
+        ToolCall("a", "f", '{ "x": 1}'),
+        ToolCall("", "g", '{"y":2}'),
+        ToolCall("", "h", "{}"),
+    )
+
+
+def test_partial_holds_for_the_last_message_only() -> None:
+    turn = {"role": "assistant", "content": "x", "partial": True}
+    messages = parse_chat({"messages": [turn, USER, turn]}).request.messages
+    assert [m.partial for m in messages] == [False, False, True]
+
+
+def test_every_sampling_field_arrives() -> None:
+    assert parsed(
+        temperature=0,
+        top_p=0.5,
+        top_k=5,
+        min_p=0.1,
+        seed=3,
+        presence_penalty=1,
+        frequency_penalty=-1,
+        repetition_penalty=1.1,
+        logit_bias={"5": -100},
+        logprobs=True,
+        top_logprobs=4,
+    ).sampling == SamplingParams(0.0, 0.5, 5, 0.1, 3, 1.0, -1.0, 1.1, {5: -100.0}, 4)
+
+
+def test_null_means_default() -> None:
+    names = (
+        "temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty logit_bias "
+        "logprobs top_logprobs max_tokens max_completion_tokens stop tools tool_choice n stream stream_options "
+        "response_format"
+    )
+    assert parse_chat({"messages": [USER], **dict.fromkeys(names.split())}) == parse_chat(
+        {"messages": [USER]}
+    )
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1, 10**30])
+def test_any_integer_is_a_seed(seed: int) -> None:
+    assert 0 <= parsed(seed=seed).sampling.seed < 2**63
+
+
+def test_limits_too_large_are_no_error() -> None:
+    assert parsed(max_completion_tokens=262144).max_tokens == 262144
+    assert parsed(max_tokens=1e30).max_tokens == int(1e30)
+    assert parsed(max_tokens=5, max_completion_tokens=7).max_tokens == 7
+
+
+def test_stop_is_a_string_or_several() -> None:
+    assert parsed(stop="x").stop == ("x",)
+    assert parsed(stop=["x", "", "y"]).stop == ("x", "y")
+    assert parsed(stop="").stop == ()
+    assert len(parsed(stop=[str(i) for i in range(16)]).stop) == 16
+
+
+def test_tools_pass_verbatim_and_foreign_kinds_are_dropped() -> None:
+    builtin = {"type": "builtin_function", "function": {"name": "$web_search"}}
+    tool = {**TOOL, "x": {"b": 1, "a": [2]}}
+    assert parsed(tools=[tool, builtin, {"type": "web_search"}]).tools == (tool,)
+    assert parsed(tools=[]).tools == ()
+
+
+@pytest.mark.parametrize(
+    ("choice", "expected"),
+    [
+        ("auto", "auto"),
+        ("none", "none"),
+        ("required", "required"),
+        ({"type": "function", "function": {"name": "get_weather"}}, "get_weather"),
+    ],
+)
+def test_tool_choice(choice: Any, expected: str) -> None:
+    assert parsed(tools=[TOOL], tool_choice=choice).tool_choice == expected
+
+
+def test_unknown_fields_are_ignored(server: Served) -> None:
+    response = server.chat(
+        chat_template="{{ 1/0 }}",
+        store=False,
+        metadata={"a": 1},
+        thinking={"type": "enabled", "keep": "all"},
+        user=5,
+        parallel_tool_calls="odd",
+        model="some-other-model",
+    )
+    assert response.status_code == 200
+    assert response.json()["model"] == "k2"
+
+
+def test_a_whole_completion(server: Served) -> None:
+    answer = server.openai().chat.completions.create(model="x", messages=[{"role": "user", "content": "hi"}])
+    assert answer.object == "chat.completion"
+    assert answer.choices[0].message.content == "Hello."
+    assert answer.choices[0].message.reasoning_content is None
+    assert answer.choices[0].message.tool_calls is None
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + 2
+
+
+def test_a_tool_round_trip_through_the_sdk(server: Served) -> None:
+    from tests.server.test_openai_stream import CALLING
+
+    server.model.play(CALLING)
+    client = server.openai()
+    messages: list[Any] = [{"role": "user", "content": "weather?"}]
+    answer = client.chat.completions.create(model="x", messages=messages, tools=[TOOL])
+    messages.append(answer.choices[0].message)
+    messages += [
+        {"role": "tool", "tool_call_id": call.id, "name": call.function.name, "content": "sunny"}
+        for call in answer.choices[0].message.tool_calls
+    ]
+    client.chat.completions.create(model="x", messages=messages, tools=[TOOL])
+    _, assistant, first, _ = server.model.requests[1].messages
+    assert assistant.reasoning == "I must look."
+    assert assistant.tool_calls[0] == ToolCall("functions.get_weather:0", "get_weather", '{"city":"Beijing"}')
+    assert first == Message("tool", "sunny", name="get_weather", tool_call_id="functions.get_weather:0")
+
+
+def test_several_choices_in_one_completion(server: Served) -> None:
+    answer = server.chat(n=8).json()
+    assert [choice["index"] for choice in answer["choices"]] == list(range(8))
+    assert answer["usage"]["completion_tokens"] == 16
