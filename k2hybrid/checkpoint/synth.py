@@ -17,7 +17,6 @@ from k2hybrid.checkpoint.noise import content
 from k2hybrid.checkpoint.presets import changed_config
 from k2hybrid.checkpoint.shard_writer import ShardTensor, write_shard
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.checkpoint.template import CHAT_TEMPLATE
 from k2hybrid.checkpoint.vocab import (
     SPECIAL_COUNT,
     format_ranks,
@@ -25,7 +24,10 @@ from k2hybrid.checkpoint.vocab import (
     read_ranks,
     tokenizer_config,
 )
+from k2hybrid.config import MINI_MODEL
 from k2hybrid.errors import CheckpointError
+
+TEMPLATE_NAME = "chat_template.jinja"
 
 # One MoE layer of K2 with its attention, shared expert and weight_shape tensors has 9,808,554,496 bytes.
 SHARD_BYTES = 9_810_000_000
@@ -96,7 +98,7 @@ def _write_small_files(out: Path, config: Mapping[str, Any], spec: ModelSpec, ra
     _write_json(out / "generation_config.json", {"eos_token_id": eos, "max_length": spec.max_positions})
     _write_json(out / "tokenizer_config.json", tokenizer_config(len(ranks)))
     (out / "tiktoken.model").write_bytes(format_ranks(ranks))
-    (out / "chat_template.jinja").write_text(CHAT_TEMPLATE, encoding="utf-8")
+    shutil.copyfile(MINI_MODEL / TEMPLATE_NAME, out / TEMPLATE_NAME)  # renders what the published one does
 
 
 def _write_shards(
