@@ -1,0 +1,166 @@
+"""`k2hybrid bench [MODEL]`: prefill and decode tokens per second, and who read how many bytes in that time.
+
+The limit is the machine's measured read bandwidth: a decode step cannot be faster than the weights it reads.
+Prefill is bound by arithmetic as soon as many rows share a weight; its share of the bandwidth says only that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from k2hybrid.bench.report import Row, conditions, print_report, write_json
+from k2hybrid.bench.roles import RecordingExperts, RecordingMachine, Tally
+from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
+from k2hybrid.checkpoint.loader import open_checkpoint
+from k2hybrid.checkpoint.spec import read_spec
+from k2hybrid.config import MINI_MODEL
+from k2hybrid.errors import K2Error
+from k2hybrid.experts.dispatch import Dispatcher
+from k2hybrid.experts.store import ExpertStore
+from k2hybrid.hardware.bandwidth import Bandwidth, measure
+from k2hybrid.hardware.memory import MemoryUse
+from k2hybrid.model.batch import Batch, Span
+from k2hybrid.model.kimi import Kimi
+from k2hybrid.native import Machine
+
+MAX_ROWS = 512
+
+
+class Bench:
+    """A model with its multiplications and hand-offs timed."""
+
+    def __init__(self, model: Path, machine: Machine, context_tokens: int) -> None:
+        start = time.perf_counter()
+        spec = read_spec(model)
+        store = ExpertStore(
+            layers=spec.num_layers,
+            experts=spec.num_experts,
+            hidden=spec.hidden_size,
+            inter=spec.moe_intermediate_size,
+        )
+        self.checkpoint = open_checkpoint(model, store)
+        self.machine = RecordingMachine(machine)
+        self.experts = RecordingExperts(Dispatcher(store, machine, max_rows=MAX_ROWS, top_k=spec.top_k))
+        self.pages = LatentPages(
+            spec.num_layers, -(-context_tokens // PAGE_TOKENS), Bf16Rows(spec.latent_dim)
+        )
+        self.kimi = Kimi(spec, self.checkpoint, self.experts, self.machine, self.pages)
+        self.checkpoint.close_ledger()
+        self.machine.head_address = self.kimi.head.weight.data_ptr()
+        self.table = torch.tensor(self.pages.allocate(self.pages.free_pages))
+        self.spec = spec
+        self.load_seconds = time.perf_counter() - start
+        self._ids = torch.Generator().manual_seed(0)
+
+    def step(self, start: int, count: int) -> float:
+        """Seconds of one pass of `count` new random tokens after `start`, logits of the last one included."""
+        ids = torch.randint(self.spec.vocab_size, (count,), generator=self._ids)
+        span = Span(start, count, self.table)
+        began = time.perf_counter()
+        batch = Batch(ids, torch.arange(start, start + count), (span,), torch.tensor([count - 1]))
+        self.kimi.logits(self.kimi.forward(self.kimi.begin(batch)))
+        return time.perf_counter() - began
+
+    def reset(self) -> None:
+        """Forget what was counted so far."""
+        self.machine.tallies.clear()
+        self.experts.tally = Tally()
+
+    def roles(self) -> dict[str, Tally]:
+        """What was read since `reset`, by role."""
+        return {"experts": self.experts.tally, **{r: self.machine.tallies[r] for r in ("dense", "head")}}
+
+
+def run(model: Path, machine: Machine, bandwidth: Bandwidth, prompt: int, decode: int) -> list[Row]:
+    """Prefill `prompt` tokens (after one pass to warm up), then decode `decode` tokens one by one."""
+    bench = Bench(model, machine, prompt + decode)
+    before = MemoryUse.now()
+    rows: list[Row] = [{"case": "load", "ms": bench.load_seconds * 1e3}]
+    chunks = [(at, min(MAX_ROWS, prompt - at)) for at in range(0, prompt, MAX_ROWS)]
+    for timed in (False, True):
+        bench.reset()
+        seconds = sum(bench.step(at, count) for at, count in chunks)
+        if timed:
+            rows += _rows(f"prefill {prompt}", prompt, [seconds], bench.roles(), bandwidth)
+    bench.reset()
+    steps = [bench.step(prompt + i, 1) for i in range(decode)]
+    rows += _rows(f"decode after {prompt}", 1, steps, bench.roles(), bandwidth)
+    after = MemoryUse.now()
+    rows.append(
+        {
+            "case": "memory",
+            "private_mb": after.private_bytes / 1e6,
+            "mapped_mb": after.mapped_bytes / 1e6,
+            "private_mb_at_load": before.private_bytes / 1e6,
+        }
+    )
+    bench.checkpoint.close()
+    return rows
+
+
+def _rows(
+    case: str, tokens: int, steps: Sequence[float], roles: dict[str, Tally], bandwidth: Bandwidth
+) -> list[Row]:
+    """One row for the whole step (its median), one for each role (mean over the steps)."""
+    median = statistics.median(steps)
+    nbytes = sum(tally.nbytes for tally in roles.values()) / len(steps)
+    rows: list[Row] = [
+        {
+            "case": case,
+            "tokens_s": tokens / median,
+            "ms": median * 1e3,
+            "gb": nbytes / 1e9,
+            "gb_s": nbytes / median / 1e9,
+            "share_of_limit": nbytes / median / 1e9 / bandwidth.gb_s,
+        }
+    ]
+    for role, tally in roles.items():
+        if tally.seconds > 0:
+            gb_s = tally.nbytes / tally.seconds / 1e9
+            rows.append(
+                {
+                    "case": f"{case}: {role}",
+                    "ms": tally.seconds / len(steps) * 1e3,
+                    "gb": tally.nbytes / len(steps) / 1e9,
+                    "gb_s": gb_s,
+                    "share_of_limit": gb_s / bandwidth.gb_s,
+                }
+            )
+    return rows
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's options."""
+    made = argparse.ArgumentParser(prog="k2hybrid bench", description=__doc__)
+    made.add_argument("model", nargs="?", type=Path, default=MINI_MODEL, help="default: the built-in model")
+    made.add_argument("--prompt", type=int, default=512, help="tokens to prefill (default 512)")
+    made.add_argument("--decode", type=int, default=32, help="tokens to decode (default 32)")
+    made.add_argument("--threads", type=int, help="default: one per physical core")
+    made.add_argument("--isa", help="use a lower instruction set than the CPU offers")
+    made.add_argument("--json", type=Path, metavar="FILE", help='write {"conditions": …, "rows": […]}')
+    return made
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmark; 1 if the model cannot be used."""
+    options = parser().parse_args(argv)
+    if min(options.prompt, options.decode) < 1:
+        parser().error("--prompt and --decode must be at least 1")
+    try:
+        machine = Machine(options.threads, options.isa)
+        bandwidth = measure(machine)
+        found = conditions(machine, bandwidth, model=str(options.model), prompt=options.prompt)
+        rows = run(options.model, machine, bandwidth, options.prompt, options.decode)
+    except K2Error as error:
+        print(f"k2hybrid bench: {error}")
+        return 1
+    print_report("tokens per second", found, rows)
+    if options.json:
+        write_json(options.json, found, rows)
+    return 0

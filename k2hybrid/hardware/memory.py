@@ -1,0 +1,23 @@
+"""What this process occupies: private memory against pages that belong to mapped files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryUse:
+    """Bytes in memory now; `mapped_bytes` are the page cache's: shared, and dropped when others need room."""
+
+    private_bytes: int
+    mapped_bytes: int
+
+    @classmethod
+    def now(cls, status: Path = Path("/proc/self/status")) -> MemoryUse:
+        """Read `/proc/self/status`: RssAnon, and RssFile with RssShmem."""
+        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
+        anon, file, shmem = (
+            int(fields.get(name, "0").split()[0]) * 1024 for name in ("RssAnon", "RssFile", "RssShmem")
+        )
+        return cls(anon, file + shmem)
