@@ -6,10 +6,13 @@ TORCH_INDEX ?= https://download.pytorch.org/whl/cpu
 export TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check format bench gpu-check lock dist clean
+.PHONY: help build serve test check format bench gpu-check lock dist clean
 
 help: ## list these targets
 	@grep -E '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/:.*## /\t/' | expand -t 12
+
+build: ## make .venv with everything pinned, and the extension
+	@tools/bootstrap runtime
 
 serve: ## build and serve MODEL (default: the built-in model); ARGS go to the server
 	@tools/bootstrap runtime
