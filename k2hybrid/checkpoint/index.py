@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-from k2hybrid.checkpoint.mapped import MappedShard
+from k2hybrid.checkpoint.mapped import MappedShard, map_shard
 from k2hybrid.checkpoint.strict_json import parse_object, read_bounded, show
 from k2hybrid.errors import ShardIndexError
 from k2hybrid.types import TensorRef
@@ -47,22 +47,24 @@ class ShardIndex:
         self.shards: dict[Path, MappedShard] = {}
         self.problems: dict[str, str] = {}
         for name in names:
-            self._add(MappedShard(model_dir / name), weight_map)
+            self._add(model_dir / name, weight_map)
         for name in weight_map.keys() - self.tensors.keys():
             self.problems[plain(name)] = f"missing; the index places it in {weight_map[name]}"
 
-    def _add(self, shard: MappedShard, weight_map: dict[str, str]) -> None:
-        path, address, tensors = shard.path, shard.address, self.tensors
+    def _add(self, path: Path, weight_map: dict[str, str]) -> None:
+        shard, entries = map_shard(path)
         self.shards[path] = shard
-        for name, dtype, shape, offset, nbytes in shard.entries:
+        address, file, tensors, problems = shard.address, path.name, self.tensors, self.problems
+        for name, dtype, shape, offset, nbytes in entries:
             listed = weight_map.get(name)
             if name in tensors:
-                self.problems[plain(name)] = f"duplicated, in {tensors[name].path.name} and {path.name}"
-            elif listed is None:
-                self.problems[plain(name)] = f"extra; in {path.name}, but not in the index"
-            elif listed != path.name:
-                self.problems[plain(name)] = f"the index places it in {listed}, but it is in {path.name}"
-            tensors.setdefault(name, TensorRef(name, path, offset, nbytes, dtype, shape, address + offset))
+                problems[plain(name)] = f"duplicated, in {tensors[name].path.name} and {file}"
+                continue
+            if listed is None:
+                problems[plain(name)] = f"extra; in {file}, but not in the index"
+            elif listed != file:
+                problems[plain(name)] = f"the index places it in {listed}, but it is in {file}"
+            tensors[name] = TensorRef(name, path, offset, nbytes, dtype, shape, address + offset)
 
 
 def plain(name: str) -> str:
