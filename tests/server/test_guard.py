@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import httpx
 import openai
 import pytest
 
-from k2hybrid.errors import ConfigError
 from k2hybrid.server.app import Settings
 from k2hybrid.server.guard import host_name
-from k2hybrid.server.options import read_api_keys
 from k2hybrid.server.process import hosts_for
 from k2hybrid.types import Content
 from tests.server.conftest import Served, serving
@@ -131,18 +128,3 @@ def test_host_header_forms() -> None:
     assert host_name("A.b:80") == "a.b"
     assert host_name("[::1]:80") == "[::1]"
     assert host_name("[::1") == ""
-
-
-def test_key_files(tmp_path: Path) -> None:
-    path = tmp_path / "keys"
-    path.write_text("# mine\n\n one \ntwo\n")
-    assert read_api_keys(path) == ("one", "two")
-    assert read_api_keys(None) == ()
-    path.write_text("# none\n")
-    with pytest.raises(ConfigError, match="holds no key"):
-        read_api_keys(path)
-    path.write_text("schlüssel\n")
-    with pytest.raises(ConfigError, match="ASCII"):
-        read_api_keys(path)
-    with pytest.raises(ConfigError, match="cannot read"):
-        read_api_keys(tmp_path / "missing")

@@ -90,8 +90,8 @@ def test_every_sampling_field_arrives() -> None:
 def test_null_means_default() -> None:
     names = (
         "temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty logit_bias "
-        "logprobs top_logprobs max_tokens max_completion_tokens stop tools tool_choice n stream stream_options "
-        "response_format"
+        "logprobs top_logprobs max_tokens max_completion_tokens stop tools tool_choice n stream "
+        "stream_options response_format"
     )
     assert parse_chat({"messages": [USER], **dict.fromkeys(names.split())}) == parse_chat(
         {"messages": [USER]}

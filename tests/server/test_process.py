@@ -1,0 +1,150 @@
+"""The server as a process: what it prints, how it refuses to start, how it ends. On a tiny random model."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import pytest
+
+from k2hybrid.checkpoint.synth import synthesize
+
+TINY = {
+    "layers": 2,
+    "experts": 4,
+    "top_k": 2,
+    "hidden": 64,
+    "heads": 2,
+    "intermediate": 64,
+    "moe_intermediate": 32,
+    "vocab_size": 600,
+    "q_lora": 32,
+    "kv_lora": 32,
+    "nope": 32,
+    "rope": 16,
+    "v_head": 32,
+    "positions": 4096,
+}
+START_S = 120
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "model"
+    synthesize(out, overrides=TINY)
+    return out
+
+
+def command(*argv: object) -> list[str]:
+    return [sys.executable, "-m", "k2hybrid.server", "--latent-gb", "0.01", "--threads", "1", *map(str, argv)]
+
+
+@contextmanager
+def started(*argv: object) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
+    """A server process that has said where it listens: (process, url, lines printed until then)."""
+    process = subprocess.Popen(
+        command("--port", 0, *argv),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=dict(os.environ),
+    )
+    try:
+        lines = []
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.append(line.rstrip())
+            if match := re.fullmatch(r"Listening on (http://127\.0\.0\.1:\d+)", lines[-1]):
+                yield process, match[1], lines
+                return
+        assert process.stderr is not None
+        pytest.fail(f"it ended with {process.wait()}: {process.stderr.read()}")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_says_where_it_listens_answers_and_ends_on_a_signal(tiny_model: Path, number: int) -> None:
+    with started("--model", tiny_model, "--served-model-name", "tiny") as (process, url, lines):
+        table = dict(line.split(None, 1) for line in lines[:-1])
+        assert table["model"] == str(tiny_model)
+        assert table["device"] == "cpu"
+        assert httpx.get(f"{url}/health").json()["model"] == "tiny"
+        answer = httpx.post(
+            f"{url}/v1/chat/completions",
+            json={"messages": [{"role": "user", "content": "hi"}], "max_tokens": 4},
+            timeout=60,
+        )
+        assert answer.status_code == 200
+        assert answer.json()["usage"]["completion_tokens"] <= 4
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0
+        assert "Traceback" not in errors
+
+
+def test_a_signal_in_the_middle_of_an_answer_ends_it_within_the_grace_period(tiny_model: Path) -> None:
+    with (
+        started("--model", tiny_model) as (process, url, _),
+        httpx.Client(timeout=60) as client,
+        client.stream(
+            "POST",
+            f"{url}/v1/chat/completions",
+            json={
+                "messages": [{"role": "user", "content": "hi"}],
+                "stream": True,
+                "logit_bias": {
+                    str(token): -100 for token in range(344, 600)
+                },  # no control token: it never ends
+            },
+        ) as response,
+    ):
+        next(response.iter_text())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+
+
+def refused(*argv: object) -> tuple[int, str]:
+    done = subprocess.run(command(*argv), capture_output=True, text=True, timeout=START_S)
+    assert "Traceback" not in done.stderr
+    assert "Listening" not in done.stdout
+    return done.returncode, done.stderr
+
+
+def test_a_port_in_use_is_one_line(tiny_model: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, error = refused("--model", tiny_model, "--port", port)
+    assert code == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in error
+    assert "--port" in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("argv", "code", "said"),
+    [
+        (["--model", "/nonexistent"], 1, "/nonexistent"),
+        (["--host", "no.such.host.invalid"], 1, "no.such.host.invalid"),
+        (["--device", "cuda"], 1, "cuda"),
+        (["--isa", "mmx"], 1, "mmx"),
+        (["--api-key-file", "/nonexistent"], 1, "/nonexistent"),
+        (["--modle", "x"], 2, "--model"),
+    ],
+)
+def test_what_cannot_work_is_one_line(argv: list[str], code: int, said: str) -> None:
+    got, error = refused("--port", 0, *argv)
+    assert got == code
+    assert said in error
+    assert error.count("\n") == 1
