@@ -65,7 +65,7 @@ def test_flipped_bits_of_the_file(target: Any) -> None:
 
 def test_every_truncation(target: Any) -> None:
     content = target.shard.read_bytes()
-    header, data = target.split()
+    header, _ = target.split()
     start = 8 + len(header)
     lengths = {
         *range(0, start, 7),
