@@ -84,4 +84,4 @@ def _same(value: Any, one: Any) -> bool:
 
 
 def _listed(values: Sequence[Any]) -> str:
-    return ", ".join("null" if value is None else show(value) for value in values)
+    return ", ".join(map(show, values))

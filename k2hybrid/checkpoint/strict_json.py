@@ -17,6 +17,8 @@ _SHORT.maxstring = _SHORT.maxother = 80
 
 def show(value: object) -> str:
     """`value` for an error message: one line, bounded in length and depth, control characters escaped."""
+    if value is None or type(value) is bool:
+        return json.dumps(value)
     if type(value) is int and value.bit_length() > 256:
         return f"an integer of {value.bit_length()} bits"
     return _SHORT.repr(value)
