@@ -106,7 +106,7 @@ class LatentPages:
         """Take `n` free pages, each held once. Raises CapacityError, and takes none, if there are fewer."""
         if n > len(self._free):
             raise CapacityError(
-                f"{n} latent pages of {PAGE_TOKENS} tokens are needed, {len(self._free)} of {self.pages} are free; "
+                f"{n} latent pages are wanted and {len(self._free)} of {self.pages} are free; "
                 "wait for a sequence to end, or raise latent_bytes"
             )
         taken = [heapq.heappop(self._free) for _ in range(n)]

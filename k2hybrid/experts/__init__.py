@@ -1,1 +1,1 @@
-"""The routed INT4 experts: where they lie, how they are asked, and the reference they are checked against. Layer 2."""
+"""The routed INT4 experts: where they lie, how they are asked, and their reference. Layer 2."""

@@ -1,4 +1,4 @@
-"""The routed experts in plain torch, from dequantized weights: the oracle for kernels, and the fp32 test dtype.
+"""The routed experts in plain torch, from dequantized weights: an oracle, and the fp32 test dtype.
 
 It keeps the contract of the real hand-off: rows go to their experts, −1 is padding, the sum runs in ascending
 expert id in fp32, and in bf16 the SwiGLU output is rounded to bf16 once, between the halves.
@@ -15,7 +15,6 @@ import torch.nn.functional as F
 from k2hybrid.checkpoint.int4 import dequantize
 from k2hybrid.errors import EngineError
 from k2hybrid.types import ExpertRef, Int4Ref, TensorRef, TicketStats
-
 
 NO_COST = TicketStats(bytes_read=0, misses=0, wait_ms=0.0, busy_ms=0.0)
 
@@ -35,8 +34,8 @@ class ReferenceTicket:
 class ReferenceExperts:
     """An `ExpertSink` and the `RoutedExperts` over what it was given. The refs' bytes must stay mapped.
 
-    dtype bfloat16: bf16 activations times fp32 weights (nibble − 8) · scale, the SwiGLU output rounded to bf16.
-    float32: nothing is rounded.
+    dtype bfloat16: bf16 activations times fp32 weights (nibble − 8) · scale, and the SwiGLU output is rounded
+    to bf16. float32: nothing is rounded.
     """
 
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:

@@ -19,7 +19,7 @@ import torch
 if TYPE_CHECKING:
     from k2hybrid.cache.pages import LatentPages
     from k2hybrid.model.batch import Span
-    from k2hybrid.model.layers import Linear
+    from k2hybrid.model.layers import Linear, LinearKernels
 
 # Both together, with a pass's own activations at 512 rows of Kimi-K2 (about 100 MB), stay below 512 MB.
 BLOCK_BYTES = 192 << 20
@@ -116,59 +116,62 @@ def _hide_later(scores: torch.Tensor, first_query: int, block_start: int) -> Non
 
 
 def absorbed(
-    q_latent: torch.Tensor, q_rope: torch.Tensor, context: Context, sizes: AttentionSizes
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    context: Context,
+    sizes: AttentionSizes,
+    kernels: LinearKernels,
 ) -> torch.Tensor:
-    """q_latent [n, heads, latent], q_rope [n, heads, rope] in the model's dtype -> fp32 [n, heads, latent]."""
+    """q_latent [n, heads, latent], q_rope [n, heads, rope], both bf16 or fp32 -> fp32 [n, heads, latent]."""
     span, heads, width = context.span, sizes.heads, sizes.latent + sizes.rope
-    # A query lives as fp32 query and output, and as what one block adds to the output.
-    tile = tile_rows(heads * (width + 2 * sizes.latent) * 4)
+    dtype = q_latent.dtype
+    # A query lives as itself, as its fp32 output, and as what one block adds to that.
+    tile = tile_rows(heads * (width * dtype.itemsize + 2 * sizes.latent * 4))
     outs = []
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
-        q = torch.cat((q_latent[first:last], q_rope[first:last]), dim=-1).float().mul_(sizes.scale)
-        q = q.view(1, -1, width)
         queries, end = last - first, span.start + last
-        # Per context row: gathered (at most 4 B a value), fp32, and one score and one mask byte a query.
-        step = block_rows(width * 8 + queries * (heads * 4 + 1))
+        q = torch.cat((q_latent[first:last], q_rope[first:last]), dim=-1).view(-1, width)
+        # Per context row: gathered, its latent in fp32, a score a query and head, a mask byte a query.
+        step = block_rows((width + sizes.latent) * 4 + queries * (heads * 4 + 1))
         softmax = _RunningSoftmax()
         for start in range(0, end, step):
-            rows = context.rows(start, min(start + step, end)).float()
-            scores = q @ rows.T
-            by_query = scores.view(queries, heads, -1).transpose(0, 1)
-            _hide_later(by_query, span.start + first, start)
-            softmax.add(scores, rows[None, :, : sizes.latent])
+            rows = context.rows(start, min(start + step, end)).to(dtype)
+            scores = kernels.linear(q, rows).mul_(sizes.scale)
+            _hide_later(scores.view(queries, heads, -1).transpose(0, 1), span.start + first, start)
+            softmax.add(scores[None], rows[None, :, : sizes.latent].float())
         outs.append(softmax.result().view(queries, heads, sizes.latent))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
 
 def expanded(
-    q: torch.Tensor, context: Context, sizes: AttentionSizes, kv_b: Linear, dtype: torch.dtype
+    q: torch.Tensor, context: Context, sizes: AttentionSizes, kernels: LinearKernels, kv_b: Linear
 ) -> torch.Tensor:
-    """q [n, heads, nope + rope] in the model's dtype -> fp32 [n, heads, value]."""
-    span, heads, nope = context.span, sizes.heads, sizes.nope
+    """q [n, heads, nope + rope] in the model's dtype -> fp32 [n, heads, value].
+
+    Keys and values are rounded to that dtype, like every other activation that enters a product.
+    """
+    span, heads, nope, dtype = context.span, sizes.heads, sizes.nope, q.dtype
     key, pair = nope + sizes.rope, nope + sizes.value
-    tile = tile_rows(heads * (key + 2 * sizes.value) * 4)
+    tile = tile_rows(heads * 2 * sizes.value * 4)
     outs = []
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
-        by_head = q[first:last].transpose(0, 1).float().mul_(sizes.scale)
         queries, end = last - first, span.start + last
-        # Per context row: gathered rows; kv_b's fp32 output and its rounding; fp32 keys and values; a score a
-        # query and head; a mask byte a query.
-        per_head = pair * (4 + dtype.itemsize) + (key + sizes.value) * 4 + queries * 4
+        # Per context row: gathered; for every head kv_b's fp32 output and its rounding, a key, an fp32 value
+        # and a score a query; a mask byte a query.
+        per_head = pair * (4 + dtype.itemsize) + key * dtype.itemsize + sizes.value * 4 + queries * 4
         step = block_rows((sizes.latent + sizes.rope) * 4 + heads * per_head + queries)
         softmax = _RunningSoftmax()
         for start in range(0, end, step):
-            rows = context.rows(start, min(start + step, end))
-            n = rows.shape[0]
-            # The products read keys and values as the model's dtype has them, like every other activation.
-            both = kv_b(rows[:, : sizes.latent].to(dtype)).to(dtype).view(n, heads, pair).transpose(0, 1)
-            keys = torch.empty((heads, n, key), dtype=torch.float32, device=q.device)
-            keys[..., :nope] = both[..., :nope]
-            keys[..., nope:] = rows[:, sizes.latent :]
-            values = both[..., nope:].float()
+            rows = context.rows(start, min(start + step, end)).to(dtype)
+            both = kv_b(rows[:, : sizes.latent]).to(dtype).view(-1, heads, pair)
+            keys = torch.cat((both[..., :nope], rows[:, None, sizes.latent :].expand(-1, heads, -1)), dim=-1)
+            values = both[..., nope:].transpose(0, 1).float()
             del both
-            scores = by_head @ keys.transpose(1, 2)
+            scores = (
+                kernels.head_linear(q[first:last], keys.transpose(0, 1)).mul_(sizes.scale).transpose(0, 1)
+            )
             del keys
             _hide_later(scores, span.start + first, start)
             softmax.add(scores, values)

@@ -85,7 +85,7 @@ class Kimi:
     ) -> None:
         if pages.format.latent_dim != spec.latent_dim:
             raise ConfigError(
-                f"latent pages hold {pages.format.latent_dim} values a row; this model needs {spec.latent_dim}"
+                f"latent pages hold {pages.format.latent_dim} values a row; the model needs {spec.latent_dim}"
             )
         if dtype not in (torch.bfloat16, torch.float32):
             raise ConfigError(f"activations can be bfloat16 (or float32, in tests), not {dtype}")

@@ -1,4 +1,4 @@
-"""Multi-head latent attention: projections around the attention core, and the latent rows it leaves in the pages.
+"""Multi-head latent attention: projections around the attention core, and the rows it leaves in the pages.
 
 Source: DeepSeek-V2 (arXiv 2405.04434, §2.1). Layouts as published: q_b rows per head [nope | rope]; kv_a rows
 [latent | k_rope], where the norm covers the latent only and k_rope is shared by all heads; kv_b rows per head
@@ -73,6 +73,7 @@ class MLA:
     ) -> None:
         self.layer = layer
         self.sizes = sizes
+        self.kernels = kernels
         self.pages = pages
         self.dtype = dtype
         if spec.q_lora_rank is None:
@@ -99,9 +100,8 @@ class MLA:
         q = q.view(tokens, heads, sizes.nope + sizes.rope)
         latent, k_rope = self.compress(x)
         # The key's rotary part is rotated as one more head.
-        rotary = rotate(torch.cat((q[..., sizes.nope :], k_rope[:, None]), dim=1), plan.rotation).to(
-            self.dtype
-        )
+        rotary = rotate(torch.cat((q[..., sizes.nope :], k_rope[:, None]), dim=1), plan.rotation)
+        rotary = rotary.to(self.dtype)
         q_nope, q_rope = q[..., : sizes.nope].to(self.dtype), rotary[:, :heads]
         self.pages.put(self.layer, plan.slots, torch.cat((latent, rotary[:, heads]), dim=-1))
         out = torch.empty((tokens, heads, sizes.value), dtype=self.dtype, device=x.device)
@@ -110,11 +110,11 @@ class MLA:
         rows = plan.batch.row_slices()
         for i in plan.expanded:
             q_span = torch.cat((q_nope[rows[i]], q_rope[rows[i]]), dim=-1)
-            out[rows[i]] = attention.expanded(q_span, self._context(plan, i), sizes, self.kv_b, self.dtype)
+            out[rows[i]] = attention.expanded(q_span, self._context(plan, i), sizes, self.kernels, self.kv_b)
         return self.o(out.view(tokens, -1))
 
     def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [T, hidden] -> normed latent [T, latent] in the model's dtype, unrotated k_rope fp32 [T, rope]."""
+        """x [T, hidden] -> normed latent [T, latent] in the model's dtype, unrotated k_rope fp32."""
         kv = self.kv_a(x)
         return self.latent_norm(kv[:, : self.sizes.latent]), kv[:, self.sizes.latent :]
 
@@ -130,7 +130,7 @@ class MLA:
         for i, span_rows in zip(plan.absorbed, rows, strict=True):
             last = first + span_rows.stop - span_rows.start
             mixed[first:last] = attention.absorbed(
-                q_latent[first:last], q_rope[span_rows], self._context(plan, i), self.sizes
+                q_latent[first:last], q_rope[span_rows], self._context(plan, i), self.sizes, self.kernels
             )
             first = last
         values = self.latent_to_value(mixed)

@@ -15,13 +15,13 @@ from k2hybrid.checkpoint.spec import ModelSpec, Yarn
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
-    """How much attention is sharpened for a context `factor` times the original: 0.1 · mscale · ln(factor) + 1."""
+    """How much attention is sharpened for `factor` times the context: 0.1 · mscale · ln(factor) + 1."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1.0 else 1.0
 
 
 def softmax_scale(spec: ModelSpec) -> float:
-    """What scores are multiplied with: qk_head_dim^-1/2, times the squared YaRN mscale over all dimensions."""
-    scale = spec.qk_head_dim**-0.5
+    """What scores are multiplied with: qk_head_dim^-1/2, times the squared mscale of all dimensions."""
+    scale = 1.0 / math.sqrt(spec.qk_head_dim)
     if spec.yarn is not None and spec.yarn.mscale_all_dim:
         scale *= yarn_mscale(spec.yarn.factor, spec.yarn.mscale_all_dim) ** 2
     return scale

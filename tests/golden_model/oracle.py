@@ -1,4 +1,4 @@
-"""transformers' DeepseekV3ForCausalLM on a tiny checkpoint, its experts unpacked by compressed-tensors, in fp32."""
+"""transformers' DeepseekV3ForCausalLM in fp32 on a tiny checkpoint unpacked by compressed-tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ INT4 = QuantizationArgs(
 
 @dataclass(frozen=True, slots=True)
 class OracleRun:
-    """logits fp32 [T, vocab]; per MoE layer, in order: biased scores [T, experts], ids [T, k], weights [T, k]."""
+    """logits fp32 [T, vocab]; of each MoE layer: biased scores [T, experts], ids and weights [T, k]."""
 
     logits: torch.Tensor
     biased: list[torch.Tensor]
@@ -28,7 +28,7 @@ class OracleRun:
     weights: list[torch.Tensor]
 
 
-def oracle_config(checkpoint: TinyCheckpoint) -> DeepseekV3Config:
+def oracle_config(checkpoint: TinyCheckpoint) -> Any:
     """The published values under transformers' names: rope in one table, no prediction of further tokens."""
     values: dict[str, Any] = dict(checkpoint.config)
     for name in ("architectures", "model_type", "quantization_config", "dtype", "moe_layer_freq"):
@@ -41,20 +41,15 @@ def oracle_config(checkpoint: TinyCheckpoint) -> DeepseekV3Config:
         "rope_theta": values.pop("rope_theta"),
     }
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
-    return DeepseekV3Config(
-        **values,
-        rope_parameters=rope,
-        num_nextn_predict_layers=0,
-        rope_interleave=True,
-        attn_implementation="eager",
-        experts_implementation="eager",
-    )
+    values |= {"rope_parameters": rope, "rope_interleave": True, "num_nextn_predict_layers": 0}
+    return DeepseekV3Config(**values, attn_implementation="eager", experts_implementation="eager")
 
 
-def oracle_model(checkpoint: TinyCheckpoint) -> DeepseekV3ForCausalLM:
-    """fp32, from the same tensors; experts are nibble · scale in fp32, as transformers' stacked 3-D weights."""
+def oracle_model(checkpoint: TinyCheckpoint) -> Any:
+    """fp32, from the same tensors; experts are nibble · scale in fp32, stacked to 3-D weights."""
     spec = checkpoint.spec
-    model = DeepseekV3ForCausalLM(oracle_config(checkpoint)).float().eval()
+    model: Any = DeepseekV3ForCausalLM(oracle_config(checkpoint))
+    model = model.float().eval()
     state = {
         name: tensor.float() for name, tensor in checkpoint.tensors.items() if ".mlp.experts." not in name
     }
@@ -74,7 +69,8 @@ def _expert(checkpoint: TinyCheckpoint, name: str) -> torch.Tensor:
     packed = checkpoint.tensors[f"{name}.weight_packed"]
     scale = checkpoint.tensors[f"{name}.weight_scale"].float()
     q = unpack_from_int32(packed, 4, torch.Size((packed.shape[0], packed.shape[1] * 8)))
-    return dequantize(q, scale, args=INT4).float()
+    weight: torch.Tensor = dequantize(q, scale, args=INT4)
+    return weight.float()
 
 
 @torch.no_grad()

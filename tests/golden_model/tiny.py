@@ -1,4 +1,4 @@
-"""Tiny random models in the published layout, in memory: for ours, and for transformers' DeepseekV3ForCausalLM."""
+"""Tiny random models in the published layout, in memory: what ours and the oracle are built from."""
 
 from __future__ import annotations
 
@@ -10,17 +10,20 @@ from typing import Any
 
 import torch
 
-from k2hybrid.cache.pages import Bf16Rows, Fp32Rows, LatentPages
+from k2hybrid.cache.pages import Bf16Rows, Fp32Rows, LatentPages, RowFormat
 from k2hybrid.checkpoint import int4
 from k2hybrid.checkpoint.names import expected_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.experts.reference import ReferenceExperts
 from k2hybrid.model.batch import Batch, Span
-from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef
+from k2hybrid.model.kimi import Kimi
+from k2hybrid.model.layers import LinearKernels, TorchLinears
+from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, RoutedExperts, TensorRef, Ticket
 
 YARN = {
     "type": "yarn",
     "factor": 64.0,
-    "original_max_position_embeddings": 64,
+    "original_max_position_embeddings": 4096,
     "beta_fast": 1.0,
     "beta_slow": 1.0,
     "mscale": 1.0,
@@ -46,7 +49,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "routed_scaling_factor": 1.5,
     },
     "beta_fast_32_odd_sizes": {
-        "rope_scaling": {**YARN, "beta_fast": 32.0, "factor": 8.0},
+        "rope_scaling": {**YARN, "beta_fast": 32.0, "factor": 8.0, "original_max_position_embeddings": 64},
         "hidden_size": 96,
         "num_attention_heads": 5,
         "n_routed_experts": 13,
@@ -61,7 +64,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "vocab_size": 101,
     },
     "mscales_differ_all_moe": {
-        "rope_scaling": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.707, "beta_fast": 4.0},
+        "rope_scaling": {**YARN, "mscale_all_dim": 0.707, "beta_fast": 4.0},
         "first_k_dense_replace": 0,
         "num_hidden_layers": 2,
         "num_experts_per_tok": 1,
@@ -90,7 +93,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "first_k_dense_replace": 1,
         "n_routed_experts": 31,
         "num_experts_per_tok": 8,
-        "rope_scaling": {**YARN, "beta_fast": 32.0, "original_max_position_embeddings": 4096},
+        "rope_scaling": {**YARN, "beta_fast": 32.0},
         "rope_theta": 1e6,
     },
 }
@@ -199,8 +202,8 @@ class TinyCheckpoint:
 def tiny_checkpoint(name: str, seed: int = 1) -> TinyCheckpoint:
     """The random model of `CONFIGS[name]`.
 
-    Activations stay near 1 and softmax, router and correction bias all matter, so that no part of the graph is
-    invisible in the logits.
+    Activations stay near 1 and softmax, router and correction bias all matter, so that no part of the graph
+    is invisible in the logits.
     """
     values = config(**CONFIGS[name])
     spec = ModelSpec.from_config(values)
@@ -223,7 +226,7 @@ def tiny_checkpoint(name: str, seed: int = 1) -> TinyCheckpoint:
         elif role.endswith("norm"):
             tensor = 1 + 0.2 * normal(*shape)
         elif role == "router_bias":
-            tensor = 0.15 * normal(*shape)
+            tensor = 0.3 * normal(*shape)
         elif role == "embed_tokens":
             tensor = normal(*shape)
         else:
@@ -235,10 +238,64 @@ def tiny_checkpoint(name: str, seed: int = 1) -> TinyCheckpoint:
     return TinyCheckpoint(values, spec, tensors, keys)
 
 
-def latent_pages(spec: ModelSpec, tokens: int, dtype: torch.dtype) -> LatentPages:
-    """Pages for `tokens` tokens, and as many again."""
-    rows = Fp32Rows(spec.latent_dim) if dtype == torch.float32 else Bf16Rows(spec.latent_dim)
-    return LatentPages(spec.num_layers, 2 * -(-tokens // LatentPages.PAGE_TOKENS), rows)
+class RecordingExperts:
+    """Passes on to other experts and keeps what was asked: ids and weights of each call."""
+
+    def __init__(self, inner: RoutedExperts) -> None:
+        self.inner = inner
+        self.ids: list[torch.Tensor] = []
+        self.weights: list[torch.Tensor] = []
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
+        """`types.RoutedExperts`."""
+        self.ids.append(ids.clone())
+        self.weights.append(weights.clone())
+        return self.inner.submit(layer, x, ids, weights)
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """A model over a tiny checkpoint, with pages of its own."""
+
+    model: Kimi
+    pages: LatentPages
+    experts: RecordingExperts
+
+    def table(self, tokens: int) -> torch.Tensor:
+        """A page table for a new sequence of `tokens` tokens."""
+        return torch.tensor(self.pages.allocate(-(-tokens // LatentPages.PAGE_TOKENS)))
+
+    def run(self, batch: Batch) -> torch.Tensor:
+        """All layers; fp32 logits of the rows asked for."""
+        return self.model.logits(self.model.forward(self.model.begin(batch)))
+
+    def prefill(self, ids: torch.Tensor, sizes: list[int] | None = None) -> torch.Tensor:
+        """One new sequence in chunks of `sizes` (default: at once); logits of every row, fp32 [T, vocab]."""
+        table = self.table(len(ids))
+        pieces = chunks(ids, sizes or [len(ids)])
+        return torch.cat([self.run(batch_of([(piece, start, table)])) for piece, start in pieces])
+
+
+def tiny_model(
+    checkpoint: TinyCheckpoint,
+    dtype: torch.dtype,
+    *,
+    kernels: LinearKernels | None = None,
+    experts: RoutedExperts | None = None,
+    rows: RowFormat | None = None,
+    page_count: int = 64,
+) -> TinyModel:
+    """Built from torch products and reference experts unless others are given."""
+    spec = checkpoint.spec
+    if experts is None:
+        experts = ReferenceExperts(dtype)
+        checkpoint.fill(experts)
+    if rows is None:
+        rows = Fp32Rows(spec.latent_dim) if dtype == torch.float32 else Bf16Rows(spec.latent_dim)
+    pages = LatentPages(spec.num_layers, page_count, rows)
+    recording = RecordingExperts(experts)
+    model = Kimi(spec, checkpoint, recording, kernels or TorchLinears(), pages, dtype=dtype)
+    return TinyModel(model, pages, recording)
 
 
 def batch_of(sequences: list[tuple[torch.Tensor, int, torch.Tensor]]) -> Batch:

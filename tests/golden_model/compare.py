@@ -1,0 +1,135 @@
+"""One comparison of our model with the oracle, by dtype: the tests and the planted faults use the same."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.model import router
+from tests.golden_model.noise import SAFETY, disturbed_model
+from tests.golden_model.oracle import OracleRun, run_oracle
+from tests.golden_model.tiny import TinyCheckpoint, TinyModel, random_ids, tiny_checkpoint, tiny_model
+
+TOKENS = 90  # over a page, and more new tokens than either form's share of the threshold
+FP32_BOUND = 1e-4
+DRAWS = 4
+
+
+@functools.cache
+def checkpoint(name: str) -> TinyCheckpoint:
+    """The random model of a configuration, made once."""
+    return tiny_checkpoint(name)
+
+
+@functools.cache
+def prompt(name: str) -> torch.Tensor:
+    """Its token ids."""
+    return random_ids(checkpoint(name).spec, TOKENS)
+
+
+@functools.cache
+def oracle(name: str) -> OracleRun:
+    """What transformers makes of it."""
+    return run_oracle(checkpoint(name), prompt(name))
+
+
+def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """‖ours − reference‖ / ‖reference‖ over all rows."""
+    return ((ours - reference).norm() / reference.norm()).item()
+
+
+def largest_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
+    """max |ours − reference| / max |reference|; a NaN counts as infinite."""
+    error = ((ours - reference).abs().max() / reference.abs().max()).item()
+    return math.inf if math.isnan(error) else error
+
+
+def same_experts(ids: list[torch.Tensor], reference: list[torch.Tensor]) -> bool:
+    """Whether every row of every layer chose the same set."""
+    return len(ids) == len(reference) and all(
+        torch.equal(a.long().sort().values, b.sort().values) for a, b in zip(ids, reference, strict=True)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class ForcedRun:
+    """A prefill whose rows were sent to the oracle's experts; what each MoE layer would have chosen itself."""
+
+    logits: torch.Tensor
+    biased: list[torch.Tensor]
+    own_ids: list[torch.Tensor]
+
+
+def run_forced(model: TinyModel, name: str, prefill: Callable[[TinyModel], torch.Tensor]) -> ForcedRun:
+    """`prefill` of `prompt(name)` at once, with the oracle's choice of experts in every layer."""
+    forced = iter(oracle(name).ids)
+    run = ForcedRun(torch.empty(0), [], [])
+    choose = router.choose
+
+    def forced_choose(scores: torch.Tensor, bias: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
+        run.biased.append(scores + bias)
+        run.own_ids.append(choose(scores, bias, spec))
+        return next(forced)
+
+    with mock.patch.object(router, "choose", forced_choose):
+        return ForcedRun(prefill(model), run.biased, run.own_ids)
+
+
+def prefill_at_once(name: str) -> Callable[[TinyModel], torch.Tensor]:
+    """All of the prompt in one pass."""
+    return lambda model: model.prefill(prompt(name))
+
+
+@dataclass(frozen=True, slots=True)
+class Bf16Bound:
+    """SAFETY times the root mean square over random draws: relative error of logits; error of router scores."""
+
+    logits: float
+    scores: float
+
+
+@functools.cache
+def bf16_bound(name: str) -> Bf16Bound:
+    """The bound of docs/numerics.md for one configuration."""
+    reference = oracle(name)
+    runs = [
+        run_forced(disturbed_model(checkpoint(name), seed), name, prefill_at_once(name))
+        for seed in range(DRAWS)
+    ]
+
+    def rms(values: list[float]) -> float:
+        return math.sqrt(sum(v * v for v in values) / len(values))
+
+    return Bf16Bound(
+        SAFETY * rms([relative_error(run.logits, reference.logits) for run in runs]),
+        SAFETY * rms([score_error(run, reference) for run in runs]),
+    )
+
+
+def score_error(run: ForcedRun, reference: OracleRun) -> float:
+    """Root mean square error of the router's biased scores over all layers; 0 without MoE layers."""
+    if not reference.biased:
+        return 0.0
+    return (torch.cat(run.biased) - torch.cat(reference.biased)).square().mean().sqrt().item()
+
+
+def fp32_error(name: str) -> float:
+    """Largest relative error in fp32; infinite where other experts were chosen."""
+    model = tiny_model(checkpoint(name), torch.float32)
+    logits = model.prefill(prompt(name))
+    if not same_experts(model.experts.ids, oracle(name).ids):
+        return math.inf
+    return largest_error(logits, oracle(name).logits)
+
+
+def bf16_error(name: str, model: TinyModel | None = None) -> float:
+    """Relative error in bf16 as a share of the bound; the experts are the oracle's."""
+    model = model or tiny_model(checkpoint(name), torch.bfloat16)
+    run = run_forced(model, name, prefill_at_once(name))
+    return relative_error(run.logits, oracle(name).logits) / bf16_bound(name).logits
