@@ -7,6 +7,7 @@ tokenize: /tokenize and /detokenize
 guard: host check, API key, request ids, the last exception handler
 body, fields: hostile JSON → checked values
 failures: which error becomes which status, one table
+live: the answers being generated now
 sse: event streams with keep-alive, and noticing that a client has gone
 options, process, __main__: command line, socket, signals
 """

@@ -39,13 +39,15 @@ def serve(args: argparse.Namespace) -> int:
         # Heavy imports only now, so that a wrong option is told at once.
         from k2hybrid.runtime import load
         from k2hybrid.server.app import Settings, create_app
+        from k2hybrid.server.live import LiveRuns
         from k2hybrid.server.process import bind, hosts_for, print_table, run
 
         # The port first: it can be wrong in milliseconds, the model only in seconds or minutes.
         with bind(args.host, args.port) as listener, load(model_path(args), **runtime_options(args)) as model:
             print_table(model.config.table())
             settings = Settings(args.served_model_name, keys, hosts_for(args.host))
-            run(create_app(model, settings), listener)
+            live = LiveRuns()
+            run(create_app(model, settings, live), listener, live.end_all)
     except (K2Error, OSError) as error:
         return fail(program, error)
     except KeyboardInterrupt:

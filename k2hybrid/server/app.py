@@ -16,6 +16,7 @@ from k2hybrid.errors import K2Error
 from k2hybrid.hardware.doctor import package_version
 from k2hybrid.server.failures import HttpError, classify, failure_response, json_response
 from k2hybrid.server.guard import LOOPBACK_HOSTS, ApiKeys, Guard, log_unexpected, request_id
+from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.openai import OpenAI
 from k2hybrid.server.served import ServedModel
 from k2hybrid.server.sse import ClientGone
@@ -31,11 +32,11 @@ class Settings:
     hosts: Collection[str] | None = LOOPBACK_HOSTS
 
 
-def create_app(model: ServedModel, settings: Settings | None = None) -> ASGIApp:
-    """The ASGI application that serves `model`. It keeps no state of its own between requests."""
+def create_app(model: ServedModel, settings: Settings | None = None, live: LiveRuns | None = None) -> ASGIApp:
+    """The ASGI application that serves `model`; `live` knows what it is generating."""
     settings = settings or Settings()
     name = settings.name or model.name
-    openai = OpenAI(model, name)
+    openai = OpenAI(model, name, live if live is not None else LiveRuns())
     tokenization = Tokenization(model)
 
     async def root(_request: Request) -> Response:

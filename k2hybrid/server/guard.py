@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import hmac
 import logging
@@ -91,6 +92,8 @@ class Guard:
         try:
             self._check(scope)
             await self._app(scope, receive, send_with_id)
+        except asyncio.CancelledError:
+            return  # the process ends; there is nobody left to hear about it
         except Exception as error:
             log_unexpected(error, scope)
             if not started:  # else nothing more can be said; the connection closes unfinished

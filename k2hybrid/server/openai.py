@@ -22,6 +22,7 @@ from k2hybrid.server.chat_reply import Choice, Head, usage
 from k2hybrid.server.chat_request import ChatCall, parse_chat
 from k2hybrid.server.failures import classify, json_response
 from k2hybrid.server.guard import log_unexpected, request_id
+from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.served import ChatRun, Delta, ServedModel
 from k2hybrid.server.sse import DONE, EventStream, data_event, unless_gone
 
@@ -34,8 +35,9 @@ _MERGE_DEPTH = 64
 class OpenAI:
     """The handlers, over one model under one name: a request for any other name gets this one."""
 
-    def __init__(self, model: ServedModel, name: str) -> None:
+    def __init__(self, model: ServedModel, name: str, live: LiveRuns) -> None:
         self._model = model
+        self._live = live
         self._name = name
         self._created = int(time.time())
         self._fingerprint = f"k2hybrid-{package_version()}"
@@ -59,18 +61,21 @@ class OpenAI:
 
     async def chat_completions(self, request: Request) -> Response:
         """Parse, queue, and answer as a stream or as a whole."""
-        call = parse_chat(await read_object(request), request_id(request.scope))
-        runs = await run_in_threadpool(self._start, call)
+        body = await read_object(request)
+        call, runs = await run_in_threadpool(self._start, body, request_id(request.scope))
+        self._live.add(runs)
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self._name, self._fingerprint)
         if call.stream:
-            return EventStream(self._events(call, runs, head, request.scope))
+            events = self._events(call, runs, head, request.scope)
+            return EventStream(events, lambda: self._live.end(runs))
         try:
             return await unless_gone(self._completion(call, runs, head), request.receive)
         finally:
-            _cancel(runs)
+            self._live.end(runs)
 
-    def _start(self, call: ChatCall) -> list[ChatRun]:
-        """Queue one run per choice; with a seed, each choice gets its own."""
+    def _start(self, body: dict[str, Any], identity: str) -> tuple[ChatCall, list[ChatRun]]:
+        """In a thread: parse, render, queue one run per choice. With a seed, each choice gets its own."""
+        call = parse_chat(body, identity)
         runs: list[ChatRun] = []
         try:
             for i in range(call.choices):
@@ -79,9 +84,10 @@ class OpenAI:
                     sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
                 runs.append(self._model.chat(dataclasses.replace(call.request, sampling=sampling)))
         except BaseException:
-            _cancel(runs)
+            for run in runs:
+                run.cancel()
             raise
-        return runs
+        return call, runs
 
     def _choices(self, call: ChatCall) -> list[Choice]:
         logprobs = call.request.sampling.logprobs is not None
@@ -123,8 +129,6 @@ class OpenAI:
         except Exception as error:
             log_unexpected(error, scope)
             yield data_event(classify(error, call.request.request_id).body())
-        finally:
-            _cancel(runs)
         yield DONE
 
 
@@ -154,11 +158,6 @@ async def _merge(runs: Sequence[ChatRun]) -> AsyncGenerator[tuple[int, Delta | N
         for task in pumps:
             task.cancel()
         await asyncio.gather(*pumps, return_exceptions=True)
-
-
-def _cancel(runs: Sequence[ChatRun]) -> None:
-    for run in runs:
-        run.cancel()
 
 
 def _report(call: ChatCall, totals: dict[str, Any], started: float) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ipaddress
 import logging
 import signal
 import socket
 import sys
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import uvicorn
 from starlette.types import ASGIApp
@@ -17,8 +18,11 @@ from k2hybrid.errors import ConfigError
 from k2hybrid.server.guard import LOOPBACK_HOSTS
 
 BACKLOG = 2048
-# After a signal, answers under way get this long to finish; the next signal ends them at once.
+# After a signal, answers under way get this long to finish; then they are cancelled, and their clients told.
+# Ctrl-C a second time ends everything at once.
 GRACE_S = 5
+# For the cancelled ones to say so.
+FAREWELL_S = 3
 # Clients keep connections between turns, while their tools run.
 IDLE_CONNECTION_S = 120
 
@@ -68,6 +72,10 @@ def print_table(rows: Sequence[tuple[str, str]]) -> None:
 
 
 class _Server(uvicorn.Server):
+    def __init__(self, config: uvicorn.Config, end_answers: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._end_answers = end_answers
+
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where we are once connections are accepted; scripts wait for this line."""
         await super().startup(sockets)
@@ -75,6 +83,12 @@ class _Server(uvicorn.Server):
             host, port = listener.getsockname()[:2]
             shown = f"[{host}]" if ":" in host else host
             print(f"Listening on http://{shown}:{port}", flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take no more requests, and end those that take too long."""
+        timer = asyncio.get_running_loop().call_later(GRACE_S, self._end_answers)
+        await super().shutdown(sockets)
+        timer.cancel()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -88,8 +102,11 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def run(app: ASGIApp, listener: socket.socket) -> None:
-    """Answer on `listener` until SIGINT or SIGTERM. ConfigError if it cannot listen."""
+def run(app: ASGIApp, listener: socket.socket, end_answers: Callable[[], None]) -> None:
+    """Answer on `listener` until SIGINT or SIGTERM; `end_answers` cancels those that then take too long.
+
+    Raises ConfigError if it cannot listen.
+    """
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("k2hybrid").setLevel(logging.INFO)
     try:
@@ -110,6 +127,6 @@ def run(app: ASGIApp, listener: socket.socket) -> None:
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=IDLE_CONNECTION_S,
-        timeout_graceful_shutdown=GRACE_S,
+        timeout_graceful_shutdown=GRACE_S + FAREWELL_S,
     )
-    _Server(config).run(sockets=[listener])
+    _Server(config, end_answers).run(sockets=[listener])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import Any, TypeVar
 
 import orjson
@@ -48,20 +48,19 @@ async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
 
 
 class EventStream(Response):
-    """Sends what `events` yields as it comes; closes `events` when it ends or the client goes.
+    """Sends what `events` yields as it comes, until it ends or the client goes; then calls `close`, always.
 
     `events` must not raise: it turns its errors into events.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], headers: Mapping[str, str] | None = None) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
         # Proxies must neither store nor collect the stream.
-        super().__init__(
-            None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no", **(headers or {})}
-        )
+        super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
+        self._close = close
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Headers at once, events as they come, a comment after every KEEP_ALIVE_S without one."""
@@ -93,6 +92,7 @@ class EventStream(Response):
             if item is not None:
                 await _end(item)
             await self._events.aclose()
+            self._close()  # not left to the generator: one that never began runs none of its code
 
 
 async def _end(task: asyncio.Future[Any]) -> None:
