@@ -1,0 +1,125 @@
+"""What a template is given: checked, bounded, cleaned, with canonical ids, as plain JSON values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from k2hybrid.chat.tokenizer import replace_surrogates
+from k2hybrid.chat.toolcall import canonicalise
+from k2hybrid.errors import RequestError
+from k2hybrid.types import Message
+
+MAX_MESSAGES = 16_384  # a run of 300 tool calls has about 600
+MAX_TOOLS = 2_048
+MAX_CHARS = 64 << 20  # of all texts together; the longest context holds a few million
+MAX_DEPTH = 64  # nesting of tool declarations and content parts
+_MAX_INT_BITS = 4_096  # Python refuses to print integers of more than 4,300 digits
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Messages as the dictionaries that chat templates know, without a last `partial` one, which is `partial`.
+
+    `tools` has its keys sorted at every depth. `calls` counts the tool calls in `messages`.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: list[Any]
+    partial: dict[str, Any] | None
+    calls: int
+
+
+def prepare(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Conversation:
+    """Check and convert. Raises RequestError where counts, sizes, nesting or types are out of bounds."""
+    if len(messages) > MAX_MESSAGES:
+        raise RequestError(f"{len(messages)} messages; at most {MAX_MESSAGES} are accepted", param="messages")
+    if len(tools) > MAX_TOOLS:
+        raise RequestError(f"{len(tools)} tools; at most {MAX_TOOLS} are accepted", param="tools")
+    renamed, calls = canonicalise(messages)
+    budget = _Budget(MAX_CHARS)
+    cleaned_tools = [budget.clean(tool, "tools", 1) for tool in tools]
+    dictionaries = [_as_dict(message, budget) for message in renamed]
+    if not messages or not messages[-1].partial:
+        return Conversation(dictionaries, cleaned_tools, None, calls)
+    if messages[-1].role != "assistant" or messages[-1].tool_calls:
+        raise RequestError("only an assistant message without tool calls can be partial", param="messages")
+    return Conversation(dictionaries[:-1], cleaned_tools, dictionaries[-1], calls)
+
+
+def text_of(content: Any) -> str:
+    """The text of a content that may be a string, parts or nothing; RequestError where a part holds none."""
+    if isinstance(content, str):
+        return content
+    return "".join(part_text(part) for part in content or ())
+
+
+def part_text(part: Any) -> str:
+    """The text of one content part."""
+    text = part if isinstance(part, str) else part.get("text") if isinstance(part, Mapping) else None
+    if not isinstance(text, str):
+        kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+        raise RequestError(f"content part of type {str(kind)[:40]!r} holds no text", param="messages")
+    return text
+
+
+def is_image(part: Any) -> bool:
+    """Whether a content part is an image, in any of the spellings that clients use."""
+    return isinstance(part, Mapping) and (
+        part.get("type") in ("image", "image_url") or "image" in part or "image_url" in part
+    )
+
+
+def _as_dict(message: Message, budget: _Budget) -> dict[str, Any]:
+    """The message under the names that chat templates use. Missing content is the empty string."""
+    result: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+    if message.name:
+        result["name"] = message.name
+    if message.reasoning is not None:
+        result["reasoning_content"] = message.reasoning
+    if message.tool_call_id is not None:
+        result["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        result["tool_calls"] = [
+            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            for call in message.tool_calls
+        ]
+    return {key: budget.clean(value, "messages", 0) for key, value in result.items()}
+
+
+class _Budget:
+    """Copies JSON values with surrogates replaced and keys sorted, and counts characters down to zero."""
+
+    def __init__(self, chars: int) -> None:
+        self._left = chars
+
+    def clean(self, value: Any, param: str, depth: int) -> Any:
+        if depth > MAX_DEPTH:
+            raise RequestError(f"nested more than {MAX_DEPTH} levels deep", param=param)
+        if isinstance(value, str):
+            self._spend(len(value), param)
+            return replace_surrogates(value)
+        self._spend(1, param)
+        if value is None or isinstance(value, bool | float):
+            return value
+        if isinstance(value, int):
+            if value.bit_length() > _MAX_INT_BITS:
+                raise RequestError("an integer of more than a thousand digits", param=param)
+            return value
+        if isinstance(value, Mapping):
+            for key in value:
+                if not isinstance(key, str):
+                    raise RequestError(f"key {key!r} is not a string", param=param)
+                self._spend(len(key), param)
+            return {
+                replace_surrogates(key): self.clean(value[key], param, depth + 1) for key in sorted(value)
+            }
+        if isinstance(value, list | tuple):
+            return [self.clean(item, param, depth + 1) for item in value]
+        raise RequestError(f"a value of type {type(value).__name__} is not JSON", param=param)
+
+    def _spend(self, chars: int, param: str) -> None:
+        self._left -= chars
+        if self._left < 0:
+            raise RequestError(f"the conversation holds more than {MAX_CHARS} characters", param=param)

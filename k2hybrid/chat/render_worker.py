@@ -1,0 +1,295 @@
+"""The process in which a checkpoint's chat template runs: standard library and jinja2 only.
+
+Started by `jinja.py`; reads requests from stdin and writes answers to stdout, each a JSON object after its length
+in bytes (8, little-endian). The template sees a sandbox without attribute access to internals; the process sees no
+secrets of its parent, may use bounded memory and CPU time, and write no file.
+
+How control tokens stay the template's own: in the parsed template, every spelling of a special token is replaced
+by a variable whose value is a fresh random number for each request. Only where that number comes out is a control
+token; so bodies pass through untouched, compare and split as usual, and whatever filters do to them, they cannot
+become one. Constants that are compared with something, or are arguments of tests and of string methods that search,
+keep their spelling (`content.split('</think>')` works on bodies), as they are not written out. A template must
+write a control token in one piece: one assembled from pieces of its own stays text.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import resource
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from datetime import datetime
+from typing import Any, BinaryIO
+
+import jinja2
+import jinja2.exceptions
+import jinja2.ext
+import jinja2.sandbox
+from jinja2 import nodes
+
+_SEARCHING = frozenset(
+    "split rsplit replace startswith endswith strip lstrip rstrip removeprefix removesuffix find rfind index "
+    "rindex count partition rpartition get".split()
+)
+_VARIABLE = "_control_token_"
+_KEY_DIGITS = 38  # as unguessable as 126 bits; digits pass unchanged through case, escaping and JSON filters
+_INDEX_DIGITS = 4
+
+
+class RejectedError(Exception):
+    """The template called `raise_exception`."""
+
+
+class _GenerationTag(jinja2.ext.Extension):
+    """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is only its body."""
+
+    tags = {"generation"}  # noqa: RUF012 - jinja2 declares it so
+
+    def parse(self, parser: Any) -> Any:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+class TemplateProgram:
+    """A compiled chat template. `specials` are spellings; `variables` are given to each rendering (bos_token, …)."""
+
+    def __init__(self, source: str, specials: Sequence[str], variables: dict[str, str]) -> None:
+        self._specials = list(specials)
+        self._index = {name: i for i, name in enumerate(self._specials)}
+        longest_first = sorted(self._specials, key=len, reverse=True)
+        self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
+        self._variables = variables
+        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+        )
+        environment.filters["tojson"] = _tojson
+        environment.globals["raise_exception"] = _raise_exception
+        environment.globals["strftime_now"] = _strftime_now
+        tree = environment.parse(source)
+        self._protect(tree, environment)
+        # The tree is compiled as jinja2's own `compile` does it with a source text.
+        code = environment.compile(tree)
+        self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
+
+    def render(self, context: dict[str, Any], max_chars: int) -> list[str | int]:
+        """Pieces: plain text, or the index of a special token in `specials`."""
+        key = _fresh_key()
+        marks = {f"{_VARIABLE}{i}": key + str(i).zfill(_INDEX_DIGITS) for i in range(len(self._specials))}
+        own = {name: self._mark(text, key) for name, text in self._variables.items()}
+        size = 0
+        chunks: list[str] = []
+        try:
+            for chunk in self._template.generate(**context, **own, **marks):
+                size += len(chunk)
+                if size > max_chars:
+                    raise MemoryError(f"more than {max_chars} characters")
+                chunks.append(chunk)
+        except RejectedError as error:
+            raise RejectedError("".join(map(str, self._split(str(error), key, spelled=True)))) from None
+        return self._split("".join(chunks), key)
+
+    def _mark(self, text: str, key: str) -> str:
+        return self._pattern.sub(lambda m: key + str(self._index[m.group()]).zfill(_INDEX_DIGITS), text)
+
+    def _split(self, text: str, key: str, spelled: bool = False) -> list[str | int]:
+        first, *others = text.split(key)
+        pieces: list[str | int] = [first]
+        for other in others:
+            digits = other[:_INDEX_DIGITS]
+            index = int(digits) if digits.isdecimal() and len(digits) == _INDEX_DIGITS else -1
+            if not 0 <= index < len(self._specials):
+                raise jinja2.TemplateRuntimeError("the template cut a control token into pieces")
+            pieces += [self._specials[index] if spelled else index, other[_INDEX_DIGITS:]]
+        return pieces
+
+    # --- the template's own spellings -------------------------------------------------------------
+
+    def _protect(self, tree: nodes.Template, environment: jinja2.Environment) -> None:
+        """Replace spellings by variables, in data and in constants that may be written out."""
+        for output in list(tree.find_all(nodes.Output)):
+            output.nodes = [part for node in _joined(output.nodes) for part in self._data_parts(node)]
+        self._protect_constants(tree)
+        tree.set_environment(environment)
+
+    def _data_parts(self, node: nodes.Expr) -> list[nodes.Expr]:
+        if not isinstance(node, nodes.TemplateData):
+            return [node]
+        return [
+            self._variable(part, node.lineno)
+            if part in self._index
+            else nodes.TemplateData(part, lineno=node.lineno)
+            for part in self._pattern.split(node.data)
+            if part
+        ]
+
+    def _protect_constants(self, node: nodes.Node) -> None:
+        if _searches(node):
+            if isinstance(
+                node, nodes.Call
+            ):  # its arguments are searched for; the object it is called on is not
+                self._protect_constants(node.node)
+            elif isinstance(node, nodes.Filter) and node.node is not None:
+                self._replace_field(node, "node")
+            return
+        for field, value in node.iter_fields():
+            if isinstance(value, list):
+                value[:] = [self._replaced(item) for item in value]
+            elif isinstance(value, nodes.Node):
+                self._replace_field(node, field)
+
+    def _replace_field(self, node: nodes.Node, field: str) -> None:
+        setattr(node, field, self._replaced(getattr(node, field)))
+
+    def _replaced(self, item: Any) -> Any:
+        if isinstance(item, nodes.Concat | nodes.Add):
+            item = _folded(item)
+        if isinstance(item, nodes.Const) and isinstance(item.value, str):
+            parts = [part for part in self._pattern.split(item.value) if part]
+            if not any(part in self._index for part in parts):
+                return item
+            marked: list[nodes.Expr] = [
+                self._variable(part, item.lineno)
+                if part in self._index
+                else nodes.Const(part, lineno=item.lineno)
+                for part in parts
+            ]
+            return marked[0] if len(marked) == 1 else nodes.Concat(marked, lineno=item.lineno)
+        if isinstance(item, nodes.Node):
+            self._protect_constants(item)
+        return item
+
+    def _variable(self, spelling: str, lineno: int) -> nodes.Name:
+        return nodes.Name(f"{_VARIABLE}{self._index[spelling]}", "load", lineno=lineno)
+
+
+def _folded(node: nodes.Expr) -> nodes.Expr:
+    """A literal for literals joined by `~` or `+`, else the node itself."""
+    parts = node.nodes if isinstance(node, nodes.Concat) else [node.left, node.right]  # type: ignore[attr-defined]
+    folded = [_folded(part) if isinstance(part, nodes.Concat | nodes.Add) else part for part in parts]
+    values = [part.value for part in folded if isinstance(part, nodes.Const) and isinstance(part.value, str)]
+    return nodes.Const("".join(values), lineno=node.lineno) if len(values) == len(parts) else node
+
+
+def _joined(parts: Sequence[nodes.Expr]) -> list[nodes.Expr]:
+    """The parts of an output with neighbouring literal texts as one, so that a spelling over both is found."""
+    result: list[nodes.Expr] = []
+    for part in parts:
+        if isinstance(part, nodes.Concat | nodes.Add):
+            part = _folded(part)
+        if isinstance(part, nodes.Const) and isinstance(part.value, str):
+            part = nodes.TemplateData(part.value, lineno=part.lineno)
+        if result and isinstance(part, nodes.TemplateData) and isinstance(result[-1], nodes.TemplateData):
+            part = nodes.TemplateData(result.pop().data + part.data, lineno=part.lineno)  # type: ignore[attr-defined]
+        result.append(part)
+    return result
+
+
+def _searches(node: nodes.Node) -> bool:
+    """Whether constants below `node` are compared with or searched for, not written out."""
+    if isinstance(node, nodes.Compare | nodes.Test | nodes.Getitem):
+        return True
+    if isinstance(node, nodes.Filter):
+        return node.name == "replace"
+    return (
+        isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHING
+    )
+
+
+def _fresh_key() -> str:
+    return str(secrets.randbelow(9 * 10 ** (_KEY_DIGITS - 1)) + 10 ** (_KEY_DIGITS - 1))
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: Sequence[str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """As chat templates expect it: unlike jinja2's own, neither HTML-escaped nor sorted."""
+    pair = None if separators is None else (separators[0], separators[1])
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=pair, sort_keys=sort_keys)
+
+
+def _raise_exception(message: object) -> str:
+    raise RejectedError(str(message))
+
+
+def _strftime_now(form: str) -> str:
+    return datetime.now().strftime(form)
+
+
+# --- the process ----------------------------------------------------------------------------------
+
+
+def _limit(memory_bytes: int) -> None:
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+
+def _allow_cpu(seconds: int) -> None:
+    """Let this process use `seconds` of CPU time from now on; then the kernel ends it, parent or no parent."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    soft = int(used.ru_utime + used.ru_stime) + 1 + seconds
+    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+
+
+def _receive(stream: BinaryIO) -> dict[str, Any] | None:
+    head = stream.read(8)
+    if len(head) < 8:
+        return None
+    request: dict[str, Any] = json.loads(stream.read(int.from_bytes(head, "little")))
+    return request
+
+
+def _send(stream: BinaryIO, answer: dict[str, Any]) -> None:
+    data = json.dumps(answer).encode()
+    stream.write(len(data).to_bytes(8, "little") + data)
+    stream.flush()
+
+
+def _answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """The result of `work`, or what went wrong: whatever a template does, its process answers."""
+    try:
+        return work()
+    except RejectedError as error:
+        return {"rejected": str(error)[:1000]}
+    except jinja2.TemplateSyntaxError as error:
+        return {"error": f"line {error.lineno}: {error.message}"[:1000]}
+    except jinja2.exceptions.SecurityError as error:
+        return {"error": f"forbidden: {error}"[:1000]}
+    except MemoryError as error:
+        return {"error": f"too much memory: {error}"[:1000]}
+    except RecursionError:
+        return {"error": "recursion too deep"}
+    except Exception as error:  # the template's own failures have no common class
+        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+
+
+def _compile(request: dict[str, Any]) -> TemplateProgram:
+    return TemplateProgram(request["source"], request["specials"], request["variables"])
+
+
+def main() -> None:
+    """Compile the template of the first request, then render until stdin closes."""
+    receiving, sending = sys.stdin.buffer, sys.stdout.buffer
+    program: TemplateProgram | None = None
+    while (request := _receive(receiving)) is not None:
+        _allow_cpu(int(request["cpu_s"]))
+
+        def work(request: dict[str, Any] = request) -> dict[str, Any]:
+            nonlocal program
+            if program is None:
+                _limit(int(request["memory_bytes"]))
+                program = _compile(request)
+                return {"ready": True}
+            return {"pieces": program.render(request["context"], int(request["max_chars"]))}
+
+        _send(sending, _answered(work))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,365 @@
+"""Tokens of the model's answer → events: reasoning, content, tool calls.
+
+A pure machine: `(state, token) → (state, events)`. Markers are recognised by id, so text that merely spells one is
+text. What is neither text nor a usable call becomes a `Malformed` event: its `text` is what the model wrote
+(never a marker), its `reason` names the trouble. Rules where the format leaves them open:
+
+* White space around a marker is dropped inside a tool section, around arguments, and where a content is nothing
+  but white space between two markers; every other text is kept exactly.
+* A call without a section is a section of its own: text after it is content.
+* A tool section begun inside `<think>` ends the reasoning.
+* Some models spell the section markers in text, and in the singular (`<|tool_call_section_begin|>`). That text is
+  taken for the marker only where it touches a real one: the begin directly before a call, the end directly after
+  a call. Anywhere else it is text.
+* Absent or blank arguments become `{}`, others are passed on verbatim, valid JSON or not.
+* A header that is a mere number waits for the end of its call: if the arguments fit exactly one declared tool,
+  it is that one's; if not, the call is `Malformed`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from enum import Enum, auto
+from typing import Any
+
+from k2hybrid.chat.holdback import StopScan, Utf8Pieces
+from k2hybrid.chat.markers import Markers
+from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.chat.toolcall import DeclaredTools, canonical_id
+from k2hybrid.types import (
+    Content,
+    Event,
+    Malformed,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+)
+
+_SINGULAR_BEGIN = "<|tool_call_section_begin|>"
+_SINGULAR_END = "<|tool_call_section_end|>"
+
+
+class _State(Enum):
+    CONTENT = auto()
+    REASONING = auto()
+    GAP = auto()  # in a section, between calls
+    HEADER = auto()  # after a call's begin: its id
+    ARGUMENTS = auto()  # of a call that was announced
+    UNNAMED = auto()  # arguments of a call whose header names no tool (yet)
+    ENDED = auto()
+
+
+class ChatStream:
+    """Feed it every generated token, then `finish()`; the events of both, in order, are the answer.
+
+    `tools` are the request's declarations; `first_call_index` and `in_reasoning` come from the `Prompt`.
+    `stopped` is set once a stop string was met in the content; the text before it is the end of the answer.
+    """
+
+    def __init__(
+        self,
+        markers: Markers,
+        tokenizer: Tokenizer,
+        *,
+        stop: Sequence[str] = (),
+        tools: Sequence[Mapping[str, Any]] = (),
+        first_call_index: int = 0,
+        in_reasoning: bool = False,
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._tools = DeclaredTools(tools)
+        self._first_call_index = first_call_index
+        self._calls = 0
+        self._state = _State.REASONING if in_reasoning else _State.CONTENT
+        self._in_section = False  # a section marker was seen, so text between calls is not content
+        self._utf8 = Utf8Pieces()
+        self._scan = StopScan(stop)
+        self._space = ""  # content's white space directly after a marker: dropped if another marker follows
+        self._spaceable = True  # no content yet since the last marker
+        self._after_section = False
+        self._pending = ""  # content that may be the singular section begin
+        self._buffer = ""  # gap text, header, or arguments held back
+        self._header = ""
+        self._arguments_begun = False
+        self._events: list[Event] = []
+        self._on_marker = {
+            markers.think_begin: self._think_begin,
+            markers.think_end: self._think_end,
+            markers.section_begin: self._section_begin,
+            markers.section_end: self._section_end,
+            markers.call_begin: self._call_begin,
+            markers.argument_begin: self._argument_begin,
+            markers.call_end: self._call_end,
+        }
+
+    @property
+    def has_tool_calls(self) -> bool:
+        """Whether a call was announced so far."""
+        return self._calls > 0
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._scan.stopped
+
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether the last token belonged to the reasoning."""
+        return self._state is _State.REASONING
+
+    def push(self, token: int) -> list[Event]:
+        """The events that `token` completes. Tokens after a stop token or a stop string are ignored."""
+        if self._state is _State.ENDED:
+            return []
+        if 0 <= token < self._tokenizer.num_ranks:
+            self._text(self._utf8.push(self._tokenizer.token_bytes(token)))
+        elif token in self._tokenizer.stop_ids:
+            self._close(at_stop_token=True)
+        else:
+            self._text(self._utf8.flush())
+            if handler := self._on_marker.get(token):
+                if self._state is not _State.ENDED:
+                    handler()
+            else:
+                name = self._tokenizer.special_names.get(token, f"token id {token}")
+                self._stray(f"{name} does not belong in an answer")
+        return self._taken()
+
+    def finish(self) -> list[Event]:
+        """The events still held back. Idempotent."""
+        if self._state is not _State.ENDED:
+            self._close(at_stop_token=False)
+        return self._taken()
+
+    # --- text -------------------------------------------------------------------------------------
+
+    def _text(self, text: str) -> None:
+        if not text:
+            return
+        match self._state:
+            case _State.CONTENT:
+                self._content_text(text)
+            case _State.REASONING:
+                self._events.append(Reasoning(text))
+            case _State.GAP | _State.HEADER | _State.UNNAMED:
+                self._buffer += text
+            case _State.ARGUMENTS:
+                self._argument_text(text)
+
+    def _content_text(self, text: str) -> None:
+        self._pass_on(self._scan.push(text))
+        if self._scan.stopped:
+            self._leave_content(keep_space=True)
+            self._state = _State.ENDED
+
+    def _pass_on(self, text: str) -> None:
+        """Emit content, but hold back leading white space and what may be a singular section begin."""
+        if self._spaceable:
+            text = self._space + text
+            if not text.strip():
+                self._space = text
+                return
+            self._space, self._spaceable = "", False
+        text = self._pending + text
+        at = _singular_start(text)
+        self._pending = text[at:]
+        if at:
+            self._events.append(Content(text[:at]))
+
+    def _leave_content(self, *, singular_is_marker: bool = False, keep_space: bool = False) -> None:
+        """Let go of what content holds back, as a marker or the end is here."""
+        self._pass_on(self._scan.flush())
+        text = self._space if keep_space else ""
+        if not (singular_is_marker and self._pending.startswith(_SINGULAR_BEGIN)):
+            text += self._pending
+        self._space, self._spaceable, self._pending = "", True, ""
+        if text:
+            self._events.append(Content(text))
+
+    def _argument_text(self, text: str) -> None:
+        text = self._buffer + text
+        if not self._arguments_begun:
+            text = text.lstrip()
+            self._arguments_begun = bool(text)
+        kept = text.rstrip()
+        self._buffer = text[len(kept) :]
+        if kept:
+            self._events.append(ToolCallArguments(self._calls - 1, kept))
+
+    # --- markers ----------------------------------------------------------------------------------
+
+    def _think_begin(self) -> None:
+        if self._state is _State.CONTENT:
+            self._leave_content()
+            self._enter(_State.REASONING)
+        elif self._state is not _State.REASONING:
+            self._stray("<think> inside a tool section")
+
+    def _think_end(self) -> None:
+        if self._state is _State.REASONING:
+            self._enter_content(after_section=False)
+        elif self._state is _State.CONTENT:
+            self._leave_content()
+        else:
+            self._stray("</think> inside a tool section")
+
+    def _section_begin(self) -> None:
+        self._end_open_call()
+        self._drop_gap()
+        self._leave_text()
+        self._in_section = True
+        self._enter(_State.GAP)
+
+    def _section_end(self) -> None:
+        if self._state is _State.CONTENT:
+            self._leave_content()
+        if self._state in (_State.CONTENT, _State.REASONING):
+            if not self._after_section:  # else it closes the section of a call that had no section begin
+                self._stray("a tool section ends that never began")
+            return
+        self._end_open_call()
+        self._drop_gap()
+        self._leave_text()
+        self._leave_section()
+
+    def _call_begin(self) -> None:
+        self._end_open_call(repeated=True)
+        self._drop_gap()
+        self._leave_text(before_call=True)
+        self._enter(_State.HEADER)
+
+    def _argument_begin(self) -> None:
+        if self._state is _State.GAP and self._tools.name_of(self._buffer):
+            self._state = _State.HEADER  # the call's begin is missing, its id is not
+        if self._state is not _State.HEADER:
+            self._stray("<|tool_call_argument_begin|> outside a call")
+            return
+        self._open_call(self._buffer)
+
+    def _call_end(self) -> None:
+        if self._state in (_State.HEADER, _State.ARGUMENTS, _State.UNNAMED):
+            self._end_open_call()
+        else:
+            self._stray("a tool call ends that never began")
+
+    # --- calls ------------------------------------------------------------------------------------
+
+    def _open_call(self, header: str) -> None:
+        """The header is complete: announce the call, or wait for its arguments to tell the tool."""
+        self._header = header.strip()
+        self._buffer = ""
+        self._arguments_begun = False
+        name = self._tools.name_of(self._header)
+        if name is None:
+            self._state = _State.UNNAMED
+        else:
+            self._state = _State.ARGUMENTS
+            self._start(name)
+
+    def _start(self, name: str) -> None:
+        call_id = canonical_id(name, self._first_call_index + self._calls)
+        self._events.append(ToolCallStart(self._calls, call_id, name))
+        self._calls += 1
+
+    def _end_open_call(self, *, repeated: bool = False) -> None:
+        """End the call that is open, if one is; the state is then the one between calls."""
+        if self._state is _State.HEADER:
+            header = self._buffer
+            if repeated:  # a call began twice: what stood between is no call
+                self._malformed(header, "a call began again before its arguments")
+            else:  # the arguments are absent, or the marker before them is
+                at = header.find("{")
+                self._open_call(header if at < 0 else header[:at])
+                self._text("" if at < 0 else header[at:])
+        if self._state is _State.ARGUMENTS:
+            if not self._arguments_begun:
+                self._events.append(ToolCallArguments(self._calls - 1, "{}"))
+            self._events.append(ToolCallEnd(self._calls - 1))
+        elif self._state is _State.UNNAMED:
+            self._infer_call()
+        elif self._state is not _State.HEADER:
+            return
+        self._buffer = ""
+        if self._in_section:
+            self._enter(_State.GAP)
+        else:
+            self._enter_content(after_section=True)
+
+    def _infer_call(self) -> None:
+        arguments = self._buffer.strip()
+        name = self._tools.inferred(arguments) if self._tools.is_nameless(self._header) else None
+        if name is None:
+            self._malformed(self._header + self._buffer, f"no tool fits the call id {self._header[:80]!r}")
+            return
+        self._start(name)
+        self._events.append(ToolCallArguments(self._calls - 1, arguments or "{}"))
+        self._events.append(ToolCallEnd(self._calls - 1))
+
+    # --- between states ---------------------------------------------------------------------------
+
+    def _leave_text(self, *, before_call: bool = False) -> None:
+        if self._state is _State.CONTENT:
+            self._leave_content(singular_is_marker=before_call)
+
+    def _drop_gap(self) -> None:
+        """Text between calls is not content; the singular section end in it ends the section."""
+        if self._state is not _State.GAP:
+            return
+        buffer, self._buffer = self._buffer, ""
+        text = buffer.lstrip()
+        if text.startswith(_SINGULAR_END):
+            self._leave_section()
+            self._text(text[len(_SINGULAR_END) :])
+        else:
+            self._malformed(buffer, "text between tool calls")
+
+    def _leave_section(self) -> None:
+        self._in_section = False
+        self._enter_content(after_section=True)
+
+    def _enter_content(self, *, after_section: bool) -> None:
+        self._enter(_State.CONTENT)
+        self._space, self._spaceable, self._after_section = "", True, after_section
+
+    def _enter(self, state: _State) -> None:
+        if self._state is not _State.ENDED:
+            self._state = state
+            self._buffer = ""
+
+    def _close(self, *, at_stop_token: bool) -> None:
+        """The answer is over: by a stop token, or because generation ended."""
+        self._text(self._utf8.flush())
+        if self._state is _State.HEADER and not at_stop_token:
+            self._malformed(self._buffer, "the answer ended inside a call's id")
+        elif self._state in (_State.ARGUMENTS, _State.UNNAMED, _State.HEADER):
+            cut_off = self._state is _State.ARGUMENTS and not at_stop_token
+            self._end_open_call()
+            if cut_off:
+                self._stray("the answer ended inside a tool call")
+        self._drop_gap()
+        if self._state is _State.CONTENT:
+            self._leave_content(keep_space=not self._after_section)
+        self._state = _State.ENDED
+
+    def _malformed(self, text: str, reason: str) -> None:
+        if text.strip():
+            self._events.append(Malformed(text, reason))
+
+    def _stray(self, reason: str) -> None:
+        self._events.append(Malformed("", reason))
+
+    def _taken(self) -> list[Event]:
+        events, self._events = self._events, []
+        return events
+
+
+def _singular_start(text: str) -> int:
+    """Where text begins that may be, or is, the singular section begin and white space up to the end."""
+    at = text.rfind(_SINGULAR_BEGIN)
+    if at >= 0 and not text[at + len(_SINGULAR_BEGIN) :].strip():
+        return at
+    for size in range(min(len(text), len(_SINGULAR_BEGIN) - 1), 0, -1):
+        if text.endswith(_SINGULAR_BEGIN[:size]):
+            return len(text) - size
+    return len(text)
