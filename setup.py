@@ -7,10 +7,25 @@ the set is chosen at import by CPUID.
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
-from setuptools import setup
+from setuptools import Extension, setup
+
+try:
+    import pybind11
+    from pybind11.setup_helpers import ParallelCompile
+except ImportError:
+    # A machine without a network may have torch only, which carries the headers. It is found, not imported.
+    torch = importlib.util.find_spec("torch")
+    if torch is None or not torch.submodule_search_locations:
+        raise SystemExit(
+            "k2hybrid: pybind11 is needed to build the extension: pip install pybind11"
+        ) from None
+    PYBIND11_INCLUDE = str(Path(torch.submodule_search_locations[0]) / "include")
+    ParallelCompile = None
+else:
+    PYBIND11_INCLUDE = pybind11.get_include()
 
 ROOT = Path(__file__).resolve().parent
 SOURCES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.cpp"))
@@ -23,19 +38,22 @@ def needs_recompile(obj: str, src: str) -> bool:
     return any(Path(path).stat().st_mtime > built for path in (src, __file__, *HEADERS))
 
 
-ParallelCompile(default=0, max=8, needs_recompile=needs_recompile).install()
+if ParallelCompile is not None:
+    ParallelCompile(default=0, max=8, needs_recompile=needs_recompile).install()
 
 setup(
     ext_modules=[
-        Pybind11Extension(
+        Extension(
             "k2hybrid._native",
             SOURCES,
-            include_dirs=["csrc"],
+            include_dirs=["csrc", PYBIND11_INCLUDE],
+            language="c++",
             depends=[*HEADERS, "setup.py"],
-            cxx_std=20,
             extra_compile_args=[
+                "-std=c++20",
                 "-O3",
                 "-g0",
+                "-fvisibility=hidden",
                 "-pthread",
                 "-Wall",
                 "-Wextra",

@@ -61,9 +61,9 @@ def wait_op(address: int, at_least: int) -> MemOp:
 class CudaDriver:
     """``libcuda.so.1``, opened. Every failing call raises `NativeError` with the driver's own words."""
 
-    def __init__(self) -> None:
+    def __init__(self, library: str = "libcuda.so.1") -> None:
         try:
-            self._library = ctypes.CDLL("libcuda.so.1")
+            self._library = ctypes.CDLL(library)
         except OSError as error:
             raise NativeError(f"no NVIDIA driver: {error}") from error
         self._call("cuInit", ctypes.c_uint(0))

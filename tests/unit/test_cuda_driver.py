@@ -1,0 +1,89 @@
+"""The driver face against a stand-in library that has the layouts of ``cuda.h``: no GPU is needed."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from k2hybrid.errors import NativeError
+from k2hybrid.hardware.cuda_driver import CudaDriver, pci_link, wait_op, write_op
+from k2hybrid.hardware.doorbell import Doorbell
+from k2hybrid.hardware.nvrtc import library_candidates, open_library
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture(scope="module")
+def driver(tmp_path_factory: pytest.TempPathFactory) -> CudaDriver:
+    if COMPILER is None:
+        pytest.skip("needs a C++ compiler for the stand-in driver")
+    library = tmp_path_factory.mktemp("fake") / "libcuda.so.1"
+    source = Path(__file__).with_name("fake_cuda.cpp")
+    subprocess.run([COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return CudaDriver(str(library))
+
+
+def test_a_missing_driver_is_named() -> None:
+    with pytest.raises(NativeError, match="no NVIDIA driver"):
+        CudaDriver("libcuda-that-is-not-there.so.1")
+
+
+def test_describe(driver: CudaDriver) -> None:
+    described = driver.describe()
+    assert described["name"] == "Fake 1"
+    assert described["memory_bytes"] == 24 << 30
+    assert described["cuda_of_driver"] == "12.8"
+    assert described["pci_address"] == "0000:0a:00.0"
+    assert (described["sm_major"], described["sm_minor"]) == (9, 0)
+    assert described["can_use_64_bit_stream_mem_ops"] is False
+
+
+def test_a_failing_call_speaks_the_drivers_words(driver: CudaDriver) -> None:
+    with pytest.raises(NativeError, match="cuStreamBatchMemOp_v2 failed with 801: operation not supported"):
+        driver.batch(7, write_op(0, 0))
+    with pytest.raises(NativeError, match="cuDeviceGet failed with 101"):
+        driver.describe(3)
+
+
+def test_batched_operations_reach_the_driver_in_order_and_layout(driver: CudaDriver) -> None:
+    words = (ctypes.c_uint32 * 3)(0, 5, 0)
+    at = [driver.device_address(ctypes.addressof(words)) + 4 * i for i in range(3)]
+    driver.batch(0, write_op(at[0], 0xFFFFFFFF), wait_op(at[1], 5), write_op(at[1], 6), write_op(at[2], 7))
+    assert list(words) == [0xFFFFFFFF, 6, 7]
+
+
+def test_the_doorbell_answers_stream_memory_operations(driver: CudaDriver) -> None:
+    """What `DeviceSide` records, run at once: ring in one batch, wait and clear in another."""
+    doorbell = Doorbell(16)
+    value = doorbell.layout
+    for _ in range(20):
+        doorbell.publish(rows=1, layers=16)
+        for slot in range(16):
+            word = {name: doorbell.word(slot, name) for name in ("request", "input", "reply", "output")}
+            driver.batch(0, write_op(word["input"], 40 + slot), write_op(word["request"], value["rung"]))
+            driver.batch(0, wait_op(word["reply"], value["answered"]), write_op(word["reply"], value["idle"]))
+            assert ctypes.c_uint32.from_address(word["output"]).value == 41 + slot
+        doorbell.finish().require_answered()
+
+
+def test_pci_link(tmp_path: Path) -> None:
+    device = tmp_path / "0000:0a:00.0"
+    device.mkdir()
+    (device / "current_link_speed").write_text("32.0 GT/s PCIe\n")
+    (device / "current_link_width").write_text("16\n")
+    assert pci_link("0000:0a:00.0", tmp_path) == {
+        "pcie_current_link_speed": "32.0 GT/s PCIe",
+        "pcie_current_link_width": "16",
+    }
+    assert pci_link("0000:ff:00.0", tmp_path) == {}
+
+
+def test_nvrtc_prefers_the_major_version_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert next(library_candidates("13.0")) == "libnvrtc.so.13"
+    monkeypatch.setattr("k2hybrid.hardware.nvrtc.library_candidates", lambda cuda: iter(["not-a-library.so"]))
+    with pytest.raises(NativeError, match=r"NVRTC was not found[\s\S]*not-a-library.so"):
+        open_library("13.0")
