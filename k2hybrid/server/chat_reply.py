@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k2hybrid.errors import EngineError
+from k2hybrid.server.failures import AnswerCancelledError
 from k2hybrid.server.served import ChatRun, Delta, Tokenizer
 from k2hybrid.types import (
     Content,
@@ -193,7 +194,9 @@ def _message(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
 
 
 def finish_reason(run: ChatRun) -> str:
-    """OpenAI's word for why the run ended; EngineError if it did not end by itself."""
+    """OpenAI's word for why the run ended; AnswerCancelledError or EngineError if not by itself."""
+    if run.finish_reason == "cancelled":
+        raise AnswerCancelledError("the server is shutting down; the answer was cut off")
     if run.finish_reason not in ("stop", "length", "tool_calls"):
         raise EngineError(f"generation ended early: {run.finish_reason}")
     return run.finish_reason

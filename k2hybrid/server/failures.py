@@ -36,6 +36,10 @@ class HttpError(K2Error):
         self.code = code
 
 
+class AnswerCancelledError(K2Error):
+    """The server ended this answer because it is ending itself; another one may give it."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """An error as a client sees it. `retry`: whether sending the same again may succeed."""
@@ -69,6 +73,7 @@ _RULES: tuple[tuple[type[K2Error], _Rule], ...] = (
     (RequestError, _Rule(400, "invalid_request_error")),  # its own code
     (TemplateError, _Rule(400, "invalid_request_error", "template_error")),  # the messages made it fail
     (CapacityError, _Rule(429, "rate_limit_error", "capacity_exceeded", retry=True)),
+    (AnswerCancelledError, _Rule(503, "server_error", "shutting_down", retry=True)),
     (ExpertReadError, _Rule(500, "server_error", "expert_read_error", retry=True)),
     (EngineError, _Rule(500, "server_error", "engine_error")),
     (ConfigError, _Rule(500, "server_error", "config_error")),
@@ -86,7 +91,7 @@ def classify(error: BaseException, request_id: str = "") -> Failure:
     for cls, rule in _RULES:
         if isinstance(error, cls):
             own = error if isinstance(error, RequestError) else None
-            headers = {"Retry-After": str(RETRY_AFTER_S)} if rule.status == 429 else {}
+            headers = {"Retry-After": str(RETRY_AFTER_S)} if rule.status in (429, 503) else {}
             return Failure(
                 rule.status,
                 rule.kind,

@@ -15,6 +15,7 @@ import pytest
 import uvicorn
 
 from k2hybrid.server.app import Settings, create_app
+from k2hybrid.server.live import LiveRuns
 from k2hybrid.types import Content
 from tests.server.scripted import Script, ScriptedModel, Step
 
@@ -40,11 +41,18 @@ class Served:
 
 
 @contextmanager
-def serving(model: ScriptedModel, settings: Settings | None = None) -> Iterator[Served]:
+def serving(
+    model: ScriptedModel, settings: Settings | None = None, live: LiveRuns | None = None
+) -> Iterator[Served]:
     """`model` behind a real server for as long as the block runs."""
     listener = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        create_app(model, settings), http="h11", ws="none", lifespan="off", log_config=None, access_log=False
+        create_app(model, settings, live),
+        http="h11",
+        ws="none",
+        lifespan="off",
+        log_config=None,
+        access_log=False,
     )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)

@@ -47,8 +47,9 @@ class ScriptedRun:
 
     async def __aiter__(self) -> AsyncIterator[Step]:
         for step in self.script.steps:
-            if step.delay_s:
-                await asyncio.sleep(step.delay_s)
+            ready = time.monotonic() + step.delay_s
+            while not self.cancelled.is_set() and (left := ready - time.monotonic()) > 0:
+                await asyncio.sleep(min(left, 0.02))
             if self.cancelled.is_set():
                 self.finish_reason = "cancelled"
                 return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
+from collections.abc import AsyncGenerator
 
 import httpx
 import openai
@@ -12,9 +14,11 @@ import orjson
 import pytest
 
 from k2hybrid.server import sse
+from k2hybrid.server.live import LiveRuns
+from k2hybrid.server.sse import EventStream
 from k2hybrid.types import Content
-from tests.server.conftest import Served
-from tests.server.scripted import Script, Step
+from tests.server.conftest import Served, serving
+from tests.server.scripted import Script, ScriptedModel, Step
 
 WITHIN_S = 1.0
 
@@ -88,6 +92,41 @@ def test_choices_already_queued_stop_when_a_later_one_is_refused(server: Served)
 def test_a_finished_run_is_cancelled_only_after_its_end(server: Served) -> None:
     assert server.chat().json()["choices"][0]["finish_reason"] == "stop"
     assert server.model.runs[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_server_that_ends_tells_its_clients(stream: bool) -> None:
+    live = LiveRuns()
+    with serving(ScriptedModel(endless(0.01)), live=live) as served:
+        answers: list[str] = []
+        thread = threading.Thread(target=lambda: answers.append(served.chat(stream=stream).text))
+        thread.start()
+        wait_for_run(served)
+        assert len(live) == 1
+        live.end_all()
+        thread.join(10)
+        assert len(live) == 0
+    assert "shutting down" in answers[0]
+    assert '"code":"shutting_down"' in answers[0]
+    assert answers[0].endswith("data: [DONE]\n\n") == stream
+
+
+def test_a_stream_that_never_began_is_closed() -> None:
+    closed: list[bool] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"never sent"
+
+    async def receive() -> dict[str, str]:
+        return {"type": "http.disconnect"}
+
+    async def send(message: object) -> None:
+        raise OSError("the connection is gone")
+
+    response = EventStream(events(), lambda: closed.append(True))
+    with pytest.raises(OSError, match="gone"):
+        asyncio.run(response({"type": "http"}, receive, send))
+    assert closed == [True]
 
 
 def test_silence_is_filled_with_comments(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
