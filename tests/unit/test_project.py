@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -42,6 +44,18 @@ def test_the_lock_has_exact_versions_and_nothing_of_cuda() -> None:
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in LOCK.values())
     assert LOCK["torch"] == "2.13.0"
     assert [name for name in LOCK if re.match(r"nvidia|cuda|triton", name)] == []
+
+
+def test_the_package_imports_what_it_depends_on_and_nothing_else() -> None:
+    imported = set()
+    for path in (ROOT / "k2hybrid").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+                imported.add(node.module.partition(".")[0])
+    declared = {packaging_requirements.Requirement(text).name for text in PROJECT["dependencies"]}
+    assert imported - sys.stdlib_module_names - {"k2hybrid"} == declared
 
 
 def test_nothing_at_build_time_but_setuptools_and_pybind11() -> None:
