@@ -23,6 +23,7 @@ void BindMachine(py::module_& m) {
            py::arg("cpus"))
       .def_property_readonly("isa", [](const k2::Machine& self) { return self.kernels().name; })
       .def_property_readonly("threads", [](k2::Machine& self) { return self.pool().threads(); })
+      .def("pin_caller", [](k2::Machine& self) { self.pool().PinCaller(); })
       .def(
           "linear",
           [](k2::Machine& self, uintptr_t x, int tokens, ptrdiff_t x_token, ptrdiff_t x_head, uintptr_t w,

@@ -59,6 +59,10 @@ class Machine:
         self.threads: int = self.handle.threads
         self.isa: str = self.handle.isa
 
+    def pin_caller(self) -> None:
+        """Bind the calling thread to the pool's first core: for the thread that runs the model, once."""
+        self.handle.pin_caller()
+
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """fp32 [T, N] = x bf16 [T, K] · weight bf16 [N, K]ᵀ. A row's bits never depend on the other rows."""
         _require_bf16("x", x, 2)

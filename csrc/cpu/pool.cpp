@@ -19,13 +19,25 @@ inline void Pause() {
 #endif
 }
 
-void Pin(std::thread& thread, int cpu) {
+void Pin(pthread_t thread, int cpu) {
   cpu_set_t set;
   CPU_ZERO(&set);
   CPU_SET(cpu, &set);
   // Refused where a container forbids it; the thread then floats, which costs speed, not correctness.
-  pthread_setaffinity_np(thread.native_handle(), sizeof(set), &set);
+  pthread_setaffinity_np(thread, sizeof(set), &set);
 }
+
+// Waits for others politely: the thread waited for may be due to run on this very core.
+class Patience {
+ public:
+  void Wait() {
+    Pause();
+    if (++turns_ % 1024 == 0) std::this_thread::yield();
+  }
+
+ private:
+  unsigned turns_ = 0;
+};
 
 }  // namespace
 
@@ -51,11 +63,11 @@ void Job::Advance(int from) {
   phase_.store(next, std::memory_order_release);
 }
 
-Pool::Pool(int threads, const std::vector<int>& cpus) : threads_(threads) {
+Pool::Pool(int threads, const std::vector<int>& cpus) : threads_(threads), cpus_(cpus) {
   Require(threads >= 1 && threads <= 1024, "threads must lie in 1..1024");
   for (int worker = 1; worker < threads; ++worker) {
     workers_.emplace_back([this, worker] { Loop(worker); });
-    if (static_cast<size_t>(worker) < cpus.size()) Pin(workers_.back(), cpus[worker]);
+    if (static_cast<size_t>(worker) < cpus.size()) Pin(workers_.back().native_handle(), cpus[worker]);
   }
 }
 
@@ -66,13 +78,18 @@ Pool::~Pool() {
   for (std::thread& thread : workers_) thread.join();
 }
 
+void Pool::PinCaller() const {
+  if (!cpus_.empty()) Pin(pthread_self(), cpus_.front());
+}
+
 void Pool::Submit(Job* job) {
   const std::lock_guard lock(submit_);
   const uint64_t sequence = tail_.load(std::memory_order_relaxed) + 1;
   Entry& entry = ring_[sequence % kRing];
   job->sequence_ = sequence;
   // The entry's last job has been waited for unless 64 are in flight; its visitors leave at once.
-  while (entry.users.load(std::memory_order_acquire) != 0) Pause();
+  Patience patience;
+  while (entry.users.load(std::memory_order_acquire) != 0) patience.Wait();
   entry.job.store(job, std::memory_order_relaxed);
   entry.sequence.store(sequence, std::memory_order_seq_cst);
   tail_.store(sequence, std::memory_order_release);
@@ -91,6 +108,7 @@ bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
   // Jobs before this one come first: they were submitted first, and the workers are busy with them.
   int seen = -1;
   Clock::time_point changed = Clock::now();
+  Patience waiting;
   while (!job->Done()) {
     Work(job, 0);
     int progress = 0;
@@ -102,13 +120,13 @@ bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
     } else if (now - changed > patience) {
       return false;
     }
-    Pause();
+    waiting.Wait();
   }
   // Retire the entry, so that no late worker starts on it, then let those inside leave.
   Entry& entry = ring_[job->sequence_ % kRing];
   uint64_t mine = job->sequence_;
   entry.sequence.compare_exchange_strong(mine, 0, std::memory_order_seq_cst);
-  while (mine == job->sequence_ && entry.users.load(std::memory_order_seq_cst) != 0) Pause();
+  while (mine == job->sequence_ && entry.users.load(std::memory_order_seq_cst) != 0) waiting.Wait();
   return true;
 }
 
@@ -137,6 +155,7 @@ void Pool::Visit(uint64_t sequence, int worker) {
   entry.users.fetch_add(1, std::memory_order_seq_cst);
   if (entry.sequence.load(std::memory_order_seq_cst) == sequence) {
     Job* job = entry.job.load(std::memory_order_relaxed);
+    Patience waiting;
     while (!job->Done()) {
       Work(job, worker);
       if (job->Done() || entry.sequence.load(std::memory_order_relaxed) != sequence) break;
@@ -145,7 +164,7 @@ void Pool::Visit(uint64_t sequence, int worker) {
       if (p == job->count_ - 1 &&
           job->counters_[p].next.load(std::memory_order_relaxed) >= job->phases_[p].chunks)
         break;
-      Pause();
+      waiting.Wait();
     }
   }
   entry.users.fetch_sub(1, std::memory_order_release);

@@ -62,6 +62,10 @@ class Pool {
 
   int threads() const { return threads_; }
 
+  // Binds the calling thread to worker 0's core: for the one thread that will do the waiting. Left to float,
+  // it tends to be put on the core of a worker that happens to sleep.
+  void PinCaller() const;
+
   // Publishes the job; it must stay alive until Wait() returned for it.
   void Submit(Job* job);
   // Works until the job is done. Returns false if, with nothing left to take, no chunk of it was finished for
@@ -87,6 +91,7 @@ class Pool {
   void Visit(uint64_t sequence, int worker);
 
   const int threads_;
+  const std::vector<int> cpus_;
   std::array<Entry, kRing> ring_;
   std::atomic<uint64_t> tail_{0};  // sequences 1..tail_ have been published
   std::atomic<uint32_t> signal_{0};

@@ -15,8 +15,8 @@ static inline void DenseTile(const bf16* w, ptrdiff_t ldw, int in, const bf16* c
     typename Simd::Bf16 a[R];
     typename Simd::Bf16 b[R];
     for (int r = 0; r < R; ++r) {
-      Simd::Prefetch(w + r * ldw + i + kPrefetchBytes / 2);
-      Simd::Prefetch(w + r * ldw + i + kPrefetchBytes / 2 + 32);
+      Simd::Prefetch(w + r * ldw + i + kPrefetchBytes / 4);
+      Simd::Prefetch(w + r * ldw + i + kPrefetchBytes / 4 + 32);
       a[r] = Simd::Load(w + r * ldw + i);
       b[r] = Simd::Load(w + r * ldw + i + 32);
     }

@@ -10,7 +10,8 @@
 // for R rows. One row at a time for a single token: eight streams defeat the hardware prefetcher, one does
 // not.
 
-inline constexpr int kPrefetchBytes = 4096;  // ahead of the row stream; hides DRAM latency at ~25 GB/s a core
+inline constexpr int kPrefetchBytes =
+    8192;  // ahead of the row stream: 200 ns of DRAM latency at 40 GB/s a core
 
 template <int R, int T>
 static inline void Int4Tile(const uint8_t* const* packed, const bf16* const* scale, int in,
@@ -26,6 +27,8 @@ static inline void Int4Tile(const uint8_t* const* packed, const bf16* const* sca
     for (int r = 0; r < R; ++r) {
       if (b < full) {
         Simd::Prefetch(packed[r] + b * (kBlock / 2) + kPrefetchBytes);
+        // A line of scales serves eight blocks; its stream is too thin for the hardware to run ahead of.
+        if (b % 8 == 0) Simd::Prefetch(scale[r] + b * (kBlock / kGroup) + kPrefetchBytes / 16);
         w[r] = Simd::Unpack(packed[r] + b * (kBlock / 2));
         s[r] = Simd::Scales(scale[r] + b * (kBlock / kGroup));
       } else {

@@ -77,11 +77,16 @@ class Bench:
         return {"experts": self.experts.tally, **{r: self.machine.tallies[r] for r in ("dense", "head")}}
 
 
-def run(model: Path, machine: Machine, bandwidth: Bandwidth, prompt: int, decode: int) -> list[Row]:
-    """Prefill `prompt` tokens (after one pass to warm up), then decode `decode` tokens one by one."""
+def run(
+    model: Path, machine: Machine, bandwidth: Bandwidth, prompt: int, decode: int
+) -> tuple[dict[str, float], list[Row]]:
+    """Prefill `prompt` tokens (after one pass to warm up), then decode `decode` tokens one by one.
+
+    Returns load time and memory, and the rows.
+    """
     bench = Bench(model, machine, prompt + decode)
-    before = MemoryUse.now()
-    rows: list[Row] = [{"case": "load", "ms": bench.load_seconds * 1e3}]
+    loaded = MemoryUse.now()
+    rows: list[Row] = []
     chunks = [(at, min(MAX_ROWS, prompt - at)) for at in range(0, prompt, MAX_ROWS)]
     for timed in (False, True):
         bench.reset()
@@ -91,17 +96,14 @@ def run(model: Path, machine: Machine, bandwidth: Bandwidth, prompt: int, decode
     bench.reset()
     steps = [bench.step(prompt + i, 1) for i in range(decode)]
     rows += _rows(f"decode after {prompt}", 1, steps, bench.roles(), bandwidth)
-    after = MemoryUse.now()
-    rows.append(
-        {
-            "case": "memory",
-            "private_mb": after.private_bytes / 1e6,
-            "mapped_mb": after.mapped_bytes / 1e6,
-            "private_mb_at_load": before.private_bytes / 1e6,
-        }
-    )
+    ran = MemoryUse.now()
     bench.checkpoint.close()
-    return rows
+    return {
+        "load_ms": round(bench.load_seconds * 1e3, 1),
+        "private_mb_loaded": round(loaded.private_bytes / 1e6, 1),
+        "private_mb_run": round(ran.private_bytes / 1e6, 1),
+        "mapped_mb_run": round(ran.mapped_bytes / 1e6, 1),
+    }, rows
 
 
 def _rows(
@@ -154,12 +156,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser().error("--prompt and --decode must be at least 1")
     try:
         machine = Machine(options.threads, options.isa)
+        machine.pin_caller()
         bandwidth = measure(machine)
         found = conditions(machine, bandwidth, model=str(options.model), prompt=options.prompt)
-        rows = run(options.model, machine, bandwidth, options.prompt, options.decode)
+        measured, rows = run(options.model, machine, bandwidth, options.prompt, options.decode)
     except K2Error as error:
         print(f"k2hybrid bench: {error}")
         return 1
+    found |= measured
     print_report("tokens per second", found, rows)
     if options.json:
         write_json(options.json, found, rows)

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-import k2hybrid
 from k2hybrid.hardware.bandwidth import Bandwidth
+from k2hybrid.hardware.doctor import package_version
 from k2hybrid.native import Machine
 
 Row = dict[str, Any]
@@ -28,7 +28,7 @@ def conditions(machine: Machine, bandwidth: Bandwidth | None = None, **more: Any
         "load_average_before": round(os.getloadavg()[0], 2),
         "threads": machine.threads,
         "isa": machine.isa,
-        "k2hybrid": k2hybrid.__version__,
+        "k2hybrid": package_version(),
         "torch": torch.__version__,
         "python": platform.python_version(),
     }
