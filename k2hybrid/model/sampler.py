@@ -3,7 +3,7 @@
 Order of operations, all in fp32 on this row alone, so that no other request can change the outcome:
 
 1. the log-probabilities that a client may ask for are taken from the raw logits;
-2. repetition penalty (over prompt and generated tokens): positive logits are divided by it, others multiplied;
+2. repetition penalty (over prompt and generated tokens): divides positive logits, multiplies others;
 3. presence and frequency penalties (over generated tokens only, as in OpenAI's API);
 4. `logit_bias`, then the mask;
 5. temperature (below 1e-5: the best token, lowest id among equals, and nothing further);
@@ -181,7 +181,7 @@ def ranked(values: Row, count: int) -> Ids:
 
 
 def cut(weights: Row, min_p: float, top_k: int, top_p: float) -> Ids:
-    """Ids that survive `min_p`, then `top_k`, then `top_p`, best first; never empty.
+    """Ids that survive `min_p`, then `top_k`, then `top_p`, ascending; never empty.
 
     Args:
         weights: unnormalised probabilities whose largest is 1.
@@ -191,14 +191,17 @@ def cut(weights: Row, min_p: float, top_k: int, top_p: float) -> Ids:
     """
     kept = np.flatnonzero(weights >= np.float32(min_p)) if min_p > 0.0 else np.arange(len(weights))
     if 0 < top_k < len(kept):
-        kept = kept[ranked(weights[kept], top_k)]
+        kept = np.sort(kept[ranked(weights[kept], top_k)])
     if top_p < 1.0:
-        mass = float(weights[kept].sum(dtype=np.float64))
+        values = weights[kept]
+        mass = float(values.sum(dtype=np.float64))
         # All tokens below this bound together weigh less than what top_p drops anyway: no need to sort them.
-        bound = 0.999 * (1.0 - top_p) * mass / len(kept)
-        kept = kept[weights[kept] >= bound]
-        order = np.argsort(-weights[kept], kind="stable")
-        kept = kept[order]
-        before = np.cumsum(weights[kept], dtype=np.float64) - weights[kept]
-        kept = kept[: max(1, int(np.count_nonzero(before < top_p * mass)))]
+        descending = -np.sort(-values[values >= 0.999 * (1.0 - top_p) * mass / len(kept)])
+        before = np.cumsum(descending, dtype=np.float64) - descending
+        count = max(1, int(np.count_nonzero(before < top_p * mass)))
+        last = descending[count - 1]
+        better = values > last
+        equals = np.flatnonzero(values == last)[: count - int(np.count_nonzero(better))]
+        better[equals] = True
+        kept = kept[better]
     return kept

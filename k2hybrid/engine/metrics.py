@@ -1,0 +1,79 @@
+"""What the engine did: counters since the start and a record of each recent step. Layer 4; pure."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from dataclasses import dataclass, field
+from typing import Any
+
+from k2hybrid.types import ReasonCode, Usage
+
+RECENT_STEPS = 1024
+
+
+@dataclass(slots=True)
+class ByteMeter:
+    """Bytes that the model reads. Filled by whoever builds the model."""
+
+    step_bytes: int = 0  # dense weights and head: read once by every step
+    expert_bytes: int = 0  # routed experts, counted up as they are read
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step."""
+
+    decode_tokens: int
+    prefill_tokens: int
+    ms: float  # model and sampling
+    bytes_read: int  # dense and experts
+    expert_bytes: int
+
+
+@dataclass(slots=True)
+class EngineMetrics:
+    """Written by the engine's thread; single counters may be read from any thread."""
+
+    steps: int = 0
+    failed_steps: int = 0
+    integrity_errors: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+    running: int = 0
+    waiting: int = 0
+    finished: Counter[str] = field(default_factory=Counter)  # reason → requests
+    recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+
+    def step(self, record: StepRecord) -> None:
+        """A step went well."""
+        self.steps += 1
+        self.recent.append(record)
+
+    def request(self, reason: ReasonCode, usage: Usage) -> None:
+        """A request ended."""
+        self.finished[reason] += 1
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.completion_tokens += usage.completion_tokens
+
+    def snapshot(self) -> dict[str, Any]:
+        """Counters, and rates over the recent steps, under stable names."""
+        recent = list(self.recent)
+        seconds = sum(record.ms for record in recent) / 1e3
+        tokens = sum(record.decode_tokens + record.prefill_tokens for record in recent)
+        read = sum(record.bytes_read for record in recent)
+        return {
+            "steps": self.steps,
+            "failed_steps": self.failed_steps,
+            "integrity_errors": self.integrity_errors,
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "completion_tokens": self.completion_tokens,
+            "running": self.running,
+            "waiting": self.waiting,
+            "finished": dict(self.finished),
+            "recent_steps": len(recent),
+            "recent_tokens_per_s": tokens / seconds if seconds else 0.0,
+            "recent_gb_s": read / seconds / 1e9 if seconds else 0.0,
+        }

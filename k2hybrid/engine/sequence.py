@@ -1,0 +1,70 @@
+"""Sequence: one job on its way through the engine. Layer 4; knows no tensor."""
+
+from __future__ import annotations
+
+import enum
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from k2hybrid.types import Job, Usage
+
+if TYPE_CHECKING:
+    from k2hybrid.model.sampler import Sampler
+
+
+class Phase(enum.Enum):
+    """Where a sequence stands."""
+
+    WAITING = "waiting"  # accepted, holds no pages
+    RUNNING = "running"  # holds pages; prefilling or decoding
+    DONE = "done"  # its last event was delivered
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """A job and its progress. `ids[:computed]` have their latents in `pages`; the rest is still to be run.
+
+    Owned by the engine's thread, except `cancelled`, which any thread may set.
+    """
+
+    number: int  # order of arrival
+    job: Job
+    sampler: Sampler
+    ids: list[int]
+    prompt_tokens: int
+    reserved_pages: int  # for prompt and max_tokens: what admission guarantees
+    phase: Phase = Phase.WAITING
+    computed: int = 0
+    cached_tokens: int = 0
+    pages: list[int] = field(default_factory=list)
+    pages_version: int = 0  # changes with `pages`, so that a tensor of them can be kept
+    cancelled: bool = False
+    submitted_s: float = field(default_factory=time.perf_counter)
+    started_s: float = 0.0  # first prefill step
+    first_token_s: float = 0.0
+    last_token_s: float = 0.0
+
+    @property
+    def pending(self) -> int:
+        """Tokens still to be run: more than one while prefilling, one while decoding."""
+        return len(self.ids) - self.computed
+
+    @property
+    def generated(self) -> int:
+        return len(self.ids) - self.prompt_tokens
+
+    @property
+    def decoding(self) -> bool:
+        return self.generated > 0
+
+    def usage(self) -> Usage:
+        """Counts and times so far. Time in the queue belongs to neither prefill nor decode."""
+        prefill_s = self.first_token_s - self.started_s if self.first_token_s else 0.0
+        return Usage(
+            prompt_tokens=self.prompt_tokens,
+            completion_tokens=self.generated,
+            cached_tokens=self.cached_tokens,
+            prefill_ms=prefill_s * 1e3,
+            decode_ms=(self.last_token_s - self.first_token_s) * 1e3,
+        )

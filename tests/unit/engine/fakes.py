@@ -1,0 +1,176 @@
+"""A model over integers and pages that only count: the engine without a network.
+
+`FakeModel` writes each token into the pages it is told to, and predicts the next token from the whole context
+*as it reads it back from those pages*. So a wrong page table, a page reused too early or a wrong position changes
+its output, and `expected_tokens` says what the output must be.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from k2hybrid.errors import CapacityError, EngineError
+from k2hybrid.model.batch import Batch
+from k2hybrid.types import DoneEvent, EngineEvent, Job, SamplingParams, TokenEvent
+
+VOCAB = 97
+GREEDY = SamplingParams(temperature=0.0)
+
+
+def next_token(context: Sequence[int]) -> int:
+    """A token that depends on every token of the context and on its position."""
+    value = 7
+    for position, token in enumerate(context):
+        value = (value * 31 + token * (position + 3) + 11) % 1_000_003
+    return value % VOCAB
+
+
+def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
+    """What greedy generation gives, whatever else runs."""
+    ids = list(prompt)
+    for _ in range(count):
+        ids.append(next_token(ids))
+    return ids[len(prompt) :]
+
+
+class FakePages:
+    """Counts references, and holds a token where a real page holds its latents."""
+
+    def __init__(self, pages: int, page_tokens: int = 4) -> None:
+        self.PAGE_TOKENS = page_tokens
+        self.tokens = [[-1] * page_tokens for _ in range(pages)]
+        self._counts = [0] * pages
+        self._free = list(range(pages))
+
+    @property
+    def free_pages(self) -> int:
+        return len(self._free)
+
+    def refcount(self, page: int) -> int:
+        return self._counts[page]
+
+    def allocate(self, count: int) -> list[int]:
+        if count > len(self._free):
+            raise CapacityError(f"{count} pages wanted, {len(self._free)} free")
+        taken, self._free = self._free[:count], self._free[count:]
+        for page in taken:
+            self._counts[page] = 1
+            self.tokens[page] = [-1] * self.PAGE_TOKENS
+        return taken
+
+    def retain(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            if self._counts[page] < 1:
+                raise EngineError(f"page {page} is free")
+            self._counts[page] += 1
+
+    def release(self, pages: Iterable[int]) -> None:
+        for page in pages:
+            if self._counts[page] < 1:
+                raise EngineError(f"page {page} is released too often")
+            self._counts[page] -= 1
+            if not self._counts[page]:
+                self._free.append(page)
+
+
+@dataclass
+class FakeState:
+    batch: Batch
+    failed_rows: set[int] = field(default_factory=set)
+
+
+class FakeModel:
+    """See the module. `before_step` may raise, block, or fail rows of the state it is given."""
+
+    def __init__(self, pages: FakePages) -> None:
+        self.pages = pages
+        self.batches: list[Batch] = []
+        self.before_step: Callable[[FakeState], None] = lambda state: None
+        self.poison: Callable[[list[int]], bool] = lambda context: False  # contexts whose logits are NaN
+
+    @property
+    def tokens_run(self) -> int:
+        return sum(len(batch.ids) for batch in self.batches)
+
+    def begin(self, batch: Batch) -> FakeState:
+        return FakeState(batch)
+
+    def forward(self, state: FakeState) -> FakeState:
+        self.before_step(state)
+        self.batches.append(state.batch)
+        ids = state.batch.ids.tolist()
+        for span, rows in zip(state.batch.spans, state.batch.row_slices(), strict=True):
+            for row in range(rows.start, rows.stop):
+                position = span.start + row - rows.start
+                if state.batch.positions[row] != position:
+                    raise EngineError("a position does not follow from its span")
+                self._page(span.page_table, position)[position % self.pages.PAGE_TOKENS] = ids[row]
+        return state
+
+    def logits(self, state: FakeState) -> torch.Tensor:
+        out = []
+        for row in state.batch.logit_rows.tolist():
+            for span, rows in zip(state.batch.spans, state.batch.row_slices(), strict=True):
+                if rows.start <= row < rows.stop:
+                    length = span.start + row - rows.start + 1
+                    context = [
+                        self._page(span.page_table, p)[p % self.pages.PAGE_TOKENS] for p in range(length)
+                    ]
+                    logits = torch.zeros(VOCAB)
+                    logits[next_token(context)] = 5.0
+                    out.append(logits * float("nan") if self.poison(context) else logits)
+        return torch.stack(out)
+
+    def _page(self, table: torch.Tensor, position: int) -> list[int]:
+        page = int(table[position // self.pages.PAGE_TOKENS])
+        if self.pages.refcount(page) < 1:
+            raise EngineError(f"page {page} is used though nobody holds it")
+        return self.pages.tokens[page]
+
+
+class Collector:
+    """A sink that keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.done: DoneEvent | None = None
+        self.events = 0
+        self.after_done = 0
+        self.finished = threading.Event()
+        self.on_token: Callable[[int], None] = lambda token: None
+
+    def __call__(self, event: EngineEvent) -> None:
+        self.events += 1
+        self.after_done += self.done is not None
+        if isinstance(event, TokenEvent):
+            self.tokens.append(event.token)
+            self.on_token(event.token)
+        else:
+            self.done = event
+            self.finished.set()
+
+
+class StopAt:
+    """Ends at a token; never, if it is None."""
+
+    def __init__(self, token: int | None = None) -> None:
+        self.token = token
+
+    def push(self, token: int) -> bool:
+        return token == self.token
+
+
+def job(
+    ids: Sequence[int],
+    sink: Callable[[EngineEvent], None],
+    max_tokens: int = 5,
+    *,
+    stop: int | None = None,
+    sampling: SamplingParams = GREEDY,
+    request_id: str = "test",
+) -> Job:
+    return Job(tuple(ids), sampling, max_tokens, StopAt(stop), sink, request_id=request_id)

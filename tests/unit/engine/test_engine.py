@@ -1,0 +1,482 @@
+"""The engine against a model over integers: results, sharing, limits, ends of every kind."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.engine import Engine, JobHandle
+from k2hybrid.errors import (
+    CapacityError,
+    ContextLengthError,
+    EngineError,
+    ExpertReadError,
+    RequestError,
+)
+from k2hybrid.types import EngineEvent, SamplingParams, TokenEvent
+from tests.unit.engine.fakes import (
+    VOCAB,
+    Collector,
+    FakeModel,
+    FakePages,
+    FakeState,
+    expected_tokens,
+    job,
+)
+
+CONTEXT = 256
+
+
+def build(
+    pages: int = 64, *, max_step_tokens: int = 16, max_running: int = 4, max_queue: int = 64
+) -> tuple[Engine, FakeModel]:
+    model = FakeModel(FakePages(pages))
+    config = RuntimeConfig(max_step_tokens=max_step_tokens, max_running=max_running, max_queue=max_queue)
+    engine = Engine(model, model.pages, vocab_size=VOCAB, context_tokens=CONTEXT, config=config)
+    return engine, model
+
+
+def drain(engine: Engine) -> None:
+    while engine.tick():
+        pass
+    engine.check()
+
+
+def run(engine: Engine, prompt: list[int], max_tokens: int = 5) -> Collector:
+    sink = Collector()
+    engine.submit(job(prompt, sink, max_tokens))
+    drain(engine)
+    return sink
+
+
+def ended(sink: Collector) -> str:
+    assert sink.done is not None
+    assert sink.after_done == 0
+    return sink.done.reason
+
+
+def test_one_request_in_chunks() -> None:
+    engine, model = build(max_step_tokens=7)
+    prompt = [(3 * i) % VOCAB for i in range(40)]
+    sink = run(engine, prompt, 6)
+    assert sink.tokens == expected_tokens(prompt, 6)
+    assert ended(sink) == "length"
+    assert sink.done is not None
+    assert (sink.done.usage.prompt_tokens, sink.done.usage.completion_tokens) == (40, 6)
+    assert sink.done.usage.cached_tokens == 0
+    assert max(len(batch.ids) for batch in model.batches) == 7
+    assert engine.metrics.completion_tokens == 6
+
+
+def test_the_stop_rule_ends_a_request_after_its_token() -> None:
+    engine, _ = build()
+    tokens = expected_tokens([1, 2, 3], 8)
+    sink = Collector()
+    engine.submit(job([1, 2, 3], sink, 8, stop=tokens[2]))
+    drain(engine)
+    assert sink.tokens == tokens[: tokens.index(tokens[2]) + 1]
+    assert ended(sink) == "stop"
+
+
+def test_requests_run_together_as_each_would_alone() -> None:
+    engine, model = build(pages=200, max_running=4)
+    prompts = [[n, 2 * n, 5, *range(n)] for n in range(1, 10)]
+    sinks = [Collector() for _ in prompts]
+    for prompt, sink in zip(prompts, sinks, strict=True):
+        engine.submit(job(prompt, sink, 7))
+    drain(engine)
+    for prompt, sink in zip(prompts, sinks, strict=True):
+        assert sink.tokens == expected_tokens(prompt, 7)
+    sizes = [len(batch.spans) for batch in model.batches]
+    assert max(sizes) == 4
+
+
+def test_decoding_goes_on_during_a_long_prefill() -> None:
+    engine, model = build(pages=200)
+    first, second = Collector(), Collector()
+    engine.submit(job([1, 2], first, 12))
+    engine.tick()
+    engine.submit(job(list(range(60)), second, 2))
+    before = len(first.tokens)
+    while not second.tokens:
+        engine.tick()
+    assert len(first.tokens) - before == 4  # 60 tokens took 4 steps of 15, each with one decode token
+    drain(engine)
+    assert first.tokens == expected_tokens([1, 2], 12)
+    assert second.tokens == expected_tokens(list(range(60)), 2)
+    assert len(model.batches[1].spans) == 2
+
+
+def test_a_known_prefix_is_not_run_again() -> None:
+    engine, model = build()
+    prompt = list(range(30))
+    first = run(engine, prompt, 6)
+    ran = model.tokens_run
+    # The next turn of a conversation: the history and something new.
+    history = prompt + first.tokens
+    assert engine.cached_prefix(history) == 32  # 35 tokens computed: 8 full pages of 4
+    second = run(engine, [*history, 50, 51], 3)
+    assert second.tokens == expected_tokens([*history, 50, 51], 3)
+    assert second.done is not None
+    assert second.done.usage.cached_tokens == 32
+    assert model.tokens_run - ran == 38 - 32 + 2
+
+
+def test_an_identical_prompt_still_runs_its_last_token() -> None:
+    engine, model = build()
+    prompt = list(range(32))
+    run(engine, prompt, 4)
+    ran = model.tokens_run
+    again = run(engine, prompt, 1)
+    assert again.tokens == expected_tokens(prompt, 1)
+    assert again.done is not None
+    assert again.done.usage.cached_tokens == 28
+    assert model.tokens_run - ran == 4
+
+
+def test_equal_prompts_submitted_together_are_prefilled_once() -> None:
+    engine, model = build(pages=200)
+    prompt = list(range(40))
+    sinks = [Collector() for _ in range(4)]
+    for sink in sinks:
+        engine.submit(job(prompt, sink, 3))
+    drain(engine)
+    assert all(sink.tokens == expected_tokens(prompt, 3) for sink in sinks)
+    assert model.tokens_run <= 40 + 3 * 4 + 4 * 2
+    assert [s.done.usage.cached_tokens for s in sinks if s.done] == [0, 36, 36, 36]
+
+
+def test_pages_are_evicted_when_needed_and_results_stay_right() -> None:
+    engine, model = build(pages=12)  # 48 tokens
+    for n in range(12):
+        prompt = [n] * 20 + [5, n]
+        assert run(engine, prompt, 9).tokens == expected_tokens(prompt, 9)
+    again = run(engine, [11] * 20 + [5, 11], 9)
+    assert again.done is not None
+    assert again.done.usage.cached_tokens == 20
+    assert model.pages.free_pages < 12
+
+
+def test_admission_waits_for_pages_and_nobody_overtakes() -> None:
+    engine, _ = build(pages=10)  # 40 tokens
+    order: list[int] = []
+    sinks = [Collector() for _ in range(3)]
+    for n, (length, output) in enumerate([(8, 20), (10, 20), (2, 2)]):
+        sinks[n].on_token = lambda token, n=n: order.append(n)  # type: ignore[misc]
+        engine.submit(job([n + 1] * length, sinks[n], output))
+    drain(engine)
+    assert [ended(sink) for sink in sinks] == ["length"] * 3
+    assert order[:20] == [0] * 20  # 7 pages for the first: the second must wait, and the third behind it
+    assert sinks[1].tokens == expected_tokens([2] * 10, 20)
+
+
+def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
+    engine, _ = build(pages=10)
+    with pytest.raises(
+        ContextLengthError, match=r"200 prompt tokens \+ 100 output tokens = 300 tokens > 256"
+    ):
+        engine.submit(job([1] * 200, Collector(), 100))
+    with pytest.raises(CapacityError, match=r"= 41 tokens, but the latent pages hold 40"):
+        engine.submit(job([1] * 40, Collector(), 1))
+    assert engine.capacity_tokens == 40
+
+
+@pytest.mark.parametrize(
+    ("ids", "max_tokens", "param"),
+    [([], 1, "prompt"), ([1, VOCAB], 1, "prompt"), ([-1], 1, "prompt"), ([1], 0, "max_tokens")],
+)
+def test_impossible_jobs_are_refused(ids: list[int], max_tokens: int, param: str) -> None:
+    engine, _ = build()
+    with pytest.raises(RequestError) as refused:
+        engine.submit(job(ids, Collector(), max_tokens))
+    assert refused.value.param == param
+    with pytest.raises(RequestError):
+        engine.submit(job([1], Collector(), 1, sampling=SamplingParams(top_p=2.0)))
+
+
+def test_a_full_queue_is_refused() -> None:
+    engine, _ = build(max_queue=2)
+    for _ in range(2):
+        engine.submit(job([1], Collector()))
+    with pytest.raises(CapacityError, match="2 requests are waiting"):
+        engine.submit(job([1], Collector()))
+    drain(engine)
+    engine.submit(job([1], Collector()))
+
+
+def test_cancel_while_waiting_prefilling_and_decoding_frees_everything() -> None:
+    engine, model = build(pages=40, max_running=2, max_step_tokens=8)
+    sinks = [Collector() for _ in range(3)]
+    handles = [engine.submit(job([n + 1] * 24, sinks[n], 20)) for n in range(3)]
+    for _ in range(4):
+        engine.tick()
+    assert sinks[0].tokens
+    assert not sinks[1].tokens
+    for handle in handles:
+        handle.cancel()
+        handle.cancel()
+    drain(engine)
+    assert [ended(sink) for sink in sinks] == ["cancelled"] * 3
+    held = 40 - model.pages.free_pages
+    assert held == len([page for page in range(40) if model.pages.refcount(page)])
+    assert engine.cached_prefix([1] * 24) == 24  # what was computed is kept for later
+    assert engine.metrics.running == 0
+
+
+def test_a_step_that_fails_ends_its_requests_and_no_others() -> None:
+    engine, model = build(max_running=2)
+    first, second, third = Collector(), Collector(), Collector()
+    engine.submit(job([1, 2, 3], first))
+    engine.submit(job([4, 5, 6], second))
+    engine.submit(job([7, 8, 9], third))
+
+    def fail(state: FakeState) -> None:
+        model.before_step = lambda state: None
+        raise ValueError("the machine is on fire")
+
+    model.before_step = fail
+    drain(engine)
+    for sink in (first, second):
+        assert ended(sink) == "error"
+        assert sink.done is not None
+        assert "on fire" in str(sink.done.error)
+    assert third.tokens == expected_tokens([7, 8, 9], 5)
+    assert engine.metrics.failed_steps == 1
+
+
+def test_failed_rows_end_only_the_request_concerned() -> None:
+    engine, model = build()
+    first, second = Collector(), Collector()
+    engine.submit(job([1] * 5, first))
+    engine.submit(job([2] * 6, second))
+
+    def fail_row(state: FakeState) -> None:
+        model.before_step = lambda state: None
+        state.failed_rows.add(7)  # the third row of the second sequence
+
+    model.before_step = fail_row
+    drain(engine)
+    assert first.tokens == expected_tokens([1] * 5, 5)
+    assert ended(second) == "error"
+    assert second.done is not None
+    assert isinstance(second.done.error, ExpertReadError)
+    assert engine.cached_prefix([2] * 6) == 0  # what may be wrong is not offered to others
+
+
+def test_logits_that_are_not_finite_end_only_their_request() -> None:
+    engine, model = build()
+    first, second = Collector(), Collector()
+    model.poison = lambda context: context[:4] == [2] * 4 and len(context) == 8
+    engine.submit(job([1] * 6, first))
+    engine.submit(job([2] * 6, second))
+    drain(engine)
+    assert first.tokens == expected_tokens([1] * 6, 5)
+    assert second.tokens == expected_tokens([2] * 6, 2)
+    assert ended(second) == "error"
+    assert second.done is not None
+    assert "not finite" in str(second.done.error)
+
+
+def test_a_sink_that_raises_has_its_job_cancelled() -> None:
+    engine, _ = build()
+    calls: list[EngineEvent] = []
+
+    def bad(event: EngineEvent) -> None:
+        calls.append(event)
+        raise RuntimeError("the reader is gone")
+
+    good = Collector()
+    engine.submit(job([1, 2], bad, 20))
+    engine.submit(job([3, 4], good, 5))
+    drain(engine)
+    assert len(calls) == 2  # one token, one end
+    assert good.tokens == expected_tokens([3, 4], 5)
+
+
+def test_a_stop_rule_that_raises_ends_only_its_request() -> None:
+    engine, _ = build()
+
+    class Bad:
+        def push(self, token: int) -> bool:
+            raise KeyError("stop")
+
+    bad, good = Collector(), Collector()
+    broken = job([1, 2], bad)
+    engine.submit(type(broken)(broken.ids, broken.sampling, 5, Bad(), bad))
+    engine.submit(job([3, 4], good))
+    drain(engine)
+    assert ended(bad) == "error"
+    assert good.tokens == expected_tokens([3, 4], 5)
+
+
+def test_the_integrity_check_sees_a_lost_and_a_surplus_reference() -> None:
+    engine, model = build()
+    run(engine, list(range(20)))
+    page = next(p for p in range(64) if model.pages.refcount(p))
+    model.pages.retain([page])
+    with pytest.raises(EngineError, match=rf"page {page}: 2 references, 1 expected"):
+        engine.check()
+    model.pages.release([page, page])
+    with pytest.raises(EngineError, match="do not add up"):
+        engine.check()
+    assert engine.metrics.integrity_errors == 2
+
+
+def test_usage_counts_what_ran_and_what_did_not() -> None:
+    engine, _ = build()
+    run(engine, list(range(16)), 4)
+    sink = run(engine, list(range(16)), 4)
+    assert sink.done is not None
+    usage = sink.done.usage
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (16, 4, 12)
+    assert usage.prefill_ms > 0
+    assert usage.decode_ms > 0
+    snapshot = engine.metrics.snapshot()
+    assert snapshot["finished"] == {"length": 2}
+    assert snapshot["cached_tokens"] == 12
+
+
+class TestThread:
+    """The same engine with its thread running."""
+
+    def test_submit_from_many_threads(self) -> None:
+        engine, _ = build(pages=200)
+        engine.start()
+        sinks: dict[int, Collector] = {n: Collector() for n in range(24)}
+
+        def client(n: int) -> None:
+            engine.submit(job([n, n + 1], sinks[n], 6))
+
+        threads = [threading.Thread(target=client, args=(n,)) for n in sinks]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for n, sink in sinks.items():
+            assert sink.finished.wait(20)
+            assert sink.tokens == expected_tokens([n, n + 1], 6)
+        engine.stop()
+
+    def test_stop_ends_everything_with_cancelled(self) -> None:
+        engine, model = build(max_running=1)
+        engine.start()
+        began, go_on = threading.Event(), threading.Event()
+
+        def block(state: FakeState) -> None:
+            began.set()
+            assert go_on.wait(20)
+
+        model.before_step = block
+        running, waiting = Collector(), Collector()
+        engine.submit(job([1], running, 100))
+        assert began.wait(20)
+        engine.submit(job([2], waiting, 100))
+        stopper = threading.Thread(target=engine.stop)
+        stopper.start()
+        go_on.set()
+        stopper.join(20)
+        assert not stopper.is_alive()
+        assert ended(running) == ended(waiting) == "cancelled"
+        with pytest.raises(EngineError, match="stopped"):
+            engine.submit(job([1], Collector()))
+        engine.stop()
+
+    def test_an_idle_engine_answers_a_cancel_and_a_later_request(self) -> None:
+        engine, _ = build()
+        engine.start()
+        first = Collector()
+        handle = engine.submit(job([1, 2], first, 3))
+        assert first.finished.wait(20)
+        handle.cancel()
+        second = Collector()
+        engine.submit(job([1, 2], second, 3))
+        assert second.finished.wait(20)
+        assert ended(second) == "length"
+        engine.stop()
+
+    def test_a_cancel_from_within_a_sink(self) -> None:
+        engine, _ = build()
+        engine.start()
+        sink = Collector()
+        ready = threading.Event()
+        handles: list[JobHandle] = []
+
+        def cancel(token: int) -> None:
+            ready.wait(20)
+            handles[0].cancel()
+
+        sink.on_token = cancel
+        handles.append(engine.submit(job([1, 2], sink, 50)))
+        ready.set()
+        assert sink.finished.wait(20)
+        assert ended(sink) == "cancelled"
+        assert len(sink.tokens) == 1
+        engine.stop()
+
+    def test_the_engine_survives_an_inconsistency_and_says_so(self) -> None:
+        engine, model = build()
+        engine.start()
+        first = Collector()
+        engine.submit(job(list(range(20)), first, 3))
+        assert first.finished.wait(20)
+        page = next(p for p in range(64) if model.pages.refcount(p))
+        model.pages.retain([page])
+        second = Collector()
+        engine.submit(job([1, 2], second, 3))
+        assert second.finished.wait(20)
+        deadline = time.monotonic() + 20
+        while not engine.metrics.integrity_errors and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert engine.metrics.integrity_errors >= 1
+        third = Collector()
+        engine.submit(job([1, 2], third, 3))
+        assert third.finished.wait(20)
+        assert third.tokens == expected_tokens([1, 2], 3)
+        engine.stop()
+
+    def test_engines_start_once(self) -> None:
+        engine, _ = build()
+        engine.start()
+        with pytest.raises(EngineError, match="started before"):
+            engine.start()
+        engine.stop()
+
+    def test_stop_without_start_ends_what_was_submitted(self) -> None:
+        engine, _ = build()
+        sink = Collector()
+        engine.submit(job([1], sink))
+        engine.stop()
+        assert ended(sink) == "cancelled"
+
+
+def test_sampled_tokens_depend_on_the_seed_alone() -> None:
+    sampling = SamplingParams(temperature=3.0, seed=11)
+
+    def tokens(crowd: int, max_step_tokens: int) -> list[int]:
+        engine, _ = build(pages=200, max_step_tokens=max_step_tokens)
+        for n in range(crowd):
+            engine.submit(job([9, n + 40] * 4, Collector(), 9, sampling=SamplingParams(temperature=3.0)))
+        sink = Collector()
+        engine.submit(job([1, 2, 3, 4, 5, 6], sink, 12, sampling=sampling))
+        drain(engine)
+        return sink.tokens
+
+    alone = tokens(0, 16)
+    assert len(set(alone)) > 3
+    assert tokens(3, 16) == alone
+    assert tokens(3, 5) == alone
+
+
+def test_token_events_carry_logprobs() -> None:
+    engine, _ = build()
+    events: list[EngineEvent] = []
+    engine.submit(job([1, 2], events.append, 2, sampling=SamplingParams(temperature=0.0, logprobs=2)))
+    drain(engine)
+    first = events[0]
+    assert isinstance(first, TokenEvent)
+    assert first.logprob is not None
+    assert first.logprob.top[0] == (first.token, first.logprob.logprob)
+    assert len(first.logprob.top) == 2
