@@ -8,6 +8,6 @@ guard: host check, API key, request ids, the last exception handler
 body, fields: hostile JSON → checked values
 failures: which error becomes which status, one table
 live: the answers being generated now
-sse: event streams with keep-alive, and noticing that a client has gone
+sse, patient: streams and whole answers, kept alive, and ended when the client goes
 options, process, __main__: command line, socket, signals
 """

@@ -19,7 +19,6 @@ from k2hybrid.server.guard import LOOPBACK_HOSTS, ApiKeys, Guard, log_unexpected
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.openai import OpenAI
 from k2hybrid.server.served import ServedModel
-from k2hybrid.server.sse import ClientGone
 from k2hybrid.server.tokenize import Tokenization
 
 
@@ -59,7 +58,6 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
             K2Error: _failed,
             HTTPException: _refused,
             ClientDisconnect: _gone,
-            ClientGone: _gone,
             Exception: _failed,
         },
     )

@@ -20,11 +20,12 @@ from k2hybrid.hardware.doctor import package_version
 from k2hybrid.server.body import read_object
 from k2hybrid.server.chat_reply import Choice, Head, usage
 from k2hybrid.server.chat_request import ChatCall, parse_chat
-from k2hybrid.server.failures import classify, json_response
+from k2hybrid.server.failures import Failure, classify, json_response
 from k2hybrid.server.guard import log_unexpected, request_id
 from k2hybrid.server.live import LiveRuns
+from k2hybrid.server.patient import PatientResponse
 from k2hybrid.server.served import ChatRun, Delta, ServedModel
-from k2hybrid.server.sse import DONE, EventStream, data_event, unless_gone
+from k2hybrid.server.sse import DONE, EventStream, data_event
 
 _log = logging.getLogger("k2hybrid.server")
 
@@ -68,10 +69,11 @@ class OpenAI:
         if call.stream:
             events = self._events(call, runs, head, request.scope)
             return EventStream(events, lambda: self._live.end(runs))
-        try:
-            return await unless_gone(self._completion(call, runs, head), request.receive)
-        finally:
-            self._live.end(runs)
+        return PatientResponse(
+            self._completion(call, runs, head),
+            lambda error: self._failure(error, request.scope),
+            lambda: self._live.end(runs),
+        )
 
     def _start(self, body: dict[str, Any], identity: str) -> tuple[ChatCall, list[ChatRun]]:
         """In a thread: parse, render, queue one run per choice. With a seed, each choice gets its own."""
@@ -93,7 +95,7 @@ class OpenAI:
         logprobs = call.request.sampling.logprobs is not None
         return [Choice(i, self._model.tokenizer, logprobs=logprobs) for i in range(call.choices)]
 
-    async def _completion(self, call: ChatCall, runs: Sequence[ChatRun], head: Head) -> Response:
+    async def _completion(self, call: ChatCall, runs: Sequence[ChatRun], head: Head) -> dict[str, Any]:
         choices = self._choices(call)
         started = time.monotonic()
         async with aclosing(_merge(runs)) as deltas:
@@ -103,7 +105,7 @@ class OpenAI:
         finished = [choice.completion(run) for choice, run in zip(choices, runs, strict=True)]
         totals = usage(list(zip(choices, runs, strict=True)))
         _report(call, totals, started)
-        return json_response({**head.fields("chat.completion"), "choices": finished, "usage": totals})
+        return {**head.fields("chat.completion"), "choices": finished, "usage": totals}
 
     async def _events(
         self, call: ChatCall, runs: Sequence[ChatRun], head: Head, scope: Scope
@@ -127,9 +129,12 @@ class OpenAI:
             if call.include_usage:
                 yield data_event(head.chunk([], usage=totals))
         except Exception as error:
-            log_unexpected(error, scope)
-            yield data_event(classify(error, call.request.request_id).body())
+            yield data_event(self._failure(error, scope).body())
         yield DONE
+
+    def _failure(self, error: Exception, scope: Scope) -> Failure:
+        log_unexpected(error, scope)
+        return classify(error, request_id(scope))
 
 
 async def _merge(runs: Sequence[ChatRun]) -> AsyncGenerator[tuple[int, Delta | None], None]:

@@ -1,10 +1,10 @@
-"""Answers that outlive a client's patience: event streams with keep-alive, and noticing that it has gone."""
+"""Event streams with keep-alive, and noticing that a client has gone."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable, Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncGenerator, Callable
+from typing import Any
 
 import orjson
 from starlette.responses import Response
@@ -13,12 +13,6 @@ from starlette.types import Receive, Scope, Send
 KEEP_ALIVE_S = 10.0  # clients and proxies give up after 30 to 600 silent seconds
 KEEP_ALIVE = b": keep-alive\n\n"  # a comment: every client seen skips it
 DONE = b"data: [DONE]\n\n"
-
-T = TypeVar("T")
-
-
-class ClientGone(Exception):  # noqa: N818 - an event, not an error: nobody is left to be told
-    """The client closed its connection before the answer was ready."""
 
 
 def data_event(value: Any) -> bytes:
@@ -30,21 +24,6 @@ async def wait_gone(receive: Receive) -> None:
     """Return when the client has disconnected. Call it after the body was read."""
     while (await receive())["type"] != "http.disconnect":
         pass
-
-
-async def unless_gone(work: Awaitable[T], receive: Receive) -> T:
-    """The result of `work`, which is cancelled when the client goes; ClientGone then."""
-    task = asyncio.ensure_future(work)
-    gone = asyncio.ensure_future(wait_gone(receive))
-    try:
-        both: set[asyncio.Future[Any]] = {task, gone}
-        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
-    finally:
-        await _end(task)
-        await _end(gone)
 
 
 class EventStream(Response):
@@ -88,14 +67,14 @@ class EventStream(Response):
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
         finally:
-            await _end(gone)
+            await end_task(gone)
             if item is not None:
-                await _end(item)
+                await end_task(item)
             await self._events.aclose()
             self._close()  # not left to the generator: one that never began runs none of its code
 
 
-async def _end(task: asyncio.Future[Any]) -> None:
+async def end_task(task: asyncio.Future[Any]) -> None:
     """Cancel `task` and wait for it, so that its own clean-up has run."""
     if not task.done():
         task.cancel()

@@ -13,6 +13,7 @@ import openai
 import orjson
 import pytest
 
+from k2hybrid.errors import EngineError
 from k2hybrid.server import sse
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.sse import EventStream
@@ -143,6 +144,29 @@ def test_silence_is_filled_with_comments(server: Served, monkeypatch: pytest.Mon
         client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}], stream=True)
     )
     assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == "late"
+
+
+def test_a_whole_answer_keeps_its_connection_alive_too(
+    server: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    server.model.play(Script([Step((Content("late"),), delay_s=0.4)]))
+    response = server.chat()
+    assert response.status_code == 200
+    assert response.headers["content-type"] == "application/json"
+    assert response.text.startswith("   ")
+    assert response.json()["choices"][0]["message"]["content"] == "late"
+    client = server.openai()
+    answer = client.chat.completions.create(model="m", messages=[{"role": "user", "content": "hi"}])
+    assert answer.choices[0].message.content == "late"
+
+
+def test_a_failure_after_a_long_wait_is_in_the_body(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.05)
+    server.model.play(Script([Step(delay_s=0.3), Step(error=EngineError("the step failed"))]))
+    response = server.chat()
+    assert response.status_code == 200
+    assert response.json()["error"]["code"] == "engine_error"
 
 
 def test_other_requests_are_answered_while_one_waits(server: Served) -> None:

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import os
-import re
 import signal
 import socket
 import subprocess
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
 import pytest
 
 from k2hybrid.checkpoint.synth import synthesize
+from tests.server.process import command, started
 
 TINY = {
     "layers": 2,
@@ -41,35 +37,6 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tiny") / "model"
     synthesize(out, overrides=TINY)
     return out
-
-
-def command(*argv: object) -> list[str]:
-    return [sys.executable, "-m", "k2hybrid.server", "--latent-gb", "0.01", "--threads", "1", *map(str, argv)]
-
-
-@contextmanager
-def started(*argv: object) -> Iterator[tuple[subprocess.Popen[str], str, list[str]]]:
-    """A server process that has said where it listens: (process, url, lines printed until then)."""
-    process = subprocess.Popen(
-        command("--port", 0, *argv),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=dict(os.environ),
-    )
-    try:
-        lines = []
-        assert process.stdout is not None
-        for line in process.stdout:
-            lines.append(line.rstrip())
-            if match := re.fullmatch(r"Listening on (http://127\.0\.0\.1:\d+)", lines[-1]):
-                yield process, match[1], lines
-                return
-        assert process.stderr is not None
-        pytest.fail(f"it ended with {process.wait()}: {process.stderr.read()}")
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
