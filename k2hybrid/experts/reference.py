@@ -16,6 +16,10 @@ from k2hybrid.checkpoint.int4 import dequantize
 from k2hybrid.errors import EngineError
 from k2hybrid.types import ExpertRef, Int4Ref, TensorRef, TicketStats
 
+KEPT_BYTES = 1 << 20  # matrices up to this size stay unpacked: those of tests; a true-size one has 59 MB
+
+Matrices = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
 NO_COST = TicketStats(bytes_read=0, misses=0, wait_ms=0.0, busy_ms=0.0)
 
 
@@ -41,6 +45,7 @@ class ReferenceExperts:
     def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
         self.dtype = dtype
         self._refs: dict[tuple[int, int], ExpertRef] = {}
+        self._unpacked: dict[tuple[int, int], Matrices] = {}
 
     def add_expert(self, layer: int, expert: int, ref: ExpertRef) -> None:
         """Take one expert; each (layer, expert) once."""
@@ -63,8 +68,14 @@ class ReferenceExperts:
         if (layer, expert) not in self._refs:
             raise EngineError(f"there is no expert {expert} in layer {layer}")
         ref = self._refs[layer, expert]
-        gate, up, down = (_weight(one) for one in (ref.gate, ref.up, ref.down))
+        gate, up, down = self._unpacked.get((layer, expert)) or self._unpack(layer, expert, ref)
         return self.round(F.silu(x @ gate.T) * (x @ up.T)) @ down.T
+
+    def _unpack(self, layer: int, expert: int, ref: ExpertRef) -> Matrices:
+        matrices = _weight(ref.gate), _weight(ref.up), _weight(ref.down)
+        if matrices[0].nbytes <= KEPT_BYTES:
+            self._unpacked[layer, expert] = matrices
+        return matrices
 
     def round(self, h: torch.Tensor) -> torch.Tensor:
         """fp32 -> fp32 with the values that the dtype can hold."""

@@ -41,12 +41,12 @@ def oracle(name: str) -> OracleRun:
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """‖ours − reference‖ / ‖reference‖ over all rows."""
-    return ((ours - reference).norm() / reference.norm()).item()
+    return float(torch.linalg.vector_norm(ours - reference) / torch.linalg.vector_norm(reference))
 
 
 def largest_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
     """max |ours − reference| / max |reference|; a NaN counts as infinite."""
-    error = ((ours - reference).abs().max() / reference.abs().max()).item()
+    error = float((ours - reference).abs().max() / reference.abs().max())
     return math.inf if math.isnan(error) else error
 
 
@@ -59,7 +59,7 @@ def same_experts(ids: list[torch.Tensor], reference: list[torch.Tensor]) -> bool
 
 @dataclass(frozen=True, slots=True)
 class ForcedRun:
-    """A prefill whose rows were sent to the oracle's experts; what each MoE layer would have chosen itself."""
+    """A prefill whose rows went to the oracle's experts; what each MoE layer would have chosen itself."""
 
     logits: torch.Tensor
     biased: list[torch.Tensor]
@@ -88,7 +88,7 @@ def prefill_at_once(name: str) -> Callable[[TinyModel], torch.Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class Bf16Bound:
-    """SAFETY times the root mean square over random draws: relative error of logits; error of router scores."""
+    """SAFETY times the root mean square over draws: relative error of logits; error of router scores."""
 
     logits: float
     scores: float

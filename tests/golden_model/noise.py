@@ -1,8 +1,8 @@
 """What rounding to bf16 may cost: the fp32 model with random errors where the bf16 model rounds.
 
-The bound of docs/numerics.md, "The model": every activation that a linear reads or that a product of
-attention reads, and every stored latent, is disturbed by a relative error drawn uniformly from ±2⁻⁸, the largest
-error of one rounding to bf16. The root mean square over some draws, times `SAFETY`, bounds the real error.
+The bound of docs/numerics.md, "The model": every activation that a linear or attention's scores read, and
+every stored latent, is disturbed by a relative error drawn uniformly from ±2⁻⁸, the largest error of one
+rounding to bf16. The root mean square over some draws, times `SAFETY`, bounds the real error.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def oracle_config(checkpoint: TinyCheckpoint) -> Any:
     }
     rope["rope_type"] = rope.pop("type", rope["rope_type"])
     values |= {"rope_parameters": rope, "rope_interleave": True, "num_nextn_predict_layers": 0}
-    return DeepseekV3Config(**values, attn_implementation="eager", experts_implementation="eager")
+    values |= {"attn_implementation": "eager", "experts_implementation": "eager"}
+    return DeepseekV3Config(**values)
 
 
 def oracle_model(checkpoint: TinyCheckpoint) -> Any:

@@ -65,7 +65,7 @@ def test_fp32_agrees_to_1e_4(name: str) -> None:
 @pytest.mark.parametrize("kernels", ["torch", "native"])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_agrees_within_the_derived_bound(name: str, kernels: str, machine: Machine) -> None:
-    """The oracle's experts are used, so that a near tie is not mistaken for an error; ties are judged below."""
+    """The oracle's experts are used, so that a near tie is not taken for an error; ties are judged below."""
     spec, reference, bound = checkpoint(name).spec, oracle(name), bf16_bound(name)
     model = (
         native_model(name, machine) if kernels == "native" else tiny_model(checkpoint(name), torch.bfloat16)

@@ -255,8 +255,9 @@ class RecordingExperts:
 
 @dataclass(frozen=True, slots=True)
 class TinyModel:
-    """A model over a tiny checkpoint, with pages of its own."""
+    """A model over a tiny checkpoint, which it keeps alive, with pages of its own."""
 
+    checkpoint: TinyCheckpoint
     model: Kimi
     pages: LatentPages
     experts: RecordingExperts
@@ -295,7 +296,7 @@ def tiny_model(
     pages = LatentPages(spec.num_layers, page_count, rows)
     recording = RecordingExperts(experts)
     model = Kimi(spec, checkpoint, recording, kernels or TorchLinears(), pages, dtype=dtype)
-    return TinyModel(model, pages, recording)
+    return TinyModel(checkpoint, model, pages, recording)
 
 
 def batch_of(sequences: list[tuple[torch.Tensor, int, torch.Tensor]]) -> Batch:
