@@ -20,7 +20,8 @@ _MAX_INT_BITS = 4_096  # Python refuses to print integers of more than 4,300 dig
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages as the dictionaries that chat templates know, without a last `partial` one, which is `partial`.
+    """Messages as the dictionaries that chat templates know, without a last `partial` one, which is
+    `partial`.
 
     `tools` has its keys sorted at every depth. `calls` counts the tool calls in `messages`.
     """

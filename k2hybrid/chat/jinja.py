@@ -1,6 +1,7 @@
 """Runs a checkpoint's chat template in a process of its own, bounded in time, memory and output.
 
-This side never imports jinja2 and never evaluates anything of the template; `render_worker.py` is the other side.
+This side never imports jinja2 and never evaluates anything of the template; `render_worker.py` is the other
+side.
 """
 
 from __future__ import annotations
@@ -30,12 +31,14 @@ _MEMORY_BYTES = 2 << 30
 _OUTPUT_FACTOR = 8
 _OUTPUT_EXTRA_CHARS = 1 << 20
 _CHUNK_BYTES = 1 << 20
-# What an interpreter needs to start and find its packages; keys and tokens of the parent stay with the parent.
+# What an interpreter needs to start and find its packages; keys and tokens of the parent stay with the
+# parent.
 _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_ENV", "TZ", "LANG", "LC_ALL")
 
 
 class JinjaRenderer:
-    """One template in one lazily started process, killed when it exceeds its bounds and started anew after that.
+    """One template in one lazily started process, killed when it exceeds its bounds and started anew after
+    that.
 
     Thread-safe: renderings take turns, and each has `timeout_s` of its own.
     """
@@ -53,8 +56,8 @@ class JinjaRenderer:
     def render(self, conversation: Conversation, add_generation_prompt: bool) -> list[Piece]:
         """The template's output as pieces.
 
-        Raises RequestError where the template refuses the messages (`raise_exception`), TemplateError where it
-        fails, reaches for something forbidden, or exceeds its bounds.
+        Raises RequestError where the template refuses the messages (`raise_exception`), TemplateError where
+        it fails, reaches for something forbidden, or exceeds its bounds.
         """
         context = {
             "messages": conversation.messages,
@@ -143,7 +146,7 @@ class _Worker:
         self._finalizer()
 
     def exchange(self, request: bytes, timeout_s: float, max_answer_bytes: int) -> dict[str, Any]:
-        """Send a request and receive its answer; TemplateError where that takes too long or the process dies."""
+        """Send a request, receive its answer; TemplateError if that takes too long or the process dies."""
         deadline = time.monotonic() + timeout_s
         outgoing = memoryview(len(request).to_bytes(8, "little") + request)
         incoming = bytearray()

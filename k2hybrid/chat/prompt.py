@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from k2hybrid.chat.tokenizer import Tokenizer
 
-# What a renderer yields: plain text, or the id of a control token. Text never becomes a control token later on.
+# What a renderer yields: plain text, or the id of a control token. Text never becomes a control token later
+# on.
 Piece = str | int
 
 

@@ -1,15 +1,15 @@
 """The process in which a checkpoint's chat template runs: standard library and jinja2 only.
 
-Started by `jinja.py`; reads requests from stdin and writes answers to stdout, each a JSON object after its length
-in bytes (8, little-endian). The template sees a sandbox without attribute access to internals; the process sees no
-secrets of its parent, may use bounded memory and CPU time, and write no file.
+Started by `jinja.py`; reads requests from stdin and writes answers to stdout, each a JSON object after its
+length in bytes (8, little-endian). The template sees a sandbox without attribute access to internals; the
+process sees no secrets of its parent, may use bounded memory and CPU time, and write no file.
 
-How control tokens stay the template's own: in the parsed template, every spelling of a special token is replaced
-by a variable whose value is a fresh random number for each request. Only where that number comes out is a control
-token; so bodies pass through untouched, compare and split as usual, and whatever filters do to them, they cannot
-become one. Constants that are compared with something, or are arguments of tests and of string methods that search,
-keep their spelling (`content.split('</think>')` works on bodies), as they are not written out. A template must
-write a control token in one piece: one assembled from pieces of its own stays text.
+How control tokens stay the template's own: in the parsed template, every spelling of a special token is
+replaced by a variable whose value is a fresh random number for each request. Only where that number comes out
+is a control token; so bodies pass through untouched, compare and split as usual, and whatever filters do to
+them, they cannot become one. Constants that are compared, tested or searched for keep their spelling, as they
+are not written out: `content.split('</think>')` works on bodies. A template must write a control token in one
+piece: one assembled from pieces stays text.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class TemplateProgram:
-    """A compiled chat template. `specials` are spellings; `variables` are given to each rendering (bos_token, …)."""
+    """A compiled chat template. `specials` are spellings; `variables` (bos_token, …) go to each rendering."""
 
     def __init__(self, source: str, specials: Sequence[str], variables: dict[str, str]) -> None:
         self._specials = list(specials)
@@ -125,18 +125,13 @@ class TemplateProgram:
         ]
 
     def _protect_constants(self, node: nodes.Node) -> None:
-        if _searches(node):
-            if isinstance(
-                node, nodes.Call
-            ):  # its arguments are searched for; the object it is called on is not
-                self._protect_constants(node.node)
-            elif isinstance(node, nodes.Filter) and node.node is not None:
-                self._replace_field(node, "node")
+        if isinstance(node, nodes.Compare | nodes.Test):
             return
+        kept = _searched_for(node)
         for field, value in node.iter_fields():
             if isinstance(value, list):
-                value[:] = [self._replaced(item) for item in value]
-            elif isinstance(value, nodes.Node):
+                value[:] = [item if item is kept else self._replaced(item) for item in value]
+            elif isinstance(value, nodes.Node) and value is not kept:
                 self._replace_field(node, field)
 
     def _replace_field(self, node: nodes.Node, field: str) -> None:
@@ -173,7 +168,7 @@ def _folded(node: nodes.Expr) -> nodes.Expr:
 
 
 def _joined(parts: Sequence[nodes.Expr]) -> list[nodes.Expr]:
-    """The parts of an output with neighbouring literal texts as one, so that a spelling over both is found."""
+    """The parts of an output, neighbouring literal texts as one: a spelling may lie over both."""
     result: list[nodes.Expr] = []
     for part in parts:
         if isinstance(part, nodes.Concat | nodes.Add):
@@ -186,15 +181,16 @@ def _joined(parts: Sequence[nodes.Expr]) -> list[nodes.Expr]:
     return result
 
 
-def _searches(node: nodes.Node) -> bool:
-    """Whether constants below `node` are compared with or searched for, not written out."""
-    if isinstance(node, nodes.Compare | nodes.Test | nodes.Getitem):
-        return True
-    if isinstance(node, nodes.Filter):
-        return node.name == "replace"
-    return (
+def _searched_for(node: nodes.Node) -> nodes.Node | None:
+    """The child of `node` that is looked for in something, not written out."""
+    if isinstance(node, nodes.Getitem):
+        return node.arg
+    if isinstance(node, nodes.Pair):
+        return node.key
+    searches = (isinstance(node, nodes.Filter) and node.name == "replace") or (
         isinstance(node, nodes.Call) and isinstance(node.node, nodes.Getattr) and node.node.attr in _SEARCHING
     )
+    return node.args[0] if searches and node.args else None  # type: ignore[attr-defined]
 
 
 def _fresh_key() -> str:
@@ -231,7 +227,7 @@ def _limit(memory_bytes: int) -> None:
 
 
 def _allow_cpu(seconds: int) -> None:
-    """Let this process use `seconds` of CPU time from now on; then the kernel ends it, parent or no parent."""
+    """Let this process use `seconds` of CPU time from now on; then the kernel ends it."""
     used = resource.getrusage(resource.RUSAGE_SELF)
     soft = int(used.ru_utime + used.ru_stime) + 1 + seconds
     resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))

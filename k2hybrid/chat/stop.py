@@ -1,4 +1,4 @@
-"""When a chat answer ends: at a stop token, or once its content holds a stop string. Runs in the engine's thread."""
+"""When a chat answer ends: at a stop token, or once its content holds a stop string. Runs in the engine."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from k2hybrid.chat.tokenizer import Tokenizer
 class ChatStopRule:
     """A `types.StopRule`: stateful, one per job.
 
-    Without stop strings it is one set look-up. With them it reads the tokens as `ChatStream` does (microseconds
-    a token), so that both agree on which text is content and where it stops.
+    Without stop strings it is one set look-up. With them it reads the tokens as `ChatStream` does
+    (microseconds a token), so that both agree on which text is content and where it stops.
     """
 
     def __init__(

@@ -1,19 +1,19 @@
 """Tokens of the model's answer → events: reasoning, content, tool calls.
 
-A pure machine: `(state, token) → (state, events)`. Markers are recognised by id, so text that merely spells one is
-text. What is neither text nor a usable call becomes a `Malformed` event: its `text` is what the model wrote
-(never a marker), its `reason` names the trouble. Rules where the format leaves them open:
+A pure machine: `(state, token) → (state, events)`. Markers are recognised by id, so text that merely spells
+one is text. What is neither text nor a usable call becomes a `Malformed` event: its `text` is what the model
+wrote (never a marker), its `reason` names the trouble. Rules where the format leaves them open:
 
-* White space around a marker is dropped inside a tool section, around arguments, and where a content is nothing
-  but white space between two markers; every other text is kept exactly.
+* White space around a marker is dropped inside a tool section, around arguments, and where a content is
+  nothing but white space between two markers; every other text is kept exactly.
 * A call without a section is a section of its own: text after it is content.
 * A tool section begun inside `<think>` ends the reasoning.
-* Some models spell the section markers in text, and in the singular (`<|tool_call_section_begin|>`). That text is
-  taken for the marker only where it touches a real one: the begin directly before a call, the end directly after
-  a call. Anywhere else it is text.
+* Some models spell the section markers in text, and in the singular (`<|tool_call_section_begin|>`). That
+  text is taken for the marker only where it touches a real one: the begin directly before a call, the end
+  directly after a call. Anywhere else it is text.
 * Absent or blank arguments become `{}`, others are passed on verbatim, valid JSON or not.
-* A header that is a mere number waits for the end of its call: if the arguments fit exactly one declared tool,
-  it is that one's; if not, the call is `Malformed`.
+* A header that is a mere number waits for the end of its call: if the arguments fit exactly one declared
+  tool, it is that one's; if not, the call is `Malformed`.
 """
 
 from __future__ import annotations
@@ -108,9 +108,12 @@ class ChatStream:
         """Whether the last token belonged to the reasoning."""
         return self._state is _State.REASONING
 
+    def _is_over(self) -> bool:
+        return self._state is _State.ENDED
+
     def push(self, token: int) -> list[Event]:
         """The events that `token` completes. Tokens after a stop token or a stop string are ignored."""
-        if self._state is _State.ENDED:
+        if self._is_over():
             return []
         if 0 <= token < self._tokenizer.num_ranks:
             self._text(self._utf8.push(self._tokenizer.token_bytes(token)))
@@ -118,9 +121,10 @@ class ChatStream:
             self._close(at_stop_token=True)
         else:
             self._text(self._utf8.flush())
+            if self._is_over():
+                return self._taken()
             if handler := self._on_marker.get(token):
-                if self._state is not _State.ENDED:
-                    handler()
+                handler()
             else:
                 name = self._tokenizer.special_names.get(token, f"token id {token}")
                 self._stray(f"{name} does not belong in an answer")
@@ -128,7 +132,7 @@ class ChatStream:
 
     def finish(self) -> list[Event]:
         """The events still held back. Idempotent."""
-        if self._state is not _State.ENDED:
+        if not self._is_over():
             self._close(at_stop_token=False)
         return self._taken()
 
@@ -323,7 +327,7 @@ class ChatStream:
         self._space, self._spaceable, self._after_section = "", True, after_section
 
     def _enter(self, state: _State) -> None:
-        if self._state is not _State.ENDED:
+        if not self._is_over():  # a stop string may have been met while a marker was handled
             self._state = state
             self._buffer = ""
 

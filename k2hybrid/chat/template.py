@@ -1,7 +1,8 @@
-"""Messages and tools → prompt, by the checkpoint's chat template or, where it has none, the built-in rendering.
+"""Messages and tools → prompt, by the checkpoint's chat template or, where it has none, the built-in
+rendering.
 
-Whatever the template does, only its own text can become control tokens: see `render_worker.py`. Templates come
-from the checkpoint alone; nothing in a request can bring one.
+Whatever the template does, only its own text can become control tokens: see `render_worker.py`. Templates
+come from the checkpoint alone; nothing in a request can bring one.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class ChatTemplate:
 
     @classmethod
     def load(cls, model_dir: str | Path, tokenizer: Tokenizer) -> ChatTemplate:
-        """`chat_template.jinja`, else `chat_template` of tokenizer_config.json, else the built-in rendering."""
+        """`chat_template.jinja`, else `chat_template` of tokenizer_config.json, else the built-in one."""
         path = Path(model_dir) / TEMPLATE_FILE
         if not path.exists():
             return cls(tokenizer, _template_in_config(tokenizer.config))
@@ -94,9 +95,9 @@ def continuation(partial: dict[str, Any], pieces: list[Piece], markers: Markers)
     reasoning = partial.get("reasoning_content") or ""
     content = text_of(partial["content"])
     name = partial.get("name")
-    if name and len(pieces) > 2 and isinstance(pieces[-2], str):
-        if (pieces[-3], pieces[-1]) == (markers.im_assistant, markers.im_middle):
-            pieces = [*pieces[:-2], name, pieces[-1]]
+    is_header = len(pieces) > 2 and (pieces[-3], pieces[-1]) == (markers.im_assistant, markers.im_middle)
+    if name and is_header and isinstance(pieces[-2], str):
+        pieces = [*pieces[:-2], name, pieces[-1]]
     if not reasoning and not content:
         return pieces, False
     if (

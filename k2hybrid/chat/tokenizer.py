@@ -1,7 +1,7 @@
 """Text ↔ token ids with the checkpoint's own vocabulary.
 
-`encode` is plain: the spelling of a special token in a text becomes ordinary tokens. Special tokens are put into
-a prompt by id, by the chat template alone (`template.py`).
+`encode` is plain: the spelling of a special token in a text becomes ordinary tokens. Special tokens are put
+into a prompt by id, by the chat template alone (`template.py`).
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import tiktoken
 from k2hybrid.chat.vocabulary import SPECIALS, named_token, read_vocabulary
 from k2hybrid.errors import TokenizerError
 
-# How text is cut into pieces before byte-pair merging; the published tokenizer's pattern, whose parts are joined
-# by "|". `&&` is set intersection: runs of Han characters stand alone.
+# How text is cut into pieces before byte-pair merging; the published tokenizer's pattern, whose parts are
+# joined by "|". `&&` is set intersection: runs of Han characters stand alone.
 _PATTERN = "|".join(
     (
         r"[\p{Han}]+",
@@ -33,9 +33,9 @@ _PATTERN = "|".join(
     )
 )
 
-# The pattern's look-ahead backtracks once per character and overflows the regex engine's stack on about a million
-# white-space characters in a row; older tiktoken merges long pieces in quadratic time. The published tokenizer
-# bounds runs at this length too, so such text gets the ids the model was trained with.
+# The pattern's look-ahead backtracks once per character and overflows the regex engine's stack on about a
+# million white-space characters in a row; older tiktoken merges long pieces in quadratic time. The published
+# tokenizer bounds runs at this length too, so such text gets the ids the model was trained with.
 _MAX_RUN_CHARS = 25_000
 _LONG_RUN = re.compile(rf"\s{{{_MAX_RUN_CHARS + 1},}}|\S{{{_MAX_RUN_CHARS + 1},}}")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -68,7 +68,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, model_dir: str | Path) -> Tokenizer:
-        """Read `tiktoken.model` and `tokenizer_config.json`. Raises TokenizerError where they are malformed."""
+        """Read `tiktoken.model` and `tokenizer_config.json`. Raises TokenizerError if they are malformed."""
         vocabulary = read_vocabulary(Path(model_dir))
         return cls(vocabulary.ranks, vocabulary.specials, vocabulary.config)
 
@@ -79,7 +79,8 @@ class Tokenizer:
     def encode(self, text: str) -> list[int]:
         """Ids of `text` as plain text: never a special. Lone surrogates count as U+FFFD.
 
-        A run of more than 25,000 characters with, or without, any white space is cut into runs of that length.
+        A run of more than 25,000 characters with, or without, any white space is cut into runs of that
+        length.
         """
         ids: list[int] = []
         for piece in _bounded_runs(replace_surrogates(text)):

@@ -1,8 +1,8 @@
 """Tool-call ids: `functions.{name}:{idx}`, idx counted over the whole conversation from 0.
 
-The model was trained on this form and starts to emit malformed calls when it reads another, while clients rewrite
-ids as they like. So ids in the history are renamed before rendering, and the model's own headers are read with
-tolerance.
+The model was trained on this form and starts to emit malformed calls when it reads another, while clients
+rewrite ids as they like. So ids in the history are renamed before rendering, and the model's own headers are
+read with tolerance.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ def canonicalise(messages: Sequence[Message]) -> tuple[list[Message], int]:
     """Rename the ids of calls and their results; returns the messages and the number of calls in them.
 
     A result belongs to the unanswered call with its id, the latest turn first; failing that, to the first
-    unanswered call of the latest turn (preferring one with its name). A result without a name gets its call's.
+    unanswered call of the latest turn (preferring one with its name). A result without a name gets its
+    call's.
     """
     result = list(messages)
     unanswered: list[_OpenCall] = []

@@ -31,7 +31,7 @@ class Vocabulary:
 
 
 def read_vocabulary(model_dir: Path) -> Vocabulary:
-    """Read and check both files. Raises TokenizerError naming the file, the line and what is wrong with it."""
+    """Read and check both files. Raises TokenizerError naming the file, the line and the fault."""
     ranks = parse_ranks(_read(model_dir / RANKS_FILE))
     config = parse_config(_read(model_dir / CONFIG_FILE))
     return Vocabulary(ranks, parse_specials(config, len(ranks)), config)
@@ -94,7 +94,7 @@ def parse_config(data: bytes) -> Mapping[str, Any]:
 
 
 def parse_specials(config: Mapping[str, Any], num_ranks: int) -> dict[str, int]:
-    """The 256 ids after the ranks: `added_tokens_decoder` names some, the others are `<|reserved_token_{id}|>`."""
+    """The 256 ids after the ranks: `added_tokens_decoder` names some, the others are reserved ones."""
     named: dict[int, str] = {}
     entries = config.get("added_tokens_decoder", {})
     if not isinstance(entries, dict):
@@ -105,7 +105,7 @@ def parse_specials(config: Mapping[str, Any], num_ranks: int) -> dict[str, int]:
         token_id = int(key)
         if not num_ranks <= token_id < num_ranks + SPECIALS:
             raise TokenizerError(
-                f"{CONFIG_FILE}: special token id {token_id} lies outside {num_ranks}…{num_ranks + SPECIALS - 1}"
+                f"{CONFIG_FILE}: special id {token_id} lies outside {num_ranks}…{num_ranks + SPECIALS - 1}"
             )
         spelling = entry.get("content") if isinstance(entry, dict) else None
         if not isinstance(spelling, str) or not spelling:
