@@ -27,12 +27,15 @@ except ImportError as error:  # pragma: no cover - depends on the installation
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.instruction_sets())  # what this CPU offers, best first
 
 
+# Read before any thread is pinned: a pinned thread sees its own core only.
+ALLOWED_CPUS: tuple[int, ...] = tuple(sorted(os.sched_getaffinity(0)))
+
+
 def physical_cpus(sysfs: Path = Path("/sys/devices/system/cpu")) -> list[int]:
     """One CPU number per physical core among those this process may run on, ascending."""
-    allowed = sorted(os.sched_getaffinity(0))
     seen: set[str] = set()
     chosen: list[int] = []
-    for cpu in allowed:
+    for cpu in ALLOWED_CPUS:
         siblings = sysfs / f"cpu{cpu}" / "topology" / "thread_siblings_list"
         core = siblings.read_text().strip() if siblings.exists() else str(cpu)
         if core not in seen:
@@ -61,6 +64,9 @@ class Machine:
 
     def pin_caller(self) -> None:
         """Bind the calling thread to the pool's first core: for the thread that runs the model, once."""
+        # libgomp makes a team for each thread that calls torch, with that thread's affinity: let it
+        # do so while the thread still floats, or the whole team would share one core.
+        torch.ones(1 << 20).add_(1)
         self.handle.pin_caller()
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
-from k2hybrid.bench.roles import RecordingExperts, RecordingMachine, Tally
+from k2hybrid.bench.roles import RecordingExperts, RecordingMachine, Tally, WeightRoles
 from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
 from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.spec import read_spec
@@ -45,14 +45,14 @@ class Bench:
             inter=spec.moe_intermediate_size,
         )
         self.checkpoint = open_checkpoint(model, store)
-        self.machine = RecordingMachine(machine)
+        weights = WeightRoles(self.checkpoint)
+        self.machine = RecordingMachine(machine, weights)
         self.experts = RecordingExperts(Dispatcher(store, machine, max_rows=MAX_ROWS, top_k=spec.top_k))
         self.pages = LatentPages(
             spec.num_layers, -(-context_tokens // PAGE_TOKENS), Bf16Rows(spec.latent_dim)
         )
-        self.kimi = Kimi(spec, self.checkpoint, self.experts, self.machine, self.pages)
+        self.kimi = Kimi(spec, weights, self.experts, self.machine, self.pages)
         self.checkpoint.close_ledger()
-        self.machine.head_address = self.kimi.head.weight.data_ptr()
         self.table = torch.tensor(self.pages.allocate(self.pages.free_pages))
         self.spec = spec
         self.load_seconds = time.perf_counter() - start
@@ -74,7 +74,10 @@ class Bench:
 
     def roles(self) -> dict[str, Tally]:
         """What was read since `reset`, by role."""
-        return {"experts": self.experts.tally, **{r: self.machine.tallies[r] for r in ("dense", "head")}}
+        return {
+            "experts": self.experts.tally,
+            **{r: self.machine.tallies[r] for r in ("dense", "head", "context")},
+        }
 
 
 def run(

@@ -14,7 +14,7 @@ import torch
 
 from k2hybrid.hardware.bandwidth import Bandwidth
 from k2hybrid.hardware.doctor import package_version
-from k2hybrid.native import Machine
+from k2hybrid.native import ALLOWED_CPUS, Machine
 
 Row = dict[str, Any]
 
@@ -24,7 +24,7 @@ def conditions(machine: Machine, bandwidth: Bandwidth | None = None, **more: Any
     found: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "cpu": _cpu_name(),
-        "cpus_usable": len(os.sched_getaffinity(0)),
+        "cpus_usable": len(ALLOWED_CPUS),
         "load_average_before": round(os.getloadavg()[0], 2),
         "threads": machine.threads,
         "isa": machine.isa,

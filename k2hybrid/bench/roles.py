@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from k2hybrid.native import Machine
-from k2hybrid.types import RoutedExperts, Ticket, TicketStats
+from k2hybrid.types import RoutedExperts, Ticket, TicketStats, WeightSource
 
 
 @dataclass(slots=True)
@@ -27,16 +28,38 @@ class Tally:
         self.calls += 1
 
 
-class RecordingMachine:
-    """`native.Machine`'s linears, timed. The head is told from the dense weights by its address."""
+class WeightRoles:
+    """Hands out a checkpoint's weights and remembers which addresses are whose."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, source: WeightSource) -> None:
+        self._source = source
+        self._spans: list[tuple[int, int, str]] = []
+
+    def take(self, layer: int | None, role: str) -> torch.Tensor:
+        """See `types.WeightSource.take`."""
+        weight = self._source.take(layer, role)
+        start = weight.data_ptr()
+        bisect.insort(self._spans, (start, start + weight.nbytes, "head" if role == "lm_head" else "dense"))
+        return weight
+
+    def role(self, address: int) -> str:
+        """ "head", "dense", or "context" for what is no weight: rows of the latent cache."""
+        at = bisect.bisect_right(self._spans, (address, 1 << 63, "")) - 1
+        if at < 0 or address >= self._spans[at][1]:
+            return "context"
+        return self._spans[at][2]
+
+
+class RecordingMachine:
+    """`native.Machine`'s linears, timed by the role of what they read."""
+
+    def __init__(self, machine: Machine, roles: WeightRoles) -> None:
         self._machine = machine
+        self._roles = roles
         self.tallies: dict[str, Tally] = defaultdict(Tally)
-        self.head_address = 0
 
     def _record(self, weight: torch.Tensor, start: float) -> None:
-        role = "head" if weight.data_ptr() == self.head_address else "dense"
+        role = self._roles.role(weight.data_ptr())
         self.tallies[role].add(weight.numel() * weight.element_size(), time.perf_counter() - start)
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
