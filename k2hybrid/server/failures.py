@@ -71,7 +71,7 @@ class _Rule:
 _RULES: tuple[tuple[type[K2Error], _Rule], ...] = (
     (ContextLengthError, _Rule(400, "invalid_request_error", "context_length_exceeded")),
     (RequestError, _Rule(400, "invalid_request_error")),  # its own code
-    (TemplateError, _Rule(400, "invalid_request_error", "template_error")),  # the messages made it fail
+    (TemplateError, _Rule(500, "server_error", "template_error")),
     (CapacityError, _Rule(429, "rate_limit_error", "capacity_exceeded", retry=True)),
     (AnswerCancelledError, _Rule(503, "server_error", "shutting_down", retry=True)),
     (ExpertReadError, _Rule(500, "server_error", "expert_read_error", retry=True)),

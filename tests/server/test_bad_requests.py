@@ -186,7 +186,7 @@ def test_an_over_long_prompt_says_so_in_openais_words(server: Served) -> None:
     ("error", "status", "code", "retry"),
     [
         (RequestError("no", param="x", code="mine"), 400, "mine", "false"),
-        (TemplateError("loops"), 400, "template_error", "false"),
+        (TemplateError("loops"), 500, "template_error", "false"),
         (CapacityError("full"), 429, "capacity_exceeded", None),
         (EngineError("stopped"), 500, "engine_error", "false"),
         (ExpertReadError("disk"), 500, "expert_read_error", None),
