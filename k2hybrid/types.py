@@ -158,6 +158,7 @@ class Usage:
     cached_tokens: int = 0
     prefill_ms: float = 0.0
     decode_ms: float = 0.0
+    reasoning_tokens: int = 0  # of the completion; known where a chat stream reads it
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
 """A model over integers and pages that only count: the engine without a network.
 
 `FakeModel` writes each token into the pages it is told to, and predicts the next token from the whole context
-*as it reads it back from those pages*. So a wrong page table, a page reused too early or a wrong position changes
-its output, and `expected_tokens` says what the output must be.
+*as it reads it back from those pages*. So a wrong page table, a page reused too early or a wrong position
+changes its output, and `expected_tokens` says what the output must be.
 """
 
 from __future__ import annotations

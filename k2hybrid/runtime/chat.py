@@ -1,0 +1,77 @@
+"""ChatRun: one answer as it is generated. Joins the engine's tokens with the stream machine. Layer 5."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Generator
+from contextlib import aclosing, closing
+from dataclasses import dataclass, replace
+
+from k2hybrid.chat.stream import ChatStream
+from k2hybrid.runtime.generate import TokenRun
+from k2hybrid.types import Event, ReasonCode, TokenEvent, TokenLogprob, Usage
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """What one generated token added; a last one without a token may flush what was held back.
+
+    `events` is empty while text is held back (half a character, a possible stop string, …) and for markers.
+    """
+
+    events: tuple[Event, ...]
+    logprob: TokenLogprob | None = None
+
+
+class ChatRun:
+    """An answer under way. Iterate it once, by `for` or by `async for`; leaving the loop early cancels it.
+
+    Tokens become events in the consumer's thread or task, microseconds each. `usage` and `finish_reason` are
+    valid after the end. Whoever never iterates must `cancel`.
+    """
+
+    def __init__(self, tokens: TokenRun, stream: ChatStream) -> None:
+        self._tokens = tokens
+        self._stream = stream
+        self._reasoning_tokens = 0
+        self.prompt_tokens = tokens.prompt_tokens
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts and times."""
+        return replace(self._tokens.usage, reasoning_tokens=self._reasoning_tokens)
+
+    @property
+    def finish_reason(self) -> ReasonCode | None:
+        """Why the answer ended; None while it goes on. A complete answer with calls is "tool_calls"."""
+        reason = self._tokens.finish_reason
+        return "tool_calls" if reason == "stop" and self._stream.has_tool_calls else reason
+
+    def cancel(self) -> None:
+        """End generation soon. From any thread, repeatedly, and after the end."""
+        self._tokens.cancel()
+
+    def __iter__(self) -> Generator[Delta, None, None]:
+        """Deltas as they come.
+
+        Raises:
+            K2Error: what made the answer fail.
+        """
+        with closing(iter(self._tokens)) as tokens:
+            for token in tokens:
+                yield self._delta(token)
+        if rest := self._stream.finish():
+            yield Delta(tuple(rest))
+
+    async def __aiter__(self) -> AsyncGenerator[Delta, None]:
+        """As `__iter__`, never blocking the event loop."""
+        async with aclosing(aiter(self._tokens)) as tokens:
+            async for token in tokens:
+                yield self._delta(token)
+        if rest := self._stream.finish():
+            yield Delta(tuple(rest))
+
+    def _delta(self, event: TokenEvent) -> Delta:
+        before = self._stream.in_reasoning
+        events = self._stream.push(event.token)
+        self._reasoning_tokens += before or self._stream.in_reasoning  # so `<think>` and `</think>` count too
+        return Delta(tuple(events), event.logprob)

@@ -1,0 +1,79 @@
+"""TokenRun: the tokens of one job as a plain or asynchronous iterator. Layer 5."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Collection, Generator
+
+from k2hybrid.engine.engine import JobHandle
+from k2hybrid.errors import EngineError, K2Error
+from k2hybrid.runtime.mailbox import Mailbox
+from k2hybrid.types import EngineEvent, Job, ReasonCode, TokenEvent, Usage
+
+
+class StopTokens:
+    """A `types.StopRule`: ends at any of the given tokens."""
+
+    def __init__(self, tokens: Collection[int]) -> None:
+        self._tokens = frozenset(tokens)
+
+    def push(self, token: int) -> bool:
+        """True if generation ends with `token`."""
+        return token in self._tokens
+
+
+class TokenRun:
+    """A submitted job. Iterate it once, by `for` or by `async for`; leaving the loop early cancels the job.
+
+    `usage` and `finish_reason` are valid after the end. Whoever never iterates must `cancel`.
+    """
+
+    def __init__(self, submit: Callable[[Job], JobHandle], job_for: Callable[[Mailbox], Job]) -> None:
+        self._mailbox = Mailbox()
+        job = job_for(self._mailbox)
+        self.prompt_tokens = len(job.ids)
+        self.finish_reason: ReasonCode | None = None
+        self.usage = Usage(prompt_tokens=self.prompt_tokens)
+        self._handle = submit(job)
+
+    def cancel(self) -> None:
+        """End generation soon. From any thread, repeatedly, and after the end."""
+        self._handle.cancel()
+
+    def __iter__(self) -> Generator[TokenEvent, None, None]:
+        """Tokens as they come.
+
+        Raises:
+            K2Error: what made the job fail.
+        """
+        try:
+            while self.finish_reason is None:
+                token = self._received(self._mailbox.get())
+                if token is not None:
+                    yield token
+        finally:
+            self._left()
+
+    async def __aiter__(self) -> AsyncGenerator[TokenEvent, None]:
+        """As `__iter__`, never blocking the event loop."""
+        try:
+            while self.finish_reason is None:
+                token = self._received(await self._mailbox.get_async())
+                if token is not None:
+                    yield token
+        finally:
+            self._left()
+
+    def _received(self, event: EngineEvent) -> TokenEvent | None:
+        if isinstance(event, TokenEvent):
+            return event
+        self.finish_reason = event.reason
+        self.usage = event.usage
+        if event.reason == "error":
+            if isinstance(event.error, K2Error):
+                raise event.error
+            raise EngineError(f"generation failed: {event.error}") from event.error
+        return None
+
+    def _left(self) -> None:
+        if self.finish_reason is None:
+            self.cancel()

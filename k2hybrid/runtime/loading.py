@@ -1,0 +1,114 @@
+"""load: from a checkpoint folder to a running model. Layer 5."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from k2hybrid.chat.template import ChatTemplate
+from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.checkpoint.loader import open_checkpoint
+from k2hybrid.checkpoint.spec import ModelSpec, read_spec
+from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.engine import Engine
+from k2hybrid.engine.metrics import ByteMeter
+from k2hybrid.errors import ConfigError, TokenizerError
+from k2hybrid.experts.dispatch import Dispatcher
+from k2hybrid.experts.store import ExpertStore
+from k2hybrid.model.kimi import Kimi
+from k2hybrid.native import Machine
+from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
+from k2hybrid.runtime.runtime import Runtime
+
+log = logging.getLogger(__name__)
+
+
+def load(model: str | Path | None = None, **options: Any) -> Runtime:
+    """Open a checkpoint and start its engine; weights stay in the files, mapped.
+
+    Args:
+        model: checkpoint folder in the published layout; None: the built-in model.
+        options: fields of `RuntimeConfig`.
+
+    Raises:
+        ConfigError: an option is unknown, malformed, or does not fit the model.
+        CheckpointError: the folder cannot be used; the subclass says which part of it.
+        NativeError: the extension is missing, or the CPU lacks the instruction set asked for.
+    """
+    given: Mapping[str, Any] = options if model is None else {**options, "model": model}
+    config = RuntimeConfig.from_mapping(given)
+    with ExitStack() as opened:  # undoes what was done if a later part fails
+        spec = read_spec(config.model)
+        tokenizer = Tokenizer.load(config.model)
+        if tokenizer.vocab_size > spec.vocab_size:
+            raise TokenizerError(
+                f"the tokenizer of {config.model} has {tokenizer.vocab_size} ids, but config.json says "
+                f"vocab_size {spec.vocab_size}"
+            )
+        template = ChatTemplate.load(config.model, tokenizer)
+        opened.callback(template.close)
+        machine = Machine(config.threads, config.isa)
+        store = ExpertStore(
+            layers=spec.num_layers,
+            experts=spec.num_experts,
+            hidden=spec.hidden_size,
+            inter=spec.moe_intermediate_size,
+        )
+        checkpoint = opened.enter_context(open_checkpoint(config.model, store))
+        meter = ByteMeter()
+        experts = Dispatcher(store, machine, max_rows=config.max_step_tokens, top_k=spec.top_k)
+        pages = _pages(spec, config)
+        network = Kimi(
+            spec,
+            MeteredWeights(checkpoint, meter),
+            MeteredExperts(experts, meter),
+            machine,
+            pages,
+            latent_norm_eps=config.latent_norm_eps,
+        )
+        checkpoint.close_ledger()
+        engine = Engine(
+            network,
+            pages,
+            vocab_size=spec.vocab_size,
+            context_tokens=_context_tokens(spec, config),
+            config=config,
+            meter=meter,
+        )
+        runtime = Runtime(
+            name=config.model.resolve().name,
+            config=config,
+            spec=spec,
+            tokenizer=tokenizer,
+            template=template,
+            engine=engine,
+            release=checkpoint.close,
+        )
+        engine.start()
+        opened.pop_all()
+        return runtime
+
+
+def _pages(spec: ModelSpec, config: RuntimeConfig) -> LatentPages:
+    rows = Bf16Rows(spec.latent_dim)
+    page_bytes = spec.num_layers * LatentPages.PAGE_TOKENS * rows.row_bytes
+    pages = config.latent_bytes // page_bytes
+    if pages < 1:
+        raise ConfigError(
+            f"latent_bytes {config.latent_bytes} holds no page: {LatentPages.PAGE_TOKENS} tokens of this "
+            f"model take {page_bytes} bytes"
+        )
+    return LatentPages(spec.num_layers, pages, rows)
+
+
+def _context_tokens(spec: ModelSpec, config: RuntimeConfig) -> int:
+    wanted = config.context_tokens or spec.max_positions
+    if wanted > spec.max_positions:
+        log.warning(
+            "a context of %d tokens was asked for; the model was made for %d", wanted, spec.max_positions
+        )
+    return wanted

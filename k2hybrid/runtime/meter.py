@@ -1,0 +1,57 @@
+"""Counts what a model reads: weights as they are handed out, experts as they are collected. Layer 5."""
+
+from __future__ import annotations
+
+import torch
+
+from k2hybrid.engine.metrics import ByteMeter
+from k2hybrid.types import RoutedExperts, Ticket, TicketStats, WeightSource
+
+
+class MeteredWeights:
+    """A `WeightSource` that adds what it hands out to `meter.step_bytes`: every step reads it once.
+
+    The embedding is left out: of it a step reads one row per token.
+    """
+
+    def __init__(self, source: WeightSource, meter: ByteMeter) -> None:
+        self._source = source
+        self._meter = meter
+
+    def take(self, layer: int | None, role: str) -> torch.Tensor:
+        """See `WeightSource.take`."""
+        weight = self._source.take(layer, role)
+        if role != "embed_tokens":
+            self._meter.step_bytes += weight.nbytes
+        return weight
+
+
+class MeteredExperts:
+    """`RoutedExperts` whose tickets add the bytes they read to `meter.expert_bytes`."""
+
+    def __init__(self, experts: RoutedExperts, meter: ByteMeter) -> None:
+        self._experts = experts
+        self._meter = meter
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
+        """See `RoutedExperts.submit`."""
+        return _MeteredTicket(self._experts.submit(layer, x, ids, weights), self._meter)
+
+
+class _MeteredTicket:
+    def __init__(self, ticket: Ticket, meter: ByteMeter) -> None:
+        self._ticket = ticket
+        self._meter = meter
+
+    def collect(self) -> torch.Tensor:
+        out = self._ticket.collect()
+        self._meter.expert_bytes += self._ticket.stats.bytes_read
+        return out
+
+    @property
+    def failed_rows(self) -> tuple[int, ...]:
+        return self._ticket.failed_rows
+
+    @property
+    def stats(self) -> TicketStats:
+        return self._ticket.stats

@@ -1,0 +1,185 @@
+"""Runtime: a loaded model that answers. Layer 5."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Collection, Sequence
+from types import TracebackType
+
+from k2hybrid.chat.markers import Markers
+from k2hybrid.chat.prompt import Prompt
+from k2hybrid.chat.stop import ChatStopRule
+from k2hybrid.chat.stream import ChatStream
+from k2hybrid.chat.template import ChatTemplate
+from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.engine import Engine
+from k2hybrid.errors import ContextLengthError, EngineError, RequestError
+from k2hybrid.runtime.chat import ChatRun
+from k2hybrid.runtime.generate import StopTokens, TokenRun
+from k2hybrid.runtime.mask import ForbidTokens
+from k2hybrid.types import ChatRequest, Job, SamplingParams
+
+TOOL_CHOICES = ("auto", "none")
+
+
+class Runtime:
+    """A model that is loaded and running; `k2hybrid.load` makes one. Thread-safe.
+
+    Args:
+        name: what clients call the model.
+        engine: started; stopped by `close`.
+        release: gives back what lies under the engine, after it stopped.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        config: RuntimeConfig,
+        spec: ModelSpec,
+        tokenizer: Tokenizer,
+        template: ChatTemplate,
+        engine: Engine,
+        release: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.config = config
+        self.spec = spec
+        self.tokenizer = tokenizer
+        self.template = template
+        self.engine = engine
+        self._markers = Markers.from_specials(tokenizer.specials)
+        self._stop_ids = tokenizer.stop_ids | frozenset(spec.eos_token_ids)
+        self._release = release
+        self._closed = False
+
+    @property
+    def context_tokens(self) -> int:
+        """Prompt and output of one request at most: what the context and the latent pages both hold."""
+        return self.engine.capacity_tokens
+
+    def generate(
+        self,
+        ids: Sequence[int],
+        sampling: SamplingParams | None = None,
+        max_tokens: int | None = None,
+        stop_ids: Collection[int] | None = None,
+        request_id: str = "",
+    ) -> TokenRun:
+        """Continue `ids`; iterate the result for tokens.
+
+        Args:
+            max_tokens: None, or more than the context leaves: what the context leaves.
+            stop_ids: None: the model's end tokens; empty: nothing but max_tokens ends it.
+
+        Raises:
+            ContextLengthError: `ids` leave no room for a token of output.
+            RequestError, CapacityError, EngineError: see `Engine.submit`.
+        """
+        limit = self._output_tokens(len(ids), max_tokens, "prompt")
+        stop = StopTokens(self._stop_ids if stop_ids is None else stop_ids)
+        params = sampling or SamplingParams()
+        return TokenRun(
+            self.engine.submit, lambda mail: Job(ids, params, limit, stop, mail.put, request_id=request_id)
+        )
+
+    def chat(self, request: ChatRequest) -> ChatRun:
+        """Validate, render and queue; iterate the result for events.
+
+        Rendering and tokenizing take as long as the history is long, so an event loop calls `start_chat`.
+        Several answers to one request are several calls, with different seeds; they share one prefill.
+
+        Without tools, and with tool_choice "none", the tokens that open a tool call are forbidden. Declared
+        tools are rendered either way, so that the prefix of the conversation stays the same.
+
+        Raises:
+            RequestError: the request is at fault (`param` names the field).
+            ContextLengthError: the prompt leaves no room for a token of output.
+            TemplateError: the checkpoint's template failed on it.
+            CapacityError: the queue is full.
+        """
+        if request.tool_choice not in TOOL_CHOICES:
+            raise RequestError(
+                f"tool_choice {request.tool_choice!r} is not supported in this version; use 'auto' or 'none'",
+                param="tool_choice",
+                code="invalid_value",
+            )
+        self._require_open()
+        prompt = self.template.render(request.messages, request.tools)
+        limit = self._output_tokens(len(prompt.ids), request.max_tokens, "messages")
+        tokens = TokenRun(self.engine.submit, lambda mail: self._job(request, prompt, limit, mail.put))
+        stream = ChatStream(
+            self._markers,
+            self.tokenizer,
+            stop=request.stop,
+            tools=request.tools,
+            first_call_index=prompt.first_call_index,
+            in_reasoning=prompt.in_reasoning,
+        )
+        return ChatRun(tokens, stream)
+
+    async def start_chat(self, request: ChatRequest) -> ChatRun:
+        """`chat` in a worker thread. If the caller is cancelled meanwhile, so is the answer."""
+        starting = asyncio.ensure_future(asyncio.to_thread(self.chat, request))
+        try:
+            return await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_cancel_started)
+            raise
+
+    def close(self) -> None:
+        """End all requests with "cancelled" and let go of the checkpoint. Repeatedly."""
+        if not self._closed:
+            self._closed = True
+            self.engine.stop()
+            self.template.close()
+            self._release()
+
+    def __enter__(self) -> Runtime:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _job(self, request: ChatRequest, prompt: Prompt, limit: int, sink: Callable[..., None]) -> Job:
+        may_call = bool(request.tools) and request.tool_choice == "auto"
+        opening = (self._markers.section_begin, self._markers.call_begin)
+        return Job(
+            ids=prompt.ids,
+            sampling=request.sampling,
+            max_tokens=limit,
+            stop=ChatStopRule(
+                self._markers,
+                self.tokenizer,
+                self._stop_ids,
+                request.stop,
+                in_reasoning=prompt.in_reasoning,
+            ),
+            sink=sink,
+            mask=None if may_call else ForbidTokens(opening),
+            request_id=request.request_id,
+        )
+
+    def _output_tokens(self, prompt_tokens: int, asked: int | None, param: str) -> int:
+        most = self.context_tokens
+        left = most - prompt_tokens
+        if left < 1:
+            raise ContextLengthError(
+                f"the prompt is too long: {prompt_tokens} tokens > {most - 1} maximum "
+                f"({most} tokens of context, at least one of them for the answer)",
+                param=param,
+            )
+        return left if asked is None else min(asked, left)
+
+    def _require_open(self) -> None:
+        if self._closed:
+            raise EngineError("this runtime is closed; load the model again")
+
+
+def _cancel_started(starting: asyncio.Future[ChatRun]) -> None:
+    if not starting.cancelled() and starting.exception() is None:
+        starting.result().cancel()
