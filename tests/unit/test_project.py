@@ -58,6 +58,13 @@ def test_the_package_imports_what_it_depends_on_and_nothing_else() -> None:
     assert imported - sys.stdlib_module_names - {"k2hybrid"} == declared
 
 
+def test_every_folder_of_the_package_is_installed() -> None:
+    """setuptools finds packages by ``__init__.py``; a folder without one would be missing in the wheel."""
+    folders = {path.parent for path in (ROOT / "k2hybrid").rglob("*.py")}
+    assert [folder.name for folder in folders if not (folder / "__init__.py").is_file()] == []
+    assert (ROOT / "k2hybrid" / "py.typed").is_file()
+
+
 def test_nothing_at_build_time_but_setuptools_and_pybind11() -> None:
     names = {packaging_requirements.Requirement(text).name for text in PYPROJECT["build-system"]["requires"]}
     assert names == {"setuptools", "pybind11"}
