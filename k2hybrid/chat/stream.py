@@ -78,6 +78,7 @@ class ChatStream:
         self._space = ""  # content's white space directly after a marker: dropped if another marker follows
         self._spaceable = True  # no content yet since the last marker
         self._after_section = False
+        self._after_call = False  # of a call without a section
         self._pending = ""  # content that may be the singular section begin
         self._buffer = ""  # gap text, header, or arguments held back
         self._header = ""
@@ -161,6 +162,13 @@ class ChatStream:
         """Emit content, but hold back leading white space and what may be a singular section begin."""
         if self._spaceable:
             text = self._space + text
+            if self._after_call:  # where the singular section end would stand
+                bare = text.lstrip()
+                if bare != _SINGULAR_END and _SINGULAR_END.startswith(bare):
+                    self._space = text
+                    return
+                if bare.startswith(_SINGULAR_END):
+                    text, self._after_call = bare[len(_SINGULAR_END) :], False
             if not text.strip():
                 self._space = text
                 return
@@ -174,7 +182,7 @@ class ChatStream:
     def _leave_content(self, *, singular_is_marker: bool = False, keep_space: bool = False) -> None:
         """Let go of what content holds back, as a marker or the end is here."""
         self._pass_on(self._scan.flush())
-        text = self._space if keep_space else ""
+        text = self._space if keep_space or self._space.strip() else ""
         if not (singular_is_marker and self._pending.startswith(_SINGULAR_BEGIN)):
             text += self._pending
         self._space, self._spaceable, self._pending = "", True, ""
@@ -289,6 +297,7 @@ class ChatStream:
             self._enter(_State.GAP)
         else:
             self._enter_content(after_section=True)
+            self._after_call = True
 
     def _infer_call(self) -> None:
         arguments = self._buffer.strip()
@@ -324,7 +333,8 @@ class ChatStream:
 
     def _enter_content(self, *, after_section: bool) -> None:
         self._enter(_State.CONTENT)
-        self._space, self._spaceable, self._after_section = "", True, after_section
+        self._space, self._spaceable = "", True
+        self._after_section, self._after_call = after_section, False
 
     def _enter(self, state: _State) -> None:
         if not self._is_over():  # a stop string may have been met while a marker was handled
