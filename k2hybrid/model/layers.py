@@ -2,12 +2,12 @@
 
 A row's result of a linear never depends on the other rows (the kernels promise it). Functions built on exp
 are another matter: vectorised and scalar code differ in the last bit, and which of them an element meets
-depends on how many rows there are. They are evaluated span by span, see `swiglu` and the router.
+depends on how many rows there are. They are evaluated span by span, see `span_by_span`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -90,12 +90,22 @@ class RMSNorm:
         return (x * inverse_rms).mul_(self.weight).to(self.dtype)
 
 
-def swiglu(gate: torch.Tensor, up: torch.Tensor, rows: Sequence[slice], dtype: torch.dtype) -> torch.Tensor:
-    """silu(gate) · up, fp32 [T, n] -> dtype [T, n], one slice of rows (a span) at a time."""
-    out = torch.empty(gate.shape, dtype=dtype, device=gate.device)
+def span_by_span(
+    function_: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, rows: Sequence[slice]
+) -> torch.Tensor:
+    """Apply an elementwise in-place function to x [T, n], one span's rows at a time; gives x."""
     for span in rows:
-        out[span] = F.silu(gate[span]).mul_(up[span])
-    return out
+        function_(x[span])
+    return x
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor, rows: Sequence[slice], dtype: torch.dtype) -> torch.Tensor:
+    """silu(gate) · up, fp32 [T, n] -> dtype [T, n]; overwrites `gate`."""
+    return span_by_span(_silu_, gate, rows).mul_(up).to(dtype)
+
+
+def _silu_(x: torch.Tensor) -> torch.Tensor:
+    return F.silu(x, inplace=True)
 
 
 class MLP:

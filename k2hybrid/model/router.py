@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.model.layers import Linear, LinearKernels
+from k2hybrid.model.layers import Linear, LinearKernels, span_by_span
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +47,8 @@ def weigh(scores: torch.Tensor, ids: torch.Tensor, spec: ModelSpec) -> torch.Ten
     """The weights of the chosen experts, fp32 [T, top_k], from the unbiased scores."""
     weights = scores.gather(1, ids)
     if spec.norm_topk_prob:
-        weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        # cumsum adds one after the other, in the same order however many rows there are; sum need not.
+        weights = weights / (weights.cumsum(-1)[:, -1:] + 1e-20)
     return weights * spec.routed_scaling_factor
 
 
@@ -63,12 +64,6 @@ class Router:
 
     def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> Routing:
         """x [T, hidden], the rows of each span -> Routing. bf16 products are exact in fp32."""
-        logits = self.linear(x)
-        ids = torch.empty((x.shape[0], self.spec.top_k), dtype=torch.int32, device=x.device)
-        weights = torch.empty((x.shape[0], self.spec.top_k), dtype=torch.float32, device=x.device)
-        for span in rows:
-            scores = logits[span].sigmoid()
-            chosen = choose(scores, self.bias, self.spec)
-            ids[span] = chosen
-            weights[span] = weigh(scores, chosen, self.spec)
-        return Routing(ids, weights)
+        scores = span_by_span(torch.sigmoid_, self.linear(x), rows)
+        ids = choose(scores, self.bias, self.spec)
+        return Routing(ids.to(torch.int32), weigh(scores, ids, self.spec))
