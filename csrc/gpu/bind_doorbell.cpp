@@ -29,8 +29,7 @@ const char* AbortName(uint32_t reason) {
   }
 }
 
-// A doorbell whose answer is input + 1, after `work_us` of busy work, and which can be made to stall or to
-// throw.
+// A doorbell that answers input + 1 after `work_us` of busy work, and can be made to stall or to throw.
 class EchoDoorbell {
  public:
   EchoDoorbell(py::object owner, uintptr_t memory, uint32_t slots, double timeout_ms, double work_us)

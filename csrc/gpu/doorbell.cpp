@@ -198,8 +198,7 @@ void Doorbell::WatchLoop() {
       changed_.wait(lock, [&] { return stop_.load(std::memory_order_relaxed) || open_ || Aborted(); });
       continue;
     }
-    // Slots are answered in order, so only the next one can be waiting; a slot not rung yet is the device's
-    // time.
+    // Slots are answered in order, so only the next can wait; until it is rung, the device takes its time.
     const uint32_t next = answered_.load(std::memory_order_acquire);
     const bool waiting = next < header_->layers.load(std::memory_order_relaxed) &&
                          slots_[next].request.load(std::memory_order_acquire) == kRung;

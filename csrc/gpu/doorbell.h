@@ -1,16 +1,14 @@
 // How work captured in a CUDA graph asks the CPU for something and waits for the answer, without a callback.
 //
 // A step of the model rings once per MoE layer. The words below lie in pinned host memory, which the device
-// reads and writes over the bus. This file knows no CUDA: it sees addresses, so an ordinary thread can play
-// the device.
+// reads and writes over the bus. This file knows no CUDA, only addresses: an ordinary thread can play the device.
 //
 //   header      written by the host: abort reason, layers, rows and epoch of the open step
 //   slot i      one line written by the device (request, input), one by the CPU (reply, output)
 //
 // One ring of slot i, in this order:
 //   1. host    Publish(rows, layers) opens a step and writes its descriptor; only then is the graph launched.
-//   2. device  writes its input, then request = kRung, with a system-wide release (a stream write has that
-//   barrier).
+//   2. device  writes its input, then request = kRung with a system-wide release (stream writes have one).
 //   3. CPU     acquires request == kRung, reads the input, works, writes the output.
 //   4. CPU     request = kIdle, then reply: kIdle -> kAnswered by compare-exchange, with release.
 //   5. device  acquires reply >= kAnswered, writes reply = kIdle, then reads the output.
@@ -24,8 +22,7 @@
 // abort word. From then until Reset(), every idle reply is turned into kPoisoned, again and again, so that
 // each wait of this step, and of any launched behind it, completes within milliseconds; the device computes
 // garbage and Finish() says so. A late answer finds the abort word and is dropped. Reset() demands that the
-// device is idle (the caller synchronises first) and that the CPU thread is out of its answer, and clears all
-// words.
+// device is idle (the caller synchronises first) and the CPU thread is out of its answer; it clears all words.
 #pragma once
 
 #include <atomic>
@@ -41,8 +38,8 @@ namespace k2::gpu {
 inline constexpr uint32_t kIdle = 0;
 inline constexpr uint32_t kRung = 1;
 inline constexpr uint32_t kAnswered = 1;
-inline constexpr uint32_t kPoisoned =
-    2;  // greater than kAnswered, so that one "greater or equal" wait passes both
+// Greater than kAnswered, so that one "greater or equal" wait passes both.
+inline constexpr uint32_t kPoisoned = 2;
 
 inline constexpr uint32_t kNotAborted = 0;
 inline constexpr uint32_t kAbortAsked = 1;
@@ -92,8 +89,7 @@ class Doorbell {
 
   // Opens the next step and returns its epoch. Throws Error while one is open or aborted.
   uint64_t Publish(uint32_t rows, uint32_t layers);
-  // Closes the step, after the device is done with it. Throws Error if slots are unanswered and nothing
-  // aborted.
+  // Closes the step once the device is done with it. Throws Error if slots are unanswered without an abort.
   StepOutcome Finish();
   // Completes all waits as poisoned. The first reason stays.
   void Abort(uint32_t reason = kAbortAsked);
