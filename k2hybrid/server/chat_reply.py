@@ -68,15 +68,10 @@ class Choice:
         self._controls = frozenset(tokenizer.specials.values())
         self._want_logprobs = logprobs
         self._held: list[TokenLogprob] = []  # of tokens whose text has not come out yet
-        self._tokens = 0
-        self._reasoning_tokens = 0
         self._pieces: list[Piece] = []
 
     def push(self, delta: Delta) -> list[Piece]:
         """The pieces that one more token makes."""
-        self._tokens += 1
-        if any(isinstance(event, Reasoning) for event in delta.events):
-            self._reasoning_tokens = self._tokens
         pieces = [Piece(fields) for event in delta.events if (fields := _delta_fields(event))]
         if self._want_logprobs:
             pieces = self._with_logprobs(pieces, delta)
@@ -118,7 +113,7 @@ class Choice:
     def closing(self, head: Head, run: ChatRun, **more: Any) -> dict[str, Any]:
         """The last chunk: why it ended, and the usage where the vendor's verifier looks for it."""
         entry = self._entry({}, finish=finish_reason(run))
-        return head.chunk([{**entry, "usage": usage([(self, run)])}], **more)
+        return head.chunk([{**entry, "usage": usage([run])}], **more)
 
     def _entry(
         self, delta: dict[str, Any], logprobs: list[dict[str, Any]] | None = None, finish: str | None = None
@@ -139,10 +134,6 @@ class Choice:
             "logprobs": {"content": logprobs, "refusal": None} if self._want_logprobs else None,
             "finish_reason": finish_reason(run),
         }
-
-    def reasoning_tokens(self, run: ChatRun) -> int:
-        """How many of the run's tokens were thinking."""
-        return min(self._reasoning_tokens, run.usage.completion_tokens)
 
 
 def _delta_fields(event: Event) -> dict[str, Any] | None:
@@ -202,10 +193,10 @@ def finish_reason(run: ChatRun) -> str:
     return run.finish_reason
 
 
-def usage(choices: Sequence[tuple[Choice, ChatRun]]) -> dict[str, Any]:
+def usage(runs: Sequence[ChatRun]) -> dict[str, Any]:
     """Token counts of finished runs over one prompt; the prompt counts once."""
-    first = choices[0][1].usage
-    completion = sum(run.usage.completion_tokens for _, run in choices)
+    first = runs[0].usage
+    completion = sum(run.usage.completion_tokens for run in runs)
     return {
         "prompt_tokens": first.prompt_tokens,
         "completion_tokens": completion,
@@ -213,6 +204,6 @@ def usage(choices: Sequence[tuple[Choice, ChatRun]]) -> dict[str, Any]:
         "cached_tokens": first.cached_tokens,  # the vendor's place for it
         "prompt_tokens_details": {"cached_tokens": first.cached_tokens},
         "completion_tokens_details": {
-            "reasoning_tokens": sum(choice.reasoning_tokens(run) for choice, run in choices),
+            "reasoning_tokens": sum(run.usage.reasoning_tokens for run in runs),
         },
     }

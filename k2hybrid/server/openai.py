@@ -103,7 +103,7 @@ class OpenAI:
                 if delta is not None:
                     choices[i].push(delta)
         finished = [choice.completion(run) for choice, run in zip(choices, runs, strict=True)]
-        totals = usage(list(zip(choices, runs, strict=True)))
+        totals = usage(runs)
         _report(call, totals, started)
         return {**head.fields("chat.completion"), "choices": finished, "usage": totals}
 
@@ -124,7 +124,7 @@ class OpenAI:
                         continue
                     for piece in choices[i].push(delta):
                         yield data_event(choices[i].chunk(head, piece, **more))
-            totals = usage(list(zip(choices, runs, strict=True)))
+            totals = usage(runs)
             _report(call, totals, started)
             if call.include_usage:
                 yield data_event(head.chunk([], usage=totals))

@@ -30,6 +30,7 @@ class Script:
     steps: Iterable[Step]
     finish: str = "stop"
     cached_tokens: int = 0
+    reasoning_tokens: int = 0
 
 
 @dataclass
@@ -43,7 +44,12 @@ class ScriptedRun:
 
     @property
     def usage(self) -> Usage:
-        return Usage(self.prompt_tokens, self.played, self.script.cached_tokens)
+        return Usage(
+            self.prompt_tokens,
+            self.played,
+            self.script.cached_tokens,
+            reasoning_tokens=self.script.reasoning_tokens,
+        )
 
     async def __aiter__(self) -> AsyncIterator[Step]:
         for step in self.script.steps:

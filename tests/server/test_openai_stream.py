@@ -32,6 +32,7 @@ CALLING = Script(
     ],
     finish="tool_calls",
     cached_tokens=3,
+    reasoning_tokens=3,
 )
 
 

@@ -110,8 +110,8 @@ def test_a_port_in_use_is_one_line(tiny_model: Path) -> None:
         (["--modle", "x"], 2, "--model"),
     ],
 )
-def test_what_cannot_work_is_one_line(argv: list[str], code: int, said: str) -> None:
-    got, error = refused("--port", 0, *argv)
+def test_what_cannot_work_is_one_line(tiny_model: Path, argv: list[str], code: int, said: str) -> None:
+    got, error = refused("--port", 0, "--model", tiny_model, *argv)
     assert got == code
     assert said in error
     assert error.count("\n") == 1
