@@ -86,39 +86,50 @@ def test_scripts_are_executable(script: str) -> None:
     assert os.access(ROOT / script, os.X_OK)
 
 
-def test_bootstrap_names_what_is_missing(tmp_path: Path) -> None:
-    """With an interpreter that is too old it says so, says what to install, and touches nothing."""
-    old = tmp_path / "python3"
-    old.write_text('#!/bin/sh\n[ "$1" = -V ] && echo "Python 3.9.2"\nexit 1\n')
-    old.chmod(0o755)
-    project = tmp_path / "project"
-    (project / "tools").mkdir(parents=True)
-    (project / "tools" / "bootstrap").write_bytes((ROOT / "tools" / "bootstrap").read_bytes())
-    done = subprocess.run(
-        ["bash", str(project / "tools" / "bootstrap")],
-        env={**os.environ, "PYTHON": str(old)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-    assert done.returncode == 1
-    assert "Python 3.11 or newer is needed; found: Python 3.9.2" in done.stderr
-    assert "apt install" in done.stderr
-    assert not (project / ".venv").exists()
-
-
-def test_bootstrap_names_the_apt_line_for_a_missing_compiler(tmp_path: Path) -> None:
-    project = tmp_path / "project"
+def run_bootstrap(project: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """tools/bootstrap in a copy of the project that has nothing else, so that it can only complain."""
     (project / "tools").mkdir(parents=True)
     for name in ("tools/bootstrap", "pyproject.toml", "requirements.lock", "setup.py"):
         (project / name).write_bytes((ROOT / name).read_bytes())
-    done = subprocess.run(
+    return subprocess.run(
         ["bash", str(project / "tools" / "bootstrap")],
-        env={**os.environ, "CXX": "no-such-compiler"},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def interpreter(folder: Path, script: str) -> str:
+    path = folder / "python3"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return str(path)
+
+
+def test_bootstrap_refuses_an_old_interpreter_and_touches_nothing(tmp_path: Path) -> None:
+    old = interpreter(tmp_path, '[ "$1" = -V ] && echo "Python 3.9.2"; exit 1')
+    done = run_bootstrap(tmp_path / "project", PYTHON=old)
+    assert done.returncode == 1
+    assert "Python 3.11 or newer is needed; found: Python 3.9.2" in done.stderr
+    assert "apt install" in done.stderr
+    assert not (tmp_path / "project" / ".venv").exists()
+
+
+def test_bootstrap_names_missing_venv_and_headers_with_their_apt_line(tmp_path: Path) -> None:
+    bare = interpreter(
+        tmp_path,
+        'case "$2" in *ensurepip*) exit 1 ;; *sysconfig*) echo /nowhere ;; '
+        f'*) exec {sys.executable} "$@" ;; esac',
+    )
+    done = run_bootstrap(tmp_path / "project", PYTHON=bare)
+    assert done.returncode == 1
+    assert "sudo apt install python3-venv python3-dev" in done.stderr
+    assert not (tmp_path / "project" / ".venv").exists()
+
+
+def test_bootstrap_names_a_missing_compiler_with_its_apt_line(tmp_path: Path) -> None:
+    done = run_bootstrap(tmp_path / "project", CXX="no-such-compiler")
     assert done.returncode == 1
     assert re.search(r"sudo apt install .*g\+\+", done.stderr)
-    assert not (project / ".venv").exists()
+    assert not (tmp_path / "project" / ".venv").exists()
