@@ -62,7 +62,11 @@ class TemplateProgram:
         self._pattern = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")")
         self._variables = variables
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
+            trim_blocks=True,
+            lstrip_blocks=True,
+            extensions=["jinja2.ext.loopcontrols", _GenerationTag],
+            optimized=False,  # nothing is computed while compiling, not even constants
+            finalize=_as_it_is,
         )
         environment.filters["tojson"] = _tojson
         environment.globals["raise_exception"] = _raise_exception
@@ -195,6 +199,12 @@ def _searched_for(node: nodes.Node) -> nodes.Node | None:
 
 def _fresh_key() -> str:
     return str(secrets.randbelow(9 * 10 ** (_KEY_DIGITS - 1)) + 10 ** (_KEY_DIGITS - 1))
+
+
+@jinja2.pass_context
+def _as_it_is(context: object, value: object) -> object:
+    """Output unchanged. That it asks for the context keeps jinja2 from computing outputs while compiling."""
+    return value
 
 
 def _tojson(
