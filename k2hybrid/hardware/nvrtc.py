@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-import sysconfig
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +14,7 @@ def library_candidates(cuda: str | None) -> Iterator[str]:
     """What may be NVRTC, best first. ``cuda`` is torch's, as ``12.8``: majors should not mix."""
     if cuda is not None:
         yield f"libnvrtc.so.{cuda.split('.')[0]}"
-    roots = {Path(sysconfig.get_path(name)) for name in ("purelib", "platlib")}
-    for root in sorted(roots):
+    for root in [Path(entry) for entry in sys.path if entry]:
         for pattern in ("nvidia/*/lib/libnvrtc.so.*", "torch/lib/libnvrtc*.so*"):
             yield from (str(path) for path in sorted(root.glob(pattern)) if "builtins" not in path.name)
     for path in sorted(Path("/usr/local").glob("cuda*/lib64/libnvrtc.so*"), reverse=True):
