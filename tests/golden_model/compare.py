@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from unittest import mock
 
@@ -12,11 +13,12 @@ import torch
 
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model import router
+from k2hybrid.model.attention import AttentionSizes
 from tests.golden_model.noise import SAFETY, disturbed_model
 from tests.golden_model.oracle import OracleRun, run_oracle
 from tests.golden_model.tiny import TinyCheckpoint, TinyModel, random_ids, tiny_checkpoint, tiny_model
 
-TOKENS = 90  # over a page, and more new tokens than either form's share of the threshold
+TOKENS = 90  # over a page
 FP32_BOUND = 1e-4
 DRAWS = 4
 
@@ -37,6 +39,12 @@ def prompt(name: str) -> torch.Tensor:
 def oracle(name: str) -> OracleRun:
     """What transformers makes of it."""
     return run_oracle(checkpoint(name), prompt(name))
+
+
+def forced_form(form: str) -> AbstractContextManager[object]:
+    """Make every span take one form of attention, "absorbed" or "expanded", however long it is."""
+    threshold = {"absorbed": math.inf, "expanded": 0.0}[form]
+    return mock.patch.object(AttentionSizes, "absorbed_below", threshold)
 
 
 def relative_error(ours: torch.Tensor, reference: torch.Tensor) -> float:
@@ -95,13 +103,14 @@ class Bf16Bound:
 
 
 @functools.cache
-def bf16_bound(name: str) -> Bf16Bound:
-    """The bound of docs/numerics.md for one configuration."""
+def bf16_bound(name: str, form: str) -> Bf16Bound:
+    """The bound of docs/numerics.md for one configuration and form of attention."""
     reference = oracle(name)
-    runs = [
-        run_forced(disturbed_model(checkpoint(name), seed), name, prefill_at_once(name))
-        for seed in range(DRAWS)
-    ]
+    with forced_form(form):
+        runs = [
+            run_forced(disturbed_model(checkpoint(name), seed), name, prefill_at_once(name))
+            for seed in range(DRAWS)
+        ]
 
     def rms(values: list[float]) -> float:
         return math.sqrt(sum(v * v for v in values) / len(values))
@@ -128,8 +137,9 @@ def fp32_error(name: str) -> float:
     return largest_error(logits, oracle(name).logits)
 
 
-def bf16_error(name: str, model: TinyModel | None = None) -> float:
+def bf16_error(name: str, model: TinyModel | None = None, form: str = "expanded") -> float:
     """Relative error in bf16 as a share of the bound; the experts are the oracle's."""
     model = model or tiny_model(checkpoint(name), torch.bfloat16)
-    run = run_forced(model, name, prefill_at_once(name))
-    return relative_error(run.logits, oracle(name).logits) / bf16_bound(name).logits
+    with forced_form(form):
+        run = run_forced(model, name, prefill_at_once(name))
+    return relative_error(run.logits, oracle(name).logits) / bf16_bound(name, form).logits

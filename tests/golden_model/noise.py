@@ -11,7 +11,7 @@ import torch
 
 from k2hybrid.cache.pages import Fp32Rows
 from k2hybrid.experts.reference import ReferenceExperts
-from k2hybrid.model.layers import TorchLinears
+from k2hybrid.model.layers import Linear, TorchLinears
 from tests.golden_model.tiny import TinyCheckpoint, TinyModel, tiny_model
 
 UNIT_ROUNDOFF = 2.0**-8
@@ -30,7 +30,7 @@ class Disturbance:
 
 
 class DisturbedLinears(TorchLinears):
-    """Torch products of disturbed activations. In attention's products the second operand is one as well."""
+    """Torch products of disturbed activations."""
 
     def __init__(self, disturb: Disturbance) -> None:
         self.disturb = disturb
@@ -43,6 +43,17 @@ class DisturbedLinears(TorchLinears):
 
     def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         return super().head_linear_t(self.disturb(x), weight)
+
+
+class DisturbedKeysAndValues(Linear):
+    """kv_b of the expanded form, whose results are rounded: attention reads them."""
+
+    def __init__(self, kernels: DisturbedLinears, weight: torch.Tensor) -> None:
+        super().__init__(kernels, weight)
+        self.disturb = kernels.disturb
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self.disturb(super().__call__(x))
 
 
 class DisturbedRows(Fp32Rows):
@@ -76,6 +87,8 @@ def disturbed_model(checkpoint: TinyCheckpoint, seed: int) -> TinyModel:
     experts = DisturbedExperts(disturb)
     checkpoint.fill(experts)
     rows = DisturbedRows(checkpoint.spec.latent_dim, disturb)
-    return tiny_model(
-        checkpoint, torch.float32, kernels=DisturbedLinears(disturb), experts=experts, rows=rows
-    )
+    kernels = DisturbedLinears(disturb)
+    model = tiny_model(checkpoint, torch.float32, kernels=kernels, experts=experts, rows=rows)
+    for layer in model.model.layers:
+        layer.attention.kv_b = DisturbedKeysAndValues(kernels, layer.attention.kv_b.weight)
+    return model

@@ -66,11 +66,12 @@ def test_fp32_agrees_to_1e_4(name: str) -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_bf16_agrees_within_the_derived_bound(name: str, kernels: str, machine: Machine) -> None:
     """The oracle's experts are used, so that a near tie is not taken for an error; ties are judged below."""
-    spec, reference, bound = checkpoint(name).spec, oracle(name), bf16_bound(name)
+    spec, reference, bound = checkpoint(name).spec, oracle(name), bf16_bound(name, "expanded")
     model = (
         native_model(name, machine) if kernels == "native" else tiny_model(checkpoint(name), torch.bfloat16)
     )
-    run = run_forced(model, name, prefill_at_once(name))
+    with compare.forced_form("expanded"):
+        run = run_forced(model, name, prefill_at_once(name))
     assert compare.relative_error(run.logits, reference.logits) <= bound.logits
     assert compare.score_error(run, reference) <= bound.scores
     for ours, own, scores, ids in zip(run.biased, run.own_ids, reference.biased, reference.ids, strict=True):
@@ -84,7 +85,7 @@ def test_a_planted_fault_fails_both_comparisons(fault: Fault) -> None:
     names = [name for name in CONFIGS if faults.affected(fault, checkpoint(name))]
     assert "k2" in names
     for name in names:
-        unharmed = bf16_bound(name)  # drawn before the fault is planted
+        unharmed = bf16_bound(name, "expanded")  # drawn before the fault is planted
         assert unharmed.logits < 0.2
         with fault():
             assert compare.fp32_error(name) > compare.FP32_BOUND

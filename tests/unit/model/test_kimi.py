@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -14,7 +13,6 @@ from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.model import attention
-from k2hybrid.model.attention import AttentionSizes
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import TorchLinears
 from k2hybrid.native import Machine
@@ -29,12 +27,7 @@ from tests.golden_model.tiny import (
 
 NAMES = ["k2", "no_q_lora_groups_3_dense_no_yarn", "wide_latent"]
 CHUNKINGS = {"1+rest": [1, 200], "sevens": [7], "page+rest": [64, 200], "60+ones": [60, 1]}
-FORMS = {"absorbed": math.inf, "expanded": 0.0}
-
-
-def force(monkeypatch: pytest.MonkeyPatch, threshold: float) -> None:
-    """Make every span take one form of attention."""
-    monkeypatch.setattr(AttentionSizes, "absorbed_below", property(lambda _self: threshold))
+FORMS = ["absorbed", "expanded"]
 
 
 def native_model(name: str, machine: Machine) -> TinyModel:
@@ -55,24 +48,19 @@ def native_model(name: str, machine: Machine) -> TinyModel:
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("chunking", CHUNKINGS)
 @pytest.mark.parametrize("name", NAMES)
-def test_any_chunking_and_form_agrees_in_fp32(
-    name: str, chunking: str, form: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_any_chunking_and_form_agrees_in_fp32(name: str, chunking: str, form: str) -> None:
     ids = compare.prompt(name)
     whole = tiny_model(compare.checkpoint(name), torch.float32).prefill(ids)
-    force(monkeypatch, FORMS[form])
-    pieces = tiny_model(compare.checkpoint(name), torch.float32).prefill(ids, CHUNKINGS[chunking])
+    with compare.forced_form(form):
+        pieces = tiny_model(compare.checkpoint(name), torch.float32).prefill(ids, CHUNKINGS[chunking])
     assert compare.largest_error(pieces, whole) <= 1e-5
 
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", NAMES)
-def test_either_form_agrees_with_the_oracle_in_bf16(
-    name: str, form: str, monkeypatch: pytest.MonkeyPatch, machine: Machine
-) -> None:
+def test_either_form_agrees_with_the_oracle_in_bf16(name: str, form: str, machine: Machine) -> None:
     """So any two ways to compute a context, and any mix of them, differ by at most twice the bound."""
-    force(monkeypatch, FORMS[form])
-    assert compare.bf16_error(name, native_model(name, machine)) <= 1
+    assert compare.bf16_error(name, native_model(name, machine), form) <= 1
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -80,11 +68,11 @@ def test_either_form_agrees_with_the_oracle_in_bf16(
 def test_blocks_and_tiles_merge_to_the_same(form: str, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = tiny_checkpoint("k2")
     ids = random_ids(checkpoint.spec, 300)
-    force(monkeypatch, FORMS[form])
-    whole = tiny_model(checkpoint, torch.float32).prefill(ids, [120, 300])
-    monkeypatch.setattr(attention, "block_rows", lambda _bytes: block)
-    monkeypatch.setattr(attention, "tile_rows", lambda _bytes: 37)
-    blocks = tiny_model(checkpoint, torch.float32).prefill(ids, [120, 300])
+    with compare.forced_form(form):
+        whole = tiny_model(checkpoint, torch.float32).prefill(ids, [120, 300])
+        monkeypatch.setattr(attention, "block_rows", lambda _bytes: block)
+        monkeypatch.setattr(attention, "tile_rows", lambda _bytes: 37)
+        blocks = tiny_model(checkpoint, torch.float32).prefill(ids, [120, 300])
     assert compare.largest_error(blocks, whole) <= 1e-5
 
 
