@@ -41,7 +41,7 @@ class OpenAI:
         self._live = live
         self._name = name
         self._created = int(time.time())
-        self._fingerprint = f"k2hybrid-{package_version()}"
+        self._fingerprint = f"k2hybrid-{package_version()}".replace(" ", "-")
 
     async def models(self, _request: Request) -> Response:
         """The list with its one entry."""

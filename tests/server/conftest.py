@@ -8,16 +8,35 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import openai
 import pytest
 import uvicorn
 
+from k2hybrid.checkpoint.synth import synthesize
 from k2hybrid.server.app import Settings, create_app
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.types import Content
 from tests.server.scripted import Script, ScriptedModel, Step
+
+TINY = {
+    "layers": 2,
+    "experts": 4,
+    "top_k": 2,
+    "hidden": 64,
+    "heads": 2,
+    "intermediate": 64,
+    "moe_intermediate": 32,
+    "vocab_size": 600,
+    "q_lora": 32,
+    "kv_lora": 32,
+    "nope": 32,
+    "rope": 16,
+    "v_head": 32,
+    "positions": 65536,
+}
 
 
 @dataclass
@@ -80,3 +99,10 @@ def server(shared_server: Served) -> Served:
     """One server for all tests; each starts with a model that answers "Hello."."""
     shared_server.model.play(Script([Step((Content("Hello"),)), Step((Content("."),))]))
     return shared_server
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("tiny") / "model"
+    synthesize(out, overrides=TINY)
+    return out

@@ -10,33 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from k2hybrid.checkpoint.synth import synthesize
 from tests.server.process import command, started
 
-TINY = {
-    "layers": 2,
-    "experts": 4,
-    "top_k": 2,
-    "hidden": 64,
-    "heads": 2,
-    "intermediate": 64,
-    "moe_intermediate": 32,
-    "vocab_size": 600,
-    "q_lora": 32,
-    "kv_lora": 32,
-    "nope": 32,
-    "rope": 16,
-    "v_head": 32,
-    "positions": 4096,
-}
 START_S = 120
-
-
-@pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("tiny") / "model"
-    synthesize(out, overrides=TINY)
-    return out
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

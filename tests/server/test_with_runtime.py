@@ -1,0 +1,142 @@
+"""The server on the real runtime, with a tiny random model: what a scripted one cannot show."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k2hybrid.runtime import Runtime, load
+from tests.server.conftest import Served, serving
+from tests.server.test_disconnect import WITHIN_S, send_chat
+from tests.server.test_openai_stream import events
+
+# Without control tokens a random model never ends by itself.
+ENDLESS = {"logit_bias": {str(token): -100 for token in range(600 - 256, 600)}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
+
+
+@pytest.fixture(scope="module")
+def runtime(tiny_model: Path) -> Iterator[Runtime]:
+    with load(tiny_model, threads=1, latent_bytes=1 << 26) as runtime:
+        yield runtime
+
+
+@pytest.fixture(scope="module")
+def real(runtime: Runtime) -> Iterator[Served]:
+    with serving(runtime) as served:  # type: ignore[arg-type]
+        yield served
+
+
+def wait_for_running(runtime: Runtime, wanted: int, within_s: float) -> None:
+    deadline = time.monotonic() + within_s
+    while runtime.engine.metrics.running != wanted:
+        assert time.monotonic() < deadline, f"{runtime.engine.metrics.running} run, not {wanted}"
+        time.sleep(0.005)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_the_engine_stops_when_the_client_goes(real: Served, runtime: Runtime, stream: bool) -> None:
+    connection = send_chat(real.port, stream=stream, n=2, **ENDLESS)
+    wait_for_running(runtime, 2, 10)
+    connection.close()
+    wait_for_running(runtime, 0, WITHIN_S)
+
+
+def test_a_seed_gives_the_same_answer_whole_or_streamed_alone_or_in_a_crowd(real: Served) -> None:
+    request: dict[str, Any] = {"seed": 5, "max_tokens": 40, "logprobs": True, **ENDLESS}
+    alone = real.chat(**request).json()["choices"][0]
+    crowd: list[Any] = [None] * 12
+    threads = [
+        threading.Thread(target=lambda i=i: crowd.__setitem__(i, real.chat(**request).json()["choices"][0]))
+        for i in range(len(crowd))
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    chunks = events(real.chat(stream=True, **request).text)[:-1]
+    content = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert alone["finish_reason"] == "length"
+    assert all(answer["message"] == alone["message"] for answer in crowd)
+    assert content == alone["message"]["content"]
+
+
+def test_logprobs_spell_the_content(real: Served) -> None:
+    answer = real.chat(max_tokens=30, logprobs=True, top_logprobs=3, seed=1, **ENDLESS).json()["choices"][0]
+    entries = answer["logprobs"]["content"]
+    spelled = b"".join(bytes(entry["bytes"]) for entry in entries).decode("utf-8", "replace")
+    assert spelled.startswith(answer["message"]["content"].rstrip("\ufffd"))
+    for entry in entries:
+        assert entry["logprob"] <= 0
+        best = [top["logprob"] for top in entry["top_logprobs"]]
+        assert len(best) == 3
+        assert best == sorted(best, reverse=True)
+        assert entry["logprob"] <= best[0]
+
+
+def test_choices_differ_and_share_their_prompt(real: Served) -> None:
+    answer = real.chat(n=3, max_tokens=16, seed=1, **ENDLESS).json()
+    texts = {choice["message"]["content"] for choice in answer["choices"]}
+    assert len(texts) == 3
+    assert answer["usage"]["completion_tokens"] == 48
+
+
+def test_a_second_turn_finds_the_first_in_the_cache(real: Served) -> None:
+    text = "the same long beginning " * 40
+    first = real.chat(messages=[{"role": "user", "content": text}], max_tokens=1).json()["usage"]
+    again = real.chat(messages=[{"role": "user", "content": text}], max_tokens=1).json()["usage"]
+    assert first["prompt_tokens"] == again["prompt_tokens"] > 64
+    assert again["cached_tokens"] >= 64
+    assert again["prompt_tokens_details"]["cached_tokens"] == again["cached_tokens"]
+
+
+def test_tokenize_counts_what_chat_prefills(real: Served) -> None:
+    messages = [{"role": "user", "content": "wörter <|im_end|> und mehr"}]
+    counted = real.post("/tokenize", json={"messages": messages, "tools": [TOOL]}).json()
+    used = real.chat(messages=messages, tools=[TOOL], max_tokens=1).json()["usage"]
+    assert counted["count"] == used["prompt_tokens"]
+    text = real.post("/detokenize", json={"tokens": counted["tokens"]}).json()["prompt"]
+    assert "wörter <|im_end|> und mehr" in text
+    plain = real.post("/tokenize", json={"prompt": "wörter"}).json()["tokens"]
+    assert real.post("/detokenize", json={"tokens": plain}).json() == {"prompt": "wörter"}
+
+
+def test_a_stop_string_ends_it_and_is_not_shown(real: Served) -> None:
+    request: dict[str, Any] = {"max_tokens": 60, "seed": 2, **ENDLESS}
+    whole = real.chat(**request).json()["choices"][0]["message"]["content"]
+    stop = whole[10:12]
+    answer = real.chat(stop=[stop], **request).json()["choices"][0]
+    assert answer["finish_reason"] == "stop"
+    assert answer["message"]["content"] == whole[: whole.index(stop)]
+
+
+def test_an_over_long_prompt_is_refused_and_a_large_limit_is_not(real: Served, runtime: Runtime) -> None:
+    text = "x" * 3 * runtime.context_tokens
+    response = real.chat(messages=[{"role": "user", "content": text}])
+    assert response.status_code == 400
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    stopped = real.chat(max_completion_tokens=10**12, stop="a", seed=3)
+    assert stopped.status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice"),
+        ({"logit_bias": {"999999": 1}}, "logit_bias"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "nobody"}]}, None),
+    ],
+)
+def test_what_only_the_runtime_can_judge(real: Served, fields: dict[str, Any], param: str | None) -> None:
+    response = real.chat(max_tokens=2, **fields)
+    if param is None:
+        assert response.status_code == 200
+    else:
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == param
+    assert real.chat(max_tokens=1).status_code == 200
