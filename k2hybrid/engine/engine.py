@@ -7,18 +7,18 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-import numpy as np
-
 from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.admission import WaitingLine, total_tokens
 from k2hybrid.engine.memory import PageMemory, PagePool
 from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
 from k2hybrid.engine.scheduler import Candidate, Scheduler, Share, StepPlan, pages_for
 from k2hybrid.engine.sequence import Phase, Sequence
 from k2hybrid.engine.step import StepModel, StepResult, StepRunner
-from k2hybrid.errors import CapacityError, ContextLengthError, EngineError, ExpertReadError, RequestError
+from k2hybrid.errors import CapacityError, EngineError, ExpertReadError
 from k2hybrid.model.sampler import Sampler
 from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, TokenEvent
 
@@ -53,6 +53,8 @@ class Engine:
         vocab_size: length of a logits row.
         context_tokens: prompt and output of one request at most.
         meter: what the model reads, where its builder counts it.
+        torch_threads: of torch's own operations in large steps.
+        on_start: called in the engine's thread before its first step.
 
     Every submitted job gets exactly one `DoneEvent`, its last event. Events are delivered from the engine's
     thread; a sink that raises has its job cancelled.
@@ -67,24 +69,25 @@ class Engine:
         context_tokens: int,
         config: RuntimeConfig,
         meter: ByteMeter | None = None,
+        torch_threads: int = 1,
+        on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.metrics = EngineMetrics()
         self.context_tokens = context_tokens
         self._vocab_size = vocab_size
-        self._max_running = config.max_running
         self._max_queue = config.max_queue
         self._memory = PageMemory(pages, pages.PAGE_TOKENS)
+        self._waiting = WaitingLine(self._memory, config.max_running)
         self._scheduler = Scheduler(config.max_step_tokens)
-        self._runner = StepRunner(model)
+        self._runner = StepRunner(model, torch_threads)
         self._meter = meter or ByteMeter()
+        self._on_start = on_start
         self._numbers = itertools.count()
         self._condition = threading.Condition()
         self._inbox: deque[Sequence] = deque()  # guarded by the condition; the rest is the engine thread's
         self._stopping = False
         self._thread: threading.Thread | None = None
-        self._waiting: deque[Sequence] = deque()
         self._running: dict[int, Sequence] = {}
-        self._retry_admission = False
         self._checked = True
 
     # --- from any thread --------------------------------------------------------------------------
@@ -92,7 +95,7 @@ class Engine:
     @property
     def capacity_tokens(self) -> int:
         """Prompt and output of one request at most: what context and pages both hold."""
-        return min(self.context_tokens, self._memory.total_pages * self._memory.page_tokens)
+        return min(self.context_tokens, self._memory.total_tokens)
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -121,7 +124,12 @@ class Engine:
             CapacityError: they exceed all latent pages, or the queue is full.
             EngineError: the engine is stopped.
         """
-        total = self._check(job)
+        total = total_tokens(
+            job,
+            vocab_size=self._vocab_size,
+            context_tokens=self.context_tokens,
+            pool_tokens=self._memory.total_tokens,
+        )
         sequence = Sequence(
             number=next(self._numbers),
             job=job,
@@ -146,46 +154,15 @@ class Engine:
         with self._condition:
             self._condition.notify()
 
-    def _check(self, job: Job) -> int:
-        prompt, total = len(job.ids), len(job.ids) + job.max_tokens
-        if prompt == 0:
-            raise RequestError("the prompt is empty", param="prompt", code="invalid_value")
-        if job.max_tokens < 1:
-            raise RequestError(
-                f"max_tokens must be at least 1, not {job.max_tokens}",
-                param="max_tokens",
-                code="invalid_value",
-            )
-        ids = np.asarray(job.ids, dtype=np.int64)
-        if int(ids.min()) < 0 or int(ids.max()) >= self._vocab_size:
-            raise RequestError(
-                f"prompt ids must lie between 0 and {self._vocab_size - 1}",
-                param="prompt",
-                code="invalid_value",
-            )
-        if total > self.context_tokens:
-            raise ContextLengthError(
-                f"{prompt} prompt tokens + {job.max_tokens} output tokens = {total} tokens "
-                f"> {self.context_tokens} maximum"
-            )
-        if total > self.capacity_tokens:
-            raise CapacityError(
-                f"{prompt} prompt tokens + {job.max_tokens} output tokens = {total} tokens, but the latent "
-                f"pages hold {self.capacity_tokens}; ask for fewer or raise latent_bytes"
-            )
-        return total
-
     # --- the engine's thread ----------------------------------------------------------------------
 
     def tick(self) -> bool:
         """Admit, plan, run, commit; False if there was nothing to run."""
         with self._condition:
-            arrived = list(self._inbox)
-            self._waiting.extend(arrived)
+            self._waiting.join(self._inbox)
             self._inbox.clear()
-        self._retry_admission |= bool(arrived)
         self._sweep_cancelled()
-        self._admit()
+        self._waiting.admit(self._running)
         self.metrics.running, self.metrics.waiting = len(self._running), len(self._waiting)
         plan = self._scheduler.plan(
             [Candidate(s.number, s.pending, s.decoding) for s in self._running.values()]
@@ -198,6 +175,10 @@ class Engine:
         return True
 
     def _loop(self) -> None:
+        try:
+            self._on_start()
+        except Exception:
+            log.exception("preparing the engine's thread failed; it runs unprepared")
         while True:
             with self._condition:
                 while not (
@@ -217,32 +198,6 @@ class Engine:
         for sequence in [*self._waiting, *self._running.values()]:
             if sequence.cancelled:
                 self._finish(sequence, "cancelled")
-
-    def _admit(self) -> None:
-        """Let waiting sequences run in order of arrival; none overtakes the first that must wait."""
-        while self._retry_admission and self._waiting and len(self._running) < self._max_running:
-            sequence = self._waiting[0]
-            if self._prefix_is_coming(sequence) or not self._memory.admit(sequence):
-                self._retry_admission = False  # until a sequence ends or publishes its prompt
-                return
-            self._waiting.popleft()
-            sequence.phase = Phase.RUNNING
-            self._running[sequence.number] = sequence
-
-    def _prefix_is_coming(self, sequence: Sequence) -> bool:
-        """Whether a running prefill will publish more of this prompt than is cached: worth waiting for."""
-        size = self._memory.page_tokens
-        limit = (len(sequence.ids) - 1) // size * size
-        if limit == 0:
-            return False
-        prefills = [s for s in self._running.values() if not s.decoding]
-        if not any(s.ids[:size] == sequence.ids[:size] for s in prefills):
-            return False
-        wanted = self._memory.tree.match(sequence.ids[:limit])[1] + size
-        if wanted > limit:
-            return False
-        prefix = sequence.ids[:wanted]
-        return any(s.prompt_tokens >= wanted and s.ids[:wanted] == prefix for s in prefills)
 
     def _step(self, plan: StepPlan) -> None:
         started_s = time.perf_counter()
@@ -300,7 +255,7 @@ class Engine:
         if first:
             sequence.first_token_s = sequence.last_token_s
             self._memory.publish(sequence)
-            self._retry_admission = True
+            self._waiting.unblock()
         self._emit(sequence, TokenEvent(token, logprob))
         if ends:
             self._finish(sequence, "stop")
@@ -323,16 +278,16 @@ class Engine:
                 self.metrics.integrity_errors += 1
             self._runner.forget(sequence)
         elif sequence.phase is Phase.WAITING:
-            self._waiting.remove(sequence)
+            self._waiting.leave(sequence)
         sequence.phase = Phase.DONE
-        self._retry_admission = True
+        self._waiting.unblock()
         usage = sequence.usage()
         self.metrics.request(reason, usage)
         self._emit(sequence, DoneEvent(reason, usage, error))
 
     def _end_all(self, reason: ReasonCode, error: Exception | None = None) -> None:
         with self._condition:
-            self._waiting.extend(self._inbox)
+            self._waiting.join(self._inbox)
             self._inbox.clear()
         for sequence in [*self._waiting, *self._running.values()]:
             self._finish(sequence, reason, error)

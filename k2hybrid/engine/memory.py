@@ -46,6 +46,11 @@ class PageMemory:
         self._owed = 0  # Σ (reserved − held)
 
     @property
+    def total_tokens(self) -> int:
+        """What all pages hold."""
+        return self.total_pages * self.page_tokens
+
+    @property
     def available_pages(self) -> int:
         """Pages that a new sequence could be promised now."""
         return self.total_pages - len(self._holders) - self._owed

@@ -35,15 +35,26 @@ class StepResult:
     failed: frozenset[int]  # sequences with a lost row
 
 
-class StepRunner:
-    """Puts plans through `model`. Raises whatever the model raises."""
+# From here on torch's own operations (attention, norms) gain by sharing a step's rows among threads. Below,
+# waking a second thread costs more than it does: milliseconds where another process keeps its core busy.
+PARALLEL_TOKENS = 64
 
-    def __init__(self, model: StepModel) -> None:
+
+class StepRunner:
+    """Puts plans through `model`. Raises whatever the model raises.
+
+    Args:
+        torch_threads: threads of torch's own operations in large steps; small ones, as in decoding, use one.
+    """
+
+    def __init__(self, model: StepModel, torch_threads: int = 1) -> None:
         self._model = model
+        self._torch_threads = torch_threads
         self._builder = BatchBuilder()
 
     def run(self, plan: StepPlan, sequences: Mapping[int, Sequence]) -> StepResult:
         """One whole pass over the rows of `plan`."""
+        torch.set_num_threads(self._torch_threads if plan.tokens >= PARALLEL_TOKENS else 1)
         batch = self._builder.build(plan, sequences)
         state = self._model.forward(self._model.begin(batch))
         failed = frozenset(

@@ -78,6 +78,8 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
             context_tokens=_context_tokens(spec, config),
             config=config,
             meter=meter,
+            torch_threads=machine.threads,
+            on_start=machine.pin_caller,
         )
         runtime = Runtime(
             name=config.model.resolve().name,

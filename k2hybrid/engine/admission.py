@@ -1,0 +1,103 @@
+"""Which jobs may enter at all, and when a waiting one may run. Layer 4."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping
+
+import numpy as np
+
+from k2hybrid.engine.memory import PageMemory
+from k2hybrid.engine.sequence import Phase, Sequence
+from k2hybrid.errors import CapacityError, ContextLengthError, RequestError
+from k2hybrid.types import Job
+
+
+def total_tokens(job: Job, *, vocab_size: int, context_tokens: int, pool_tokens: int) -> int:
+    """Prompt and output tokens of a job that can be run, at most.
+
+    Raises:
+        RequestError: empty prompt, ids outside the vocabulary, no output asked for.
+        ContextLengthError: more than the context.
+        CapacityError: more than all latent pages hold.
+    """
+    prompt, total = len(job.ids), len(job.ids) + job.max_tokens
+    if prompt == 0:
+        raise RequestError("the prompt is empty", param="prompt", code="invalid_value")
+    if job.max_tokens < 1:
+        raise RequestError(
+            f"max_tokens must be at least 1, not {job.max_tokens}", param="max_tokens", code="invalid_value"
+        )
+    ids = np.asarray(job.ids, dtype=np.int64)
+    if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
+        raise RequestError(
+            f"prompt ids must lie between 0 and {vocab_size - 1}", param="prompt", code="invalid_value"
+        )
+    asked = f"{prompt} prompt tokens + {job.max_tokens} output tokens = {total} tokens"
+    if total > context_tokens:
+        raise ContextLengthError(f"{asked} > {context_tokens} maximum")
+    if total > pool_tokens:
+        raise CapacityError(
+            f"{asked}, but the latent pages hold {pool_tokens}; ask for fewer or raise latent_bytes"
+        )
+    return total
+
+
+class WaitingLine:
+    """Sequences that wait, in order of arrival; none overtakes the first that must wait.
+
+    Args:
+        memory: where pages are promised.
+        max_running: sequences that run together.
+    """
+
+    def __init__(self, memory: PageMemory, max_running: int) -> None:
+        self._memory = memory
+        self._max_running = max_running
+        self._line: deque[Sequence] = deque()
+        self._blocked = False  # the first must wait until something changes
+
+    def __len__(self) -> int:
+        return len(self._line)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._line)
+
+    def join(self, sequences: Iterable[Sequence]) -> None:
+        """Newcomers go to the end."""
+        self._line.extend(sequences)
+
+    def leave(self, sequence: Sequence) -> None:
+        """`sequence` waits no longer."""
+        self._line.remove(sequence)
+        self._blocked = False
+
+    def unblock(self) -> None:
+        """Pages or a prefix became available: the first may try again."""
+        self._blocked = False
+
+    def admit(self, running: dict[int, Sequence]) -> None:
+        """Move sequences from the line to `running` as far as rows and pages allow."""
+        while self._line and not self._blocked and len(running) < self._max_running:
+            sequence = self._line[0]
+            if self._prefix_is_coming(sequence, running) or not self._memory.admit(sequence):
+                self._blocked = True
+                return
+            self._line.popleft()
+            sequence.phase = Phase.RUNNING
+            running[sequence.number] = sequence
+
+    def _prefix_is_coming(self, sequence: Sequence, running: Mapping[int, Sequence]) -> bool:
+        """Whether a running prefill will publish more of this prompt than is cached: worth waiting for."""
+        size = self._memory.page_tokens
+        limit = (len(sequence.ids) - 1) // size * size
+        if limit == 0:
+            return False
+        prefills = [s for s in running.values() if not s.decoding]
+        if not any(s.ids[:size] == sequence.ids[:size] for s in prefills):
+            return False
+        wanted = self._memory.tree.match(sequence.ids[:limit])[1] + size
+        if wanted > limit:
+            return False
+        prefix = sequence.ids[:wanted]
+        return any(s.prompt_tokens >= wanted and s.ids[:wanted] == prefix for s in prefills)
