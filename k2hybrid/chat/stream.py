@@ -22,7 +22,8 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import Any
 
-from k2hybrid.chat.holdback import StopScan, Utf8Pieces
+from k2hybrid.chat.content import SINGULAR_END, ContentText
+from k2hybrid.chat.holdback import Utf8Pieces
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.chat.toolcall import DeclaredTools, canonical_id
@@ -35,9 +36,6 @@ from k2hybrid.types import (
     ToolCallEnd,
     ToolCallStart,
 )
-
-_SINGULAR_BEGIN = "<|tool_call_section_begin|>"
-_SINGULAR_END = "<|tool_call_section_end|>"
 
 
 class _State(Enum):
@@ -74,12 +72,7 @@ class ChatStream:
         self._state = _State.REASONING if in_reasoning else _State.CONTENT
         self._in_section = False  # a section marker was seen, so text between calls is not content
         self._utf8 = Utf8Pieces()
-        self._scan = StopScan(stop)
-        self._space = ""  # content's white space directly after a marker: dropped if another marker follows
-        self._spaceable = True  # no content yet since the last marker
-        self._after_section = False
-        self._after_call = False  # of a call without a section
-        self._pending = ""  # content that may be the singular section begin
+        self._content = ContentText(stop)
         self._buffer = ""  # gap text, header, or arguments held back
         self._header = ""
         self._arguments_begun = False
@@ -102,7 +95,7 @@ class ChatStream:
     @property
     def stopped(self) -> bool:
         """Whether a stop string was met."""
-        return self._scan.stopped
+        return self._content.stopped
 
     @property
     def in_reasoning(self) -> bool:
@@ -153,39 +146,11 @@ class ChatStream:
                 self._argument_text(text)
 
     def _content_text(self, text: str) -> None:
-        self._pass_on(self._scan.push(text))
-        if self._scan.stopped:
-            self._leave_content(keep_space=True)
+        self._emit_content(self._content.push(text))
+        if self._content.stopped:
             self._state = _State.ENDED
 
-    def _pass_on(self, text: str) -> None:
-        """Emit content, but hold back leading white space and what may be a singular section begin."""
-        if self._spaceable:
-            text = self._space + text
-            if self._after_call:  # where the singular section end would stand
-                bare = text.lstrip()
-                if bare != _SINGULAR_END and _SINGULAR_END.startswith(bare):
-                    self._space = text
-                    return
-                if bare.startswith(_SINGULAR_END):
-                    text, self._after_call = bare[len(_SINGULAR_END) :], False
-            if not text.strip():
-                self._space = text
-                return
-            self._space, self._spaceable = "", False
-        text = self._pending + text
-        at = _singular_start(text)
-        self._pending = text[at:]
-        if at:
-            self._events.append(Content(text[:at]))
-
-    def _leave_content(self, *, singular_is_marker: bool = False, keep_space: bool = False) -> None:
-        """Let go of what content holds back, as a marker or the end is here."""
-        self._pass_on(self._scan.flush())
-        text = self._space if keep_space or self._space.strip() else ""
-        if not (singular_is_marker and self._pending.startswith(_SINGULAR_BEGIN)):
-            text += self._pending
-        self._space, self._spaceable, self._pending = "", True, ""
+    def _emit_content(self, text: str) -> None:
         if text:
             self._events.append(Content(text))
 
@@ -203,16 +168,16 @@ class ChatStream:
 
     def _think_begin(self) -> None:
         if self._state is _State.CONTENT:
-            self._leave_content()
+            self._emit_content(self._content.leave())
             self._enter(_State.REASONING)
         elif self._state is not _State.REASONING:
             self._stray("<think> inside a tool section")
 
     def _think_end(self) -> None:
         if self._state is _State.REASONING:
-            self._enter_content(after_section=False)
+            self._enter_content()
         elif self._state is _State.CONTENT:
-            self._leave_content()
+            self._emit_content(self._content.leave())
         else:
             self._stray("</think> inside a tool section")
 
@@ -225,9 +190,11 @@ class ChatStream:
 
     def _section_end(self) -> None:
         if self._state is _State.CONTENT:
-            self._leave_content()
+            self._emit_content(self._content.leave())
         if self._state in (_State.CONTENT, _State.REASONING):
-            if not self._after_section:  # else it closes the section of a call that had no section begin
+            if (
+                not self._content.after_section
+            ):  # else it closes the section of a call that had no section begin
                 self._stray("a tool section ends that never began")
             return
         self._end_open_call()
@@ -296,8 +263,7 @@ class ChatStream:
         if self._in_section:
             self._enter(_State.GAP)
         else:
-            self._enter_content(after_section=True)
-            self._after_call = True
+            self._enter_content(after_section=True, after_call=True)
 
     def _infer_call(self) -> None:
         arguments = self._buffer.strip()
@@ -313,7 +279,7 @@ class ChatStream:
 
     def _leave_text(self, *, before_call: bool = False) -> None:
         if self._state is _State.CONTENT:
-            self._leave_content(singular_is_marker=before_call)
+            self._emit_content(self._content.leave(before_call=before_call))
 
     def _drop_gap(self) -> None:
         """Text between calls is not content; the singular section end in it ends the section."""
@@ -321,9 +287,9 @@ class ChatStream:
             return
         buffer, self._buffer = self._buffer, ""
         text = buffer.lstrip()
-        if text.startswith(_SINGULAR_END):
+        if text.startswith(SINGULAR_END):
             self._leave_section()
-            self._text(text[len(_SINGULAR_END) :])
+            self._text(text[len(SINGULAR_END) :])
         else:
             self._malformed(buffer, "text between tool calls")
 
@@ -331,10 +297,9 @@ class ChatStream:
         self._in_section = False
         self._enter_content(after_section=True)
 
-    def _enter_content(self, *, after_section: bool) -> None:
+    def _enter_content(self, *, after_section: bool = False, after_call: bool = False) -> None:
         self._enter(_State.CONTENT)
-        self._space, self._spaceable = "", True
-        self._after_section, self._after_call = after_section, False
+        self._content.begin(after_section=after_section, after_call=after_call)
 
     def _enter(self, state: _State) -> None:
         if not self._is_over():  # a stop string may have been met while a marker was handled
@@ -353,7 +318,7 @@ class ChatStream:
                 self._stray("the answer ended inside a tool call")
         self._drop_gap()
         if self._state is _State.CONTENT:
-            self._leave_content(keep_space=not self._after_section)
+            self._emit_content(self._content.finish())
         self._state = _State.ENDED
 
     def _malformed(self, text: str, reason: str) -> None:
@@ -366,14 +331,3 @@ class ChatStream:
     def _taken(self) -> list[Event]:
         events, self._events = self._events, []
         return events
-
-
-def _singular_start(text: str) -> int:
-    """Where text begins that may be, or is, the singular section begin and white space up to the end."""
-    at = text.rfind(_SINGULAR_BEGIN)
-    if at >= 0 and not text[at + len(_SINGULAR_BEGIN) :].strip():
-        return at
-    for size in range(min(len(text), len(_SINGULAR_BEGIN) - 1), 0, -1):
-        if text.endswith(_SINGULAR_BEGIN[:size]):
-            return len(text) - size
-    return len(text)

@@ -239,7 +239,8 @@ CAREFUL = (
     "{% endif %}",
     "{% macro turn(opener, end='<|im_end|>') %}{{ opener }}{{ caller() if caller }}{{ end }}{% endmacro %}"
     "{% call turn('<|im_user|>') %} {{ messages[0].content | trim }} {% endcall %}"
-    "{{ turn('[BOS]', end='[EOS]') }}{{ ('<|im_' ~ 'middle|>') }}<|im_{{ 'end|>' }}{{ bos_token + eos_token }}",
+    "{{ turn('[BOS]', end='[EOS]') }}{{ ('<|im_' ~ 'middle|>') }}<|im_{{ 'end|>' }}"
+    "{{ bos_token + eos_token }}",
 )
 
 
