@@ -1,0 +1,105 @@
+"""Loading: options, refusals, what is let go."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import k2hybrid
+from k2hybrid.errors import ConfigError, EngineError, TensorError, TokenizerError
+from k2hybrid.runtime import Runtime, load
+from k2hybrid.types import ChatRequest, Message
+
+
+def test_the_package_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, k2hybrid; assert k2hybrid.__version__; "
+        "print(*sorted({'torch', 'numpy', 'k2hybrid.native', 'k2hybrid.runtime'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
+def test_public_names_come_at_first_use() -> None:
+    assert k2hybrid.load is load
+    assert set(k2hybrid.__all__) <= set(dir(k2hybrid))
+    for name in k2hybrid.__all__:
+        assert getattr(k2hybrid, name) is not None
+    with pytest.raises(AttributeError, match="lode"):
+        k2hybrid.lode  # noqa: B018
+
+
+def test_a_loaded_model_knows_its_name_and_sizes(runtime: Runtime, checkpoint: Path) -> None:
+    assert runtime.name == checkpoint.name
+    assert runtime.context_tokens == 1024
+    assert runtime.spec.vocab_size == runtime.tokenizer.vocab_size
+    assert runtime.config.model == checkpoint
+
+
+def test_unknown_options_are_refused_with_the_nearest_name(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="did you mean 'threads'"):
+        load(checkpoint, thread=2)
+
+
+def test_memory_for_less_than_a_page_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="holds no page"):
+        load(checkpoint, latent_bytes=100)
+
+
+def test_few_pages_bound_the_context(checkpoint: Path) -> None:
+    page_bytes = 2 * 64 * 48 * 2
+    with load(checkpoint, latent_bytes=3 * page_bytes, threads=1) as small:
+        assert small.context_tokens == 3 * 64
+
+
+def test_a_context_beyond_the_models_is_said(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING), load(checkpoint, context_tokens=2000, threads=1) as long:
+        assert long.context_tokens == 2000
+    assert "made for 1024" in caplog.text
+
+
+def test_a_vocabulary_larger_than_the_model_is_refused(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["vocab_size"] = 1000
+    config |= {key: 999 for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TokenizerError, match="1024 ids, but config"):
+        load(broken)
+
+
+def test_a_missing_tensor_is_named(checkpoint: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(checkpoint, broken)
+    config = json.loads((broken / "config.json").read_text())
+    config["num_hidden_layers"] = 3
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TensorError, match=r"model\.layers\.2\..*missing"):
+        load(broken)
+
+
+def test_a_closed_runtime_says_so(checkpoint: Path) -> None:
+    runtime = load(checkpoint, threads=1)
+    run = runtime.generate([1, 2, 3], max_tokens=900, stop_ids=())
+    runtime.close()
+    runtime.close()
+    assert len(list(run)) < 900
+    assert run.finish_reason == "cancelled"
+    with pytest.raises(EngineError, match="closed"):
+        runtime.chat(ChatRequest((Message("user", "Hello"),)))
+    with pytest.raises(EngineError, match="stopped"):
+        runtime.generate([1])
+
+
+def test_the_main_module_is_the_command() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "k2hybrid", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "serve" in done.stdout
