@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import K2Error
 from k2hybrid.server.options import (
     Parser,
@@ -36,18 +37,26 @@ def serve(args: argparse.Namespace) -> int:
     program = "k2hybrid serve"
     try:
         keys = read_api_keys(args.api_key_file)
-        # Heavy imports only now, so that a wrong option is told at once.
-        from k2hybrid.runtime import load
-        from k2hybrid.server.app import Settings, create_app
-        from k2hybrid.server.live import LiveRuns
+        options = {"model": model_path(args), **runtime_options(args)}
+        RuntimeConfig.from_mapping(options)
+        # Heavy imports only now, the heaviest last: wrong options or a taken port are told at once.
         from k2hybrid.server.process import bind, hosts_for, print_table, run
 
-        # The port first: it can be wrong in milliseconds, the model only in seconds or minutes.
-        with bind(args.host, args.port) as listener, load(model_path(args), **runtime_options(args)) as model:
-            print_table(model.config.table())
-            settings = Settings(args.served_model_name, keys, hosts_for(args.host))
-            live = LiveRuns()
-            run(create_app(model, settings, live), listener, live.end_all)
+        hosts = hosts_for(args.host)
+        if hosts is None and not keys:
+            print(
+                f"{program}: anyone who reaches {args.host} can use this; see --api-key-file", file=sys.stderr
+            )
+        with bind(args.host, args.port) as listener:
+            from k2hybrid.runtime import load
+            from k2hybrid.server.app import Settings, create_app
+            from k2hybrid.server.live import LiveRuns
+
+            with load(**options) as model:
+                print_table(model.config.table())
+                settings = Settings(args.served_model_name, keys, hosts)
+                live = LiveRuns()
+                run(create_app(model, settings, live), listener, live.end_all)
     except (K2Error, OSError) as error:
         return fail(program, error)
     except KeyboardInterrupt:

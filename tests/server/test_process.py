@@ -51,8 +51,12 @@ def test_a_signal_in_the_middle_of_an_answer_ends_it_within_the_grace_period(tin
             },
         ) as response,
     ):
-        next(response.iter_text())
+        text = response.iter_text()
+        next(text)
         process.send_signal(signal.SIGTERM)
+        last = "".join(text)
+        assert '"code":"shutting_down"' in last
+        assert last.endswith("data: [DONE]\n\n")
         assert process.wait(60) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
