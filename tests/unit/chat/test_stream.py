@@ -394,3 +394,8 @@ def test_arguments_stream_as_they_come(tokenizer: Tokenizer, markers: Markers) -
         if isinstance(event, ToolCallArguments)
     )
     assert text == '{"a": "b c"}'
+
+
+def test_huge_arguments(read: Callable[..., dict]) -> None:
+    arguments = '{"text": "' + "line < | > of text\\n" * 20_000 + '"}'
+    assert read(SB + call("functions.f:0", arguments) + SE) == {"calls": [("functions.f:0", arguments)]}

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from k2hybrid.chat import conversation
 from k2hybrid.chat.conversation import MAX_DEPTH, MAX_MESSAGES, MAX_TOOLS
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
@@ -137,3 +138,24 @@ def test_where_templates_come_from(tokenizer: Tokenizer, tmp_path: Path) -> None
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(TemplateError, match="cannot read"):
         ChatTemplate.load(tmp_path, other)
+
+
+def test_the_size_of_a_conversation_is_bounded(
+    template: ChatTemplate, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(conversation, "MAX_CHARS", 100)
+    template.render([HI])
+    for messages, tools in (([Message("user", "x" * 101)], ()), ([HI], ({"x" * 101: 1},))):
+        with pytest.raises(RequestError, match="more than 100 characters"):
+            template.render(messages, tools)
+
+
+def test_a_template_that_opens_the_reasoning(tokenizer: Tokenizer) -> None:
+    template = ChatTemplate(tokenizer, "{% if add_generation_prompt %}<|im_assistant|><think>{% endif %}")
+    assert template.render([HI]).in_reasoning
+    assert not template.render([HI], add_generation_prompt=False).in_reasoning
+    partial = template.render([HI, Message("assistant", "So", reasoning="hm", partial=True)])
+    assert (partial.text, partial.in_reasoning) == ("<|im_assistant|><think>hm</think>So", False)
+    partial = template.render([HI, Message("assistant", reasoning="hm", partial=True)])
+    assert (partial.text, partial.in_reasoning) == ("<|im_assistant|><think>hm", True)
+    template.close()
