@@ -20,6 +20,7 @@ from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
 from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL
+from k2hybrid.engine.step import PARALLEL_TOKENS
 from k2hybrid.errors import K2Error
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.store import ExpertStore
@@ -55,6 +56,7 @@ class Bench:
         self.checkpoint.close_ledger()
         self.table = torch.tensor(self.pages.allocate(self.pages.free_pages))
         self.spec = spec
+        self.threads = machine.threads
         self.load_seconds = time.perf_counter() - start
         self._ids = torch.Generator().manual_seed(0)
 
@@ -62,6 +64,7 @@ class Bench:
         """Seconds of one pass of `count` new random tokens after `start`, logits of the last one included."""
         ids = torch.randint(self.spec.vocab_size, (count,), generator=self._ids)
         span = Span(start, count, self.table)
+        torch.set_num_threads(self.threads if count >= PARALLEL_TOKENS else 1)  # as the engine does
         began = time.perf_counter()
         batch = Batch(ids, torch.arange(start, start + count), (span,), torch.tensor([count - 1]))
         self.kimi.logits(self.kimi.forward(self.kimi.begin(batch)))
