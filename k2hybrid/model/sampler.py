@@ -29,6 +29,7 @@ Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # smaller temperatures would overflow fp32, and mean the same
 MAX_LOGPROBS = 1024
+BLOCK = 512  # weights summed at a time when a token is drawn from the whole vocabulary
 
 
 def check_sampling(params: SamplingParams, vocab_size: int) -> None:
@@ -83,6 +84,7 @@ class Sampler:
         self._vocab_size = vocab_size
         key = None if params.seed is None else params.seed % (1 << 128)
         self._uniform = np.random.Generator(np.random.Philox(key=key))
+        self._padded: Row = np.empty(0, np.float32)
         self._counts: dict[int, int] = {}  # of generated tokens
         self._seen: set[int] = set(prompt) if params.repetition_penalty != 1.0 else set()
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
@@ -143,21 +145,21 @@ class Sampler:
             raise EngineError("the mask forbids every token")
         if params.temperature < GREEDY_BELOW:
             return first
-        weights = row - best
+        weights = self._scratch(len(row))
+        np.subtract(row, best, out=weights)
         if params.temperature != 1.0:
             weights *= np.float32(1.0 / params.temperature)
         np.exp(weights, out=weights)  # unnormalised probabilities; the best token has exactly 1
         if params.min_p == 0.0 and params.top_k <= 0 and params.top_p >= 1.0:
-            return self._draw(weights)
+            return draw(self._padded, self._uniform.random())
         ids = cut(weights, params.min_p, params.top_k, params.top_p)
-        return int(ids[self._draw(weights[ids])])
+        return int(ids[_find(weights[ids], self._uniform.random())])
 
-    def _draw(self, weights: Row) -> int:
-        mass = np.cumsum(weights, dtype=np.float64)
-        index = int(mass.searchsorted(self._uniform.random() * mass[-1], side="right"))
-        if index == len(mass):  # the product was rounded up to the total
-            index = int(weights.nonzero()[0][-1])
-        return index
+    def _scratch(self, vocab_size: int) -> Row:
+        """Memory for a row, kept: fresh pages for each token would cost more than the arithmetic."""
+        if not len(self._padded):
+            self._padded = np.zeros(-(-vocab_size // BLOCK) * BLOCK, np.float32)
+        return self._padded[:vocab_size]
 
     def _logprob(self, raw: Row, best: float, token: int) -> TokenLogprob | None:
         wanted = self._params.logprobs
@@ -167,6 +169,38 @@ class Sampler:
         ids = ranked(raw, min(wanted, self._vocab_size)) if wanted else np.empty(0, np.int64)
         top = tuple((int(i), float(raw[i]) - total) for i in ids)
         return TokenLogprob(token, float(raw[token]) - total, top)
+
+
+def draw(weights: Row, uniform: float) -> int:
+    """The index at which the running sum of `weights` passes `uniform` of the total.
+
+    First the block, by sums of blocks, then the place in it: no running sum over the whole vocabulary.
+
+    Args:
+        weights: not negative; length a multiple of `BLOCK`.
+        uniform: in [0, 1).
+    """
+    blocks = weights.reshape(-1, BLOCK)
+    mass = np.cumsum(blocks.sum(axis=1), dtype=np.float64)
+    target = uniform * mass[-1]
+    block = min(
+        int(mass.searchsorted(target, side="right")), int(np.flatnonzero(np.diff(mass, prepend=0.0))[-1])
+    )
+    before = mass[block - 1] if block else 0.0
+    inside = np.cumsum(blocks[block], dtype=np.float64)
+    return block * BLOCK + _within(inside, blocks[block], target - before)
+
+
+def _find(weights: Row, uniform: float) -> int:
+    mass = np.cumsum(weights, dtype=np.float64)
+    return _within(mass, weights, uniform * mass[-1])
+
+
+def _within(mass: npt.NDArray[np.float64], weights: Row, target: float) -> int:
+    index = int(mass.searchsorted(target, side="right"))
+    if index == len(mass):  # rounded up to the total: the last that is possible
+        index = int(weights.nonzero()[0][-1])
+    return index
 
 
 def ranked(values: Row, count: int) -> Ids:
@@ -189,19 +223,30 @@ def cut(weights: Row, min_p: float, top_k: int, top_p: float) -> Ids:
         top_k: keep so many; 0 or less keeps all.
         top_p: of what is left, keep the fewest best tokens whose share reaches it.
     """
-    kept = np.flatnonzero(weights >= np.float32(min_p)) if min_p > 0.0 else np.arange(len(weights))
-    if 0 < top_k < len(kept):
-        kept = np.sort(kept[ranked(weights[kept], top_k)])
+    kept: Ids | None = None  # None: all, without copying the row
+    if min_p > 0.0:
+        kept = np.flatnonzero(weights >= np.float32(min_p))
+    if 0 < top_k < (len(weights) if kept is None else len(kept)):
+        best = ranked(weights if kept is None else weights[kept], top_k)
+        kept = np.sort(best if kept is None else kept[best])
+    values = weights if kept is None else weights[kept]
     if top_p < 1.0:
-        values = weights[kept]
-        mass = float(values.sum(dtype=np.float64))
-        # All tokens below this bound together weigh less than what top_p drops anyway: no need to sort them.
-        descending = -np.sort(-values[values >= 0.999 * (1.0 - top_p) * mass / len(kept)])
-        before = np.cumsum(descending, dtype=np.float64) - descending
-        count = max(1, int(np.count_nonzero(before < top_p * mass)))
-        last = descending[count - 1]
-        better = values > last
-        equals = np.flatnonzero(values == last)[: count - int(np.count_nonzero(better))]
-        better[equals] = True
-        kept = kept[better]
-    return kept
+        chosen = _nucleus(values, top_p)
+        return chosen if kept is None else kept[chosen]
+    return np.arange(len(weights)) if kept is None else kept
+
+
+def _nucleus(values: Row, top_p: float) -> Ids:
+    """Places of the fewest largest values whose share reaches `top_p`, ascending."""
+    mass = float(values.sum(dtype=np.float64))
+    # All values below this bound together weigh less than what top_p drops anyway: no need to sort them.
+    descending = -np.sort(-values[values >= 0.999 * (1.0 - top_p) * mass / len(values)])
+    before = np.cumsum(descending, dtype=np.float64) - descending
+    count = max(1, int(np.count_nonzero(before < top_p * mass)))
+    last = descending[count - 1]
+    candidates = np.flatnonzero(values >= last)
+    surplus = len(candidates) - count  # equals of the last beyond the count: the higher ids go
+    if surplus > 0:
+        equals = np.flatnonzero(values[candidates] == last)
+        candidates = np.delete(candidates, equals[-surplus:])
+    return candidates

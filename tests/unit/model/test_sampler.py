@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from k2hybrid.errors import EngineError, RequestError
-from k2hybrid.model.sampler import Sampler, check_sampling, cut, ranked
+from k2hybrid.model.sampler import BLOCK, Sampler, check_sampling, cut, draw, ranked
 from k2hybrid.types import SamplingParams
 
 VOCAB = 50
@@ -236,6 +236,22 @@ def test_a_draw_at_the_very_end_takes_the_last_possible_token() -> None:
     sampler._uniform = One()  # type: ignore[assignment]
     mask = Forbid(3)
     assert sampler.sample(logits_of(0.0, 0.0, 0.0, 0.0), mask)[0] == 2
+
+
+def test_a_draw_by_blocks_agrees_with_a_running_sum() -> None:
+    rng = np.random.default_rng(0)
+    weights = (rng.random(4 * BLOCK) ** 30).astype(np.float32)
+    weights[BLOCK : 2 * BLOCK] = 0  # a block that is impossible
+    weights[-BLOCK:] = 0
+    mass = np.cumsum(weights, dtype=np.float64)
+    different = 0
+    for uniform in rng.random(3000):
+        index = draw(weights, float(uniform))
+        assert weights[index] > 0
+        different += index != mass.searchsorted(uniform * mass[-1], side="right")
+    assert different <= 3  # only where the sum of a block was rounded just there
+    assert draw(weights, 0.0) == weights.nonzero()[0][0]
+    assert draw(weights, 1.0) == weights.nonzero()[0][-1]
 
 
 @pytest.mark.parametrize(
