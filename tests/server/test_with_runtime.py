@@ -140,3 +140,26 @@ def test_what_only_the_runtime_can_judge(real: Served, fields: dict[str, Any], p
         assert response.status_code == 400
         assert response.json()["error"]["param"] == param
     assert real.chat(max_tokens=1).status_code == 200
+
+
+def test_a_full_queue_is_429_until_there_is_room_again(tiny_model: Path) -> None:
+    with (
+        load(tiny_model, threads=1, latent_bytes=1 << 26, max_running=1, max_queue=1) as runtime,
+        serving(runtime) as served,  # type: ignore[arg-type]
+    ):
+        running = send_chat(served.port, stream=True, **ENDLESS)
+        wait_for_running(runtime, 1, 10)
+        waiting = send_chat(served.port, stream=True, **ENDLESS)
+        deadline = time.monotonic() + 10
+        while runtime.engine.metrics.waiting != 1:
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+        response = served.chat(max_tokens=1)
+        assert response.status_code == 429
+        assert response.json()["error"]["type"] == "rate_limit_error"
+        assert int(response.headers["retry-after"]) >= 1
+        assert "x-should-retry" not in response.headers
+        waiting.close()
+        running.close()
+        wait_for_running(runtime, 0, 10)
+        assert served.chat(max_tokens=1).status_code == 200
