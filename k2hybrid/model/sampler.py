@@ -240,7 +240,8 @@ def _nucleus(values: Row, top_p: float) -> Ids:
     """Places of the fewest largest values whose share reaches `top_p`, ascending."""
     mass = float(values.sum(dtype=np.float64))
     # All values below this bound together weigh less than what top_p drops anyway: no need to sort them.
-    descending = -np.sort(-values[values >= 0.999 * (1.0 - top_p) * mass / len(values)])
+    head = np.flatnonzero(values >= 0.999 * (1.0 - top_p) * mass / len(values))
+    descending = -np.sort(-values[head])
     before = np.cumsum(descending, dtype=np.float64) - descending
     count = max(1, int(np.count_nonzero(before < top_p * mass)))
     last = descending[count - 1]
