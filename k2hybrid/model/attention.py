@@ -21,9 +21,10 @@ if TYPE_CHECKING:
     from k2hybrid.model.batch import Span
     from k2hybrid.model.layers import Linear, LinearKernels
 
-# Both together, with a pass's own activations at 512 rows of Kimi-K2 (about 100 MB), stay below 512 MB.
-BLOCK_BYTES = 192 << 20
-TILE_BYTES = 96 << 20
+# Both, with a pass's own activations (about 100 MB at 512 rows of Kimi-K2) and what malloc keeps, stay well
+# below 512 MB.
+BLOCK_BYTES = 128 << 20
+TILE_BYTES = 64 << 20
 BLOCK_ALIGNMENT = 64  # whole pages, so that a block's gather is a view whenever its pages adjoin
 
 
@@ -165,13 +166,12 @@ def expanded(
         softmax = _RunningSoftmax()
         for start in range(0, end, step):
             rows = context.rows(start, min(start + step, end)).to(dtype)
-            both = kv_b(rows[:, : sizes.latent]).to(dtype).view(-1, heads, pair)
-            keys = torch.cat((both[..., :nope], rows[:, None, sizes.latent :].expand(-1, heads, -1)), dim=-1)
-            values = both[..., nope:].transpose(0, 1).float()
+            both = kv_b(rows[:, : sizes.latent]).to(dtype).view(-1, heads, pair).transpose(0, 1)
+            # By head, each in one piece: a stride of all heads between two keys would miss every cache.
+            keys = torch.cat((both[..., :nope], rows[:, sizes.latent :].expand(heads, -1, -1)), dim=-1)
+            values = both[..., nope:].to(torch.float32, memory_format=torch.contiguous_format)
             del both
-            scores = (
-                kernels.head_linear(q[first:last], keys.transpose(0, 1)).mul_(sizes.scale).transpose(0, 1)
-            )
+            scores = kernels.head_linear(q[first:last], keys).mul_(sizes.scale).transpose(0, 1)
             del keys
             _hide_later(scores, span.start + first, start)
             softmax.add(scores, values)

@@ -20,9 +20,14 @@ def test_the_threshold_of_kimi_k2() -> None:
     assert attention_sizes(kimi_k2()).absorbed_below == pytest.approx(170.67, abs=0.01)
 
 
-@pytest.mark.parametrize(("count", "absorbed"), [(512, False), (8, True)])
-def test_scratch_at_64k_context_stays_below_512_mb(count: int, absorbed: bool) -> None:
-    command = [sys.executable, "-m", "tests.unit.model.long_context", str(64 << 10), str(count)]
+@pytest.mark.parametrize(
+    ("context", "count", "absorbed"),
+    [(64 << 10, 512, False), (16 << 10, 170, True)],
+    ids=["expanded", "absorbed"],
+)
+def test_scratch_of_a_long_context_stays_below_512_mb(context: int, count: int, absorbed: bool) -> None:
+    """Each with the most new tokens of its form, over many blocks; the prefill chunk at 64k tokens."""
+    command = [sys.executable, "-m", "tests.unit.model.long_context", str(context), str(count)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
