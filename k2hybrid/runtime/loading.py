@@ -26,6 +26,10 @@ from k2hybrid.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
 
+# Attention this wide (heads · v_head_dim) is worth several torch threads in a prefill. In a narrower one they
+# mostly wait for each other: on two busy cores a small model's prefill took thrice as long with two.
+WIDE_ATTENTION = 2048
+
 
 def load(model: str | Path | None = None, **options: Any) -> Runtime:
     """Open a checkpoint and start its engine; weights stay in the files, mapped.
@@ -78,7 +82,7 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
             context_tokens=_context_tokens(spec, config),
             config=config,
             meter=meter,
-            torch_threads=machine.threads,
+            torch_threads=machine.threads if spec.num_heads * spec.v_head_dim >= WIDE_ATTENTION else 1,
             on_start=machine.pin_caller,
         )
         runtime = Runtime(
