@@ -43,11 +43,12 @@ def serve(args: argparse.Namespace) -> int:
         from k2hybrid.server.process import bind, hosts_for, print_table, run
 
         hosts = hosts_for(args.host)
-        if hosts is None and not keys:
-            print(
-                f"{program}: anyone who reaches {args.host} can use this; see --api-key-file", file=sys.stderr
-            )
         with bind(args.host, args.port) as listener:
+            if hosts is None and not keys:
+                print(
+                    f"{program}: anyone who reaches {args.host} can use this; see --api-key-file",
+                    file=sys.stderr,
+                )
             from k2hybrid.runtime import load
             from k2hybrid.server.app import Settings, create_app
             from k2hybrid.server.live import LiveRuns
