@@ -4,9 +4,7 @@
 
 #include "cpu/machine.h"
 #include "experts/dispatch.h"
-#if __has_include("gpu/bind_doorbell.h")
 #include "gpu/bind_doorbell.h"
-#endif
 
 namespace py = pybind11;
 
@@ -109,7 +107,5 @@ PYBIND11_MODULE(_native, m) {
   });
   BindMachine(m);
   BindExperts(m);
-#if __has_include("gpu/bind_doorbell.h")
   k2::bind_doorbell(m);
-#endif
 }

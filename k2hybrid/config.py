@@ -26,7 +26,7 @@ class RuntimeConfig:
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
     max_running: int = 16  # sequences that decode together
     max_queue: int = 256
-    latent_norm_eps: float = 1e-6  # q_a/kv_a norms: what the published modelling code uses, whatever the config says
+    latent_norm_eps: float = 1e-6  # q_a/kv_a norms: as in the published code, whatever the config says
 
     def __post_init__(self) -> None:
         if self.device != "cpu":
@@ -52,4 +52,6 @@ class RuntimeConfig:
 
     def table(self) -> list[tuple[str, str]]:
         """(name, value) rows for the one table that start-up prints."""
-        return [(f.name, str(getattr(self, f.name))) for f in fields(self)]
+        unset = {"threads": "one per core", "isa": "the best", "context_tokens": "the model's"}
+        values = ((f.name, getattr(self, f.name)) for f in fields(self))
+        return [(name, unset[name] if value is None else str(value)) for name, value in values]

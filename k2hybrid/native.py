@@ -24,6 +24,15 @@ except ImportError as error:  # pragma: no cover - depends on the installation
         f"the extension k2hybrid._native cannot be imported ({error}); build it with `pip install -e .`"
     ) from error
 
+ExtensionError: type[Exception] = (
+    _native.Error
+)  # what the extension raises; `NativeError` is what callers see
+# The CPU side of `csrc/gpu/doorbell.h`, wrapped by `hardware.doorbell`.
+EchoDoorbell = _native.EchoDoorbell
+play_device = _native.play_device
+doorbell_layout = _native.doorbell_layout
+doorbell_bytes = _native.doorbell_bytes
+
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.instruction_sets())  # what this CPU offers, best first
 
 
@@ -223,5 +232,5 @@ def _require_heads(what: str, x: torch.Tensor, weight: torch.Tensor, contracted:
 def _errors() -> Iterator[None]:
     try:
         yield
-    except _native.Error as error:
+    except ExtensionError as error:
         raise NativeError(str(error)) from None

@@ -55,7 +55,7 @@ def machine_rows(root: Path = Path("/")) -> list[tuple[str, str]]:
         ),
         (
             "cores",
-            f"{len(cores) or 'unknown'} physical; {len(os.sched_getaffinity(0))} hardware threads usable here",
+            f"{len(cores) or 'unknown'} physical; {len(os.sched_getaffinity(0))} threads usable here",
         ),
         *_memory_rows(root),
         *_numa_rows(root),

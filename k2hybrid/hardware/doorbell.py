@@ -17,8 +17,6 @@ from k2hybrid.errors import EngineError
 from k2hybrid.hardware.cuda_driver import CudaDriver, wait_op, write_op
 from k2hybrid.hardware.nvrtc import compile_cubin
 
-_extension = native._native  # type: ignore[attr-defined]  # typed here, imported only there
-
 Signal = Literal["stream_mem_ops", "spinning_kernel"]
 SIGNALS: tuple[Signal, ...] = ("stream_mem_ops", "spinning_kernel")
 
@@ -91,13 +89,11 @@ class Doorbell:
         self, slots: int, *, timeout_ms: float = 1000.0, work_us: float = 0.0, pinned: bool = False
     ) -> None:
         self.slots = slots
-        self.layout: dict[str, int] = _extension.doorbell_layout()
-        self._storage = torch.zeros(
-            _extension.doorbell_bytes(slots) + 128, dtype=torch.uint8, pin_memory=pinned
-        )
+        self.layout: dict[str, int] = native.doorbell_layout()
+        self._storage = torch.zeros(native.doorbell_bytes(slots) + 128, dtype=torch.uint8, pin_memory=pinned)
         self.memory = self._storage.data_ptr()
         self.address = -(-self.memory // 128) * 128  # the words themselves, aligned
-        self._cpu = _extension.EchoDoorbell(self._storage, self.address, slots, timeout_ms, work_us)
+        self._cpu = native.EchoDoorbell(self._storage, self.address, slots, timeout_ms, work_us)
         self.publish: Callable[..., int] = self._cpu.publish
         self.abort: Callable[[], None] = self._cpu.abort
         self.reset: Callable[[], None] = self._cpu.reset
@@ -109,7 +105,7 @@ class Doorbell:
 
     def play_device(self, layers: int, *, seed: int = 0, limit_ms: float = 5000.0) -> dict[str, int]:
         """The device's side of one step, on the calling thread."""
-        played: dict[str, int] = _extension.play_device(self.address, layers, seed, limit_ms)
+        played: dict[str, int] = native.play_device(self.address, layers, seed, limit_ms)
         return played
 
     def word(self, slot: int, field: str) -> int:

@@ -13,7 +13,7 @@ from k2hybrid import native
 from k2hybrid.errors import EngineError
 from k2hybrid.hardware.doorbell import Doorbell, StepOutcome
 
-EXTENSION_ERROR: type[Exception] = native._native.Error  # type: ignore[attr-defined]
+EXTENSION_ERROR: type[Exception] = native.ExtensionError
 
 
 def play_in_background(doorbell: Doorbell, layers: int) -> tuple[threading.Thread, dict[str, Any]]:
@@ -159,7 +159,7 @@ def test_misaligned_memory_is_refused() -> None:
     buffer = ctypes.create_string_buffer(4096)
     address = -(-ctypes.addressof(buffer) // 128) * 128 + 64
     with pytest.raises(EXTENSION_ERROR, match="128 bytes"):
-        native._native.EchoDoorbell(buffer, address, 1, 100.0, 0.0)  # type: ignore[attr-defined]
+        native.EchoDoorbell(buffer, address, 1, 100.0, 0.0)
 
 
 def test_tearing_down_in_the_middle_of_a_step_frees_the_device() -> None:
@@ -168,7 +168,7 @@ def test_tearing_down_in_the_middle_of_a_step_frees_the_device() -> None:
     doorbell.stall_at(1)
     doorbell.publish(rows=1, layers=3)
     address, played = doorbell.address, {}
-    play = native._native.play_device  # type: ignore[attr-defined]
+    play = native.play_device
     thread = threading.Thread(target=lambda: played.update(play(address, 3, 0, 20_000.0)))
     thread.start()
     while words(doorbell, "request")[1] == 0:
