@@ -3,6 +3,9 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <string>
+#include <system_error>
+
 namespace k2 {
 namespace {
 
@@ -65,13 +68,22 @@ void Job::Advance(int from) {
 
 Pool::Pool(int threads, const std::vector<int>& cpus) : threads_(threads), cpus_(cpus) {
   Require(threads >= 1 && threads <= 1024, "threads must lie in 1..1024");
+  workers_.reserve(threads);
   for (int worker = 1; worker < threads; ++worker) {
-    workers_.emplace_back([this, worker] { Loop(worker); });
+    try {
+      workers_.emplace_back([this, worker] { Loop(worker); });
+    } catch (const std::system_error&) {
+      Stop();
+      throw Error("the system refused thread " + std::to_string(worker) + " of " + std::to_string(threads) +
+                  "; ask for fewer threads");
+    }
     if (static_cast<size_t>(worker) < cpus.size()) Pin(workers_.back().native_handle(), cpus[worker]);
   }
 }
 
-Pool::~Pool() {
+Pool::~Pool() { Stop(); }
+
+void Pool::Stop() {
   stop_.store(true, std::memory_order_release);
   signal_.fetch_add(1, std::memory_order_release);
   signal_.notify_all();
@@ -82,14 +94,29 @@ void Pool::PinCaller() const {
   if (!cpus_.empty()) Pin(pthread_self(), cpus_.front());
 }
 
+uint64_t Pool::FreeSequence() const {
+  // Entries of outstanding jobs are passed over, however long ago they were submitted: one that is stuck
+  // neither blocks the ring nor loses its place. Who comes to a retired entry too late leaves at once.
+  Patience patience;
+  for (;;) {
+    bool all_taken = true;
+    const uint64_t next = tail_.load(std::memory_order_relaxed) + 1;
+    for (uint64_t sequence = next; sequence < next + kRing; ++sequence) {
+      const Entry& entry = ring_[sequence % kRing];
+      if (entry.sequence.load(std::memory_order_seq_cst) != 0) continue;
+      if (entry.users.load(std::memory_order_seq_cst) == 0) return sequence;
+      all_taken = false;
+    }
+    Require(!all_taken, "64 jobs are outstanding in the pool; wait for one first");
+    patience.Wait();
+  }
+}
+
 void Pool::Submit(Job* job) {
   const std::lock_guard lock(submit_);
-  const uint64_t sequence = tail_.load(std::memory_order_relaxed) + 1;
+  const uint64_t sequence = FreeSequence();
   Entry& entry = ring_[sequence % kRing];
   job->sequence_ = sequence;
-  // The entry's last job has been waited for unless 64 are in flight; its visitors leave at once.
-  Patience patience;
-  while (entry.users.load(std::memory_order_acquire) != 0) patience.Wait();
   entry.job.store(job, std::memory_order_relaxed);
   entry.sequence.store(sequence, std::memory_order_seq_cst);
   tail_.store(sequence, std::memory_order_release);
@@ -97,22 +124,27 @@ void Pool::Submit(Job* job) {
   signal_.notify_all();
 }
 
-bool Pool::Idle(const Job* job) const {
-  const Entry& entry = ring_[job->sequence_ % kRing];
-  return entry.sequence.load(std::memory_order_acquire) != job->sequence_ ||
-         entry.users.load(std::memory_order_acquire) == 0;
+bool Pool::Retire(const Job* job) {
+  if (!job->Done()) return false;
+  Entry& entry = ring_[job->sequence_ % kRing];
+  uint64_t found = job->sequence_;
+  // First no late worker may start on it, then those inside must have left.
+  if (entry.sequence.compare_exchange_strong(found, 0, std::memory_order_seq_cst)) found = 0;
+  // Another job took the entry: only once this one's workers had left.
+  return found != 0 || entry.users.load(std::memory_order_seq_cst) == 0;
 }
 
 bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
   const std::lock_guard lock(caller_);
   // Jobs before this one come first: they were submitted first, and the workers are busy with them.
-  int seen = -1;
+  uint64_t seen = ~0ull;
   Clock::time_point changed = Clock::now();
   Patience waiting;
   while (!job->Done()) {
     Work(job, 0);
-    int progress = 0;
-    for (const auto& counter : job->counters_) progress += counter.done.load(std::memory_order_relaxed);
+    uint64_t progress = job->beats_.load(std::memory_order_relaxed);
+    for (const auto& counter : job->counters_)
+      progress += static_cast<uint64_t>(counter.done.load(std::memory_order_relaxed));
     const Clock::time_point now = Clock::now();
     if (progress != seen) {
       seen = progress;
@@ -122,11 +154,7 @@ bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
     }
     waiting.Wait();
   }
-  // Retire the entry, so that no late worker starts on it, then let those inside leave.
-  Entry& entry = ring_[job->sequence_ % kRing];
-  uint64_t mine = job->sequence_;
-  entry.sequence.compare_exchange_strong(mine, 0, std::memory_order_seq_cst);
-  while (mine == job->sequence_ && entry.users.load(std::memory_order_seq_cst) != 0) waiting.Wait();
+  while (!Retire(job)) waiting.Wait();
   return true;
 }
 

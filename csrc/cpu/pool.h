@@ -7,8 +7,8 @@
 // Workers spin for a bounded time, then sleep: jobs of one decode step follow each other within tens of
 // microseconds, a wake-up costs as much.
 //
-// Lifetime: a job may be destroyed once Wait() returned: no worker holds it any more then (each ring entry
-// counts the workers inside).
+// Lifetime: a job may be destroyed or reset once Wait() or Retire() returned true: no worker holds it any more
+// then (each ring entry counts the workers inside), and none can enter.
 #pragma once
 
 #include <array>
@@ -35,6 +35,8 @@ class Job {
   // Phases without chunks are allowed.
   void Reset(void* context, std::initializer_list<Phase> phases);
   bool Done() const { return phase_.load(std::memory_order_acquire) >= count_; }
+  // A sign of life from inside a long chunk: a slow one (cold disk, plain C++ kernels) is not a stuck one.
+  void Beat() { beats_.fetch_add(1, std::memory_order_relaxed); }
 
  private:
   friend class Pool;
@@ -49,6 +51,7 @@ class Job {
   std::array<Counters, kMaxPhases> counters_;
   int count_ = 0;
   std::atomic<int> phase_{0};
+  alignas(64) std::atomic<uint64_t> beats_{0};
   uint64_t sequence_ = 0;
 };
 
@@ -66,13 +69,15 @@ class Pool {
   // it tends to be put on the core of a worker that happens to sleep.
   void PinCaller() const;
 
-  // Publishes the job; it must stay alive until Wait() returned for it.
+  // Publishes the job; it must stay alive until Wait() or Retire() returned true for it. Throws if 64 jobs are
+  // outstanding.
   void Submit(Job* job);
-  // Works until the job is done. Returns false if, with nothing left to take, no chunk of it was finished for
-  // `patience`: a worker is stuck, and the job must not be touched again before Done() and Idle(job).
+  // Works until the job is done, and retires it. Returns false if, with nothing left to take, no chunk of it
+  // was finished and none gave a sign of life for `patience`: a worker is stuck, and the job must not be
+  // touched again before Retire(job).
   bool Wait(Job* job, std::chrono::milliseconds patience);
-  // True once no worker is inside the job.
-  bool Idle(const Job* job) const;
+  // True if the job is done and no worker is inside or can enter any more; never waits.
+  bool Retire(const Job* job);
 
   // Submit and wait, without bound: for jobs that read memory only.
   void Run(Job* job);
@@ -80,7 +85,7 @@ class Pool {
  private:
   static constexpr uint64_t kRing = 64;
   struct Entry {
-    alignas(64) std::atomic<uint64_t> sequence{0};
+    alignas(64) std::atomic<uint64_t> sequence{0};  // 0: the job was retired
     std::atomic<Job*> job{nullptr};
     std::atomic<int> users{0};
   };
@@ -89,11 +94,13 @@ class Pool {
   // Takes chunks until none is left to take; false if it left because the phase is not open yet.
   static void Work(Job* job, int worker);
   void Visit(uint64_t sequence, int worker);
+  uint64_t FreeSequence() const;
+  void Stop();
 
   const int threads_;
   const std::vector<int> cpus_;
   std::array<Entry, kRing> ring_;
-  std::atomic<uint64_t> tail_{0};  // sequences 1..tail_ have been published
+  std::atomic<uint64_t> tail_{0};  // sequences 1..tail_ have been published or passed over
   std::atomic<uint32_t> signal_{0};
   std::atomic<bool> stop_{false};
   std::mutex caller_;  // one thread at a time is worker 0

@@ -119,7 +119,7 @@ SlotBuffers Dispatcher::buffers(int slot) const {
 int Dispatcher::Acquire() {
   for (size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = *slots_[i];
-    if (slot.state == Slot::kStuck && slot.job.Done() && machine_.pool().Idle(&slot.job)) Retire(slot);
+    if (slot.state == Slot::kStuck && machine_.pool().Retire(&slot.job)) Retire(slot);
     if (slot.state == Slot::kFree) {
       slot.state = Slot::kFilling;
       return static_cast<int>(i);
@@ -172,8 +172,13 @@ uint64_t Dispatcher::Submit(int index, int layer, int rows) {
   slot.job.Reset(&slot, {{RunPrepare, (rows + kPrepareRows - 1) / kPrepareRows},
                          {RunGateUp, gate_chunks * static_cast<int>(slot.groups.size())},
                          {RunDown, rows == 0 ? 0 : down_chunks}});
+  try {
+    machine_.pool().Submit(&slot.job);
+  } catch (...) {
+    Retire(slot);
+    throw;
+  }
   slot.state = Slot::kRunning;
-  machine_.pool().Submit(&slot.job);
   return ++slot.epoch;
 }
 
@@ -207,6 +212,7 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
       for (int t = 0; t < tokens; ++t)
         x[t] = slot.prepared.get() +
                static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * PreparedSize(sizes.hidden);
+      slot.job.Beat();
       kernels.int4_rows(group.view->gate, row, rows, x, tokens, gate, kGateRows);
       kernels.int4_rows(group.view->up, row, rows, x, tokens, up, kGateRows);
       for (int t = 0; t < tokens; ++t) {
@@ -237,6 +243,7 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
         const bf16* h[kTokenTile];
         for (int t = 0; t < tokens; ++t)
           h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
+        slot.job.Beat();
         self.machine_.kernels().int4_rows(group.view->down, row, rows, h, tokens, y, kDownRows);
         for (int t = 0; t < tokens; ++t) {
           const int a = slot.assignment[begin + t];

@@ -21,10 +21,12 @@
 //     ends its request, not the step: the other rows are valid.
 //  8. Abort. The abort word makes every outstanding and later ticket complete as poisoned, at the next chunk.
 //  The
-//     watchdog does the same for one ticket whose workers made no progress for a second.
+//     watchdog does the same for one ticket whose other workers made no progress for a second; a chunk tells of
+//     its progress, so a slow one is not a stuck one. The collecting thread's own chunk it cannot interrupt.
 //  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the
 //  nanoseconds from
 //     submit to collect and those spent waiting in collect.
+// 10. Threads. One thread at a time acquires, submits and collects; Abort may be called by any.
 #pragma once
 
 #include <memory>

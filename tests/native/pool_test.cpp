@@ -87,11 +87,58 @@ void TestStuckChunk() {
                        40}});
   pool.Submit(&job);
   Check(!pool.Wait(&job, milliseconds(100)), "a job without progress is given up");
-  Check(!job.Done() && !pool.Idle(&job), "its worker is still inside");
+  Check(!pool.Retire(&job), "its worker is still inside");
+  for (int i = 0; i < 200; ++i) RunOne(pool, i);  // thrice around the ring: the stuck one is passed over
   release.store(true);
   Check(pool.Wait(&job, milliseconds(10000)), "it completes once the worker comes back");
-  Check(ran.load() == 40 && pool.Idle(&job), "nothing was lost");
+  Check(ran.load() == 40 && pool.Retire(&job), "nothing was lost");
   RunOne(pool, 11);
+}
+
+// Not collected while the ring goes around: neither lost nor overwritten.
+void TestOldTicket() {
+  k2::Pool pool(3, {});
+  for (int round = 0; round < 50; ++round) {
+    Counting old{{5, 3, 2}};
+    k2::Job ticket;
+    ticket.Reset(&old, {{Count<0>, 5}, {Count<1>, 3}, {Count<2>, 2}});
+    pool.Submit(&ticket);
+    for (int i = 0; i < 150; ++i) RunOne(pool, i);
+    Check(pool.Wait(&ticket, milliseconds(10000)), "an old ticket completes");
+    Check(old.done[2].load() == 2 && old.early.load() == 0, "its chunks ran once and in order");
+  }
+}
+
+void TestFullRing() {
+  k2::Pool pool(1, {});
+  Counting counting{{1, 0, 0}};
+  std::vector<k2::Job> jobs(65);
+  for (k2::Job& job : jobs) job.Reset(&counting, {{Count<0>, 1}});
+  for (int i = 0; i < 64; ++i) pool.Submit(&jobs[i]);
+  bool refused = false;
+  try {
+    pool.Submit(&jobs[64]);
+  } catch (const k2::Error&) {
+    refused = true;
+  }
+  Check(refused, "a 65th outstanding job is refused");
+  for (int i = 0; i < 64; ++i) Check(pool.Wait(&jobs[i], milliseconds(10000)), "each completes");
+  Check(counting.done[0].load() == 64, "the 64 ran");
+}
+
+// Chunks longer than the patience are fine as long as they tell that they live.
+void TestSlowChunk() {
+  k2::Pool pool(2, {});
+  static k2::Job job;
+  job.Reset(nullptr, {{[](void*, int, int worker) {
+                         for (int i = 0; i < (worker == 0 ? 1 : 30); ++i) {
+                           std::this_thread::sleep_for(milliseconds(20));
+                           job.Beat();
+                         }
+                       },
+                       2}});
+  pool.Submit(&job);
+  Check(pool.Wait(&job, milliseconds(300)), "a slow chunk that shows progress is waited for");
 }
 
 void TestSleepAndWake() {
@@ -109,6 +156,9 @@ int main() {
   TestSeveralCallers();
   TestTicketsInFlight();
   TestStuckChunk();
+  TestOldTicket();
+  TestFullRing();
+  TestSlowChunk();
   TestSleepAndWake();
   std::puts("pool: all held");
 }
