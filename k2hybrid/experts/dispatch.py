@@ -18,6 +18,7 @@ class Dispatcher:
     def __init__(self, store: ExpertStore, machine: Machine, *, max_rows: int, top_k: int) -> None:
         self.max_rows = max_rows
         self.top_k = top_k
+        self.hidden = store.hidden
         self.native = NativeDispatcher(
             store.native, machine, hidden=store.hidden, max_rows=max_rows, top_k=top_k, slots=SLOTS
         )
@@ -34,10 +35,11 @@ class Dispatcher:
             NativeError: wrong shapes, an id out of range, or all slots in flight.
         """
         rows = x.shape[0]
-        if rows > self.max_rows or ids.shape != (rows, self.top_k) or weights.shape != ids.shape:
+        fits = x.shape == (rows, self.hidden) and ids.shape == (rows, self.top_k)
+        if rows > self.max_rows or not fits or weights.shape != ids.shape:
             raise NativeError(
-                f"submit takes at most {self.max_rows} rows of {self.top_k} experts; x {list(x.shape)}, "
-                f"ids {list(ids.shape)}, weights {list(weights.shape)}"
+                f"submit takes at most {self.max_rows} rows of {self.hidden} values and {self.top_k} experts; x "
+                f"{list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)}"
             )
         index = self.native.acquire()
         slot = self.native.slots[index]

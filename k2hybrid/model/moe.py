@@ -33,6 +33,8 @@ class MoE:
         """x [T, hidden], the rows of each span."""
         routing = self.router(x, rows)
         ticket = self.experts.submit(self.layer, x, routing.ids, routing.weights)
-        shared = self.shared(x, rows)
-        routed = ticket.collect()
+        try:
+            shared = self.shared(x, rows)
+        finally:
+            routed = ticket.collect()  # even if the shared expert failed: else the ticket would keep its slot
         return MoEOutput(shared.add_(routed), ticket.failed_rows)

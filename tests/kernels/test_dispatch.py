@@ -170,6 +170,9 @@ def test_wrong_calls_are_named_and_lose_no_slot(isa: str) -> None:
             dispatcher.submit(0, x, ids, weights)
     with pytest.raises(NativeError, match="at most 4 rows"):
         dispatcher.submit(LAYER, *made.rows(5))
+    for _ in range(4):
+        with pytest.raises(NativeError, match="rows of 128 values"):
+            dispatcher.submit(LAYER, x[:, :1], ids, weights)
     assert made.store.native.pins(LAYER, int(ids[0, 0])) == 0
     assert dispatcher.submit(LAYER, x, ids, weights).collect().shape == (2, 128)
 
