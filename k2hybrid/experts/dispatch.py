@@ -38,8 +38,8 @@ class Dispatcher:
         fits = x.shape == (rows, self.hidden) and ids.shape == (rows, self.top_k)
         if rows > self.max_rows or not fits or weights.shape != ids.shape:
             raise NativeError(
-                f"submit takes at most {self.max_rows} rows of {self.hidden} values and {self.top_k} experts; x "
-                f"{list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)}"
+                f"submit takes up to {self.max_rows} rows of {self.hidden} values and {self.top_k} experts; "
+                f"x {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)}"
             )
         index = self.native.acquire()
         slot = self.native.slots[index]
