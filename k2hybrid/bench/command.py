@@ -17,18 +17,15 @@ import torch
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
 from k2hybrid.bench.roles import RecordingExperts, RecordingMachine, Tally, WeightRoles
 from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
-from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.spec import read_spec
-from k2hybrid.config import MINI_MODEL
+from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.engine.step import PARALLEL_TOKENS
 from k2hybrid.errors import K2Error
-from k2hybrid.experts.dispatch import Dispatcher
-from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.bandwidth import Bandwidth, measure
 from k2hybrid.hardware.memory import MemoryUse
 from k2hybrid.model.batch import Batch, Span
-from k2hybrid.model.kimi import Kimi
 from k2hybrid.native import Machine
+from k2hybrid.runtime.assembly import Parts, assemble
 
 MAX_ROWS = 512
 
@@ -39,26 +36,29 @@ class Bench:
     def __init__(self, model: Path, machine: Machine, context_tokens: int) -> None:
         start = time.perf_counter()
         spec = read_spec(model)
-        store = ExpertStore(
-            layers=spec.num_layers,
-            experts=spec.num_experts,
-            hidden=spec.hidden_size,
-            inter=spec.moe_intermediate_size,
-        )
-        self.checkpoint = open_checkpoint(model, store)
-        weights = WeightRoles(self.checkpoint)
-        self.machine = RecordingMachine(machine, weights)
-        self.experts = RecordingExperts(Dispatcher(store, machine, max_rows=MAX_ROWS, top_k=spec.top_k))
         self.pages = LatentPages(
             spec.num_layers, -(-context_tokens // PAGE_TOKENS), Bf16Rows(spec.latent_dim)
         )
-        self.kimi = Kimi(spec, weights, self.experts, self.machine, self.pages)
-        self.checkpoint.close_ledger()
+        self.checkpoint, self.kimi = assemble(
+            model,
+            spec,
+            machine,
+            self.pages,
+            max_rows=MAX_ROWS,
+            latent_norm_eps=RuntimeConfig(model=model).latent_norm_eps,
+            metered=self._recorded,
+        )
         self.table = torch.tensor(self.pages.allocate(self.pages.free_pages))
         self.spec = spec
         self.threads = machine.threads
         self.load_seconds = time.perf_counter() - start
         self._ids = torch.Generator().manual_seed(0)
+
+    def _recorded(self, parts: Parts) -> Parts:
+        weights = WeightRoles(parts.weights)
+        self.machine = RecordingMachine(parts.kernels, weights)
+        self.experts = RecordingExperts(parts.experts)
+        return Parts(weights, self.experts, self.machine)
 
     def step(self, start: int, count: int) -> float:
         """Seconds of one pass of `count` new random tokens after `start`, logits of the last one included."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from k2hybrid.native import Machine
+from k2hybrid.model.layers import LinearKernels
 from k2hybrid.types import RoutedExperts, Ticket, TicketStats, WeightSource
 
 
@@ -53,8 +53,8 @@ class WeightRoles:
 class RecordingMachine:
     """`native.Machine`'s linears, timed by the role of what they read."""
 
-    def __init__(self, machine: Machine, roles: WeightRoles) -> None:
-        self._machine = machine
+    def __init__(self, kernels: LinearKernels, roles: WeightRoles) -> None:
+        self._kernels = kernels
         self._roles = roles
         self.tallies: dict[str, Tally] = defaultdict(Tally)
 
@@ -65,21 +65,21 @@ class RecordingMachine:
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `native.Machine.linear`."""
         start = time.perf_counter()
-        y = self._machine.linear(x, weight)
+        y = self._kernels.linear(x, weight)
         self._record(weight, start)
         return y
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `native.Machine.head_linear`."""
         start = time.perf_counter()
-        y = self._machine.head_linear(x, weight)
+        y = self._kernels.head_linear(x, weight)
         self._record(weight, start)
         return y
 
     def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """See `native.Machine.head_linear_t`."""
         start = time.perf_counter()
-        y = self._machine.head_linear_t(x, weight)
+        y = self._kernels.head_linear_t(x, weight)
         self._record(weight, start)
         return y
 

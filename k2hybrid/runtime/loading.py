@@ -11,16 +11,13 @@ from typing import Any
 from k2hybrid.cache.pages import Bf16Rows, LatentPages
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
-from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
 from k2hybrid.engine.metrics import ByteMeter
 from k2hybrid.errors import ConfigError, TokenizerError
-from k2hybrid.experts.dispatch import Dispatcher
-from k2hybrid.experts.store import ExpertStore
-from k2hybrid.model.kimi import Kimi
 from k2hybrid.native import Machine
+from k2hybrid.runtime.assembly import assemble
 from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
 
@@ -56,25 +53,20 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
         template = ChatTemplate.load(config.model, tokenizer)
         opened.callback(template.close)
         machine = Machine(config.threads, config.isa)
-        store = ExpertStore(
-            layers=spec.num_layers,
-            experts=spec.num_experts,
-            hidden=spec.hidden_size,
-            inter=spec.moe_intermediate_size,
-        )
-        checkpoint = opened.enter_context(open_checkpoint(config.model, store))
         meter = ByteMeter()
-        experts = Dispatcher(store, machine, max_rows=config.max_step_tokens, top_k=spec.top_k)
         pages = _pages(spec, config)
-        network = Kimi(
+        checkpoint, network = assemble(
+            config.model,
             spec,
-            MeteredWeights(checkpoint, meter),
-            MeteredExperts(experts, meter),
             machine,
             pages,
+            max_rows=config.max_step_tokens,
             latent_norm_eps=config.latent_norm_eps,
+            metered=lambda parts: parts._replace(
+                weights=MeteredWeights(parts.weights, meter), experts=MeteredExperts(parts.experts, meter)
+            ),
         )
-        checkpoint.close_ledger()
+        opened.callback(checkpoint.close)
         engine = Engine(
             network,
             pages,
