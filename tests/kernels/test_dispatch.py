@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +119,34 @@ def test_rows_may_start_anywhere(isa: str, shift: int) -> None:
     x, ids, weights = made.rows(5)
     dispatcher = Dispatcher(made.store, Machine(2, isa), max_rows=8, top_k=TOP_K)
     assert _error(dispatcher.submit(LAYER, x, ids, weights).collect(), made.want(x, ids, weights)) < BOUND
+
+
+@pytest.mark.parametrize(("hidden", "inter"), SIZES)
+def test_nothing_is_read_beyond_a_matrix(isa: str, hidden: int, inter: int) -> None:
+    """Every matrix ends where its memory ends: a load beyond it would end the process."""
+    made = Fixture(hidden, inter)
+    rooms = []
+    libc = ctypes.CDLL(None, use_errno=True)
+    for expert in range(EXPERTS):
+        at: list[int] = []
+        for raw in made.keep[expert * 6 : expert * 6 + 6]:
+            start = -raw.ctypes.data % 64
+            content = raw[start : raw.size - 192 + start]
+            room = mmap.mmap(-1, -(-content.size // mmap.PAGESIZE) * mmap.PAGESIZE + mmap.PAGESIZE)
+            view = np.frombuffer(room, dtype=np.uint8)
+            end = view.size - mmap.PAGESIZE
+            view[end - content.size : end] = content
+            forbidden = ctypes.c_void_p(view.ctypes.data + end)
+            assert libc.mprotect(forbidden, ctypes.c_size_t(mmap.PAGESIZE), 0) == 0
+            at.append(view.ctypes.data + end - content.size)
+            rooms.append(view)
+        made.store.native.put(LAYER, expert, at[0::2], at[1::2])
+    x, ids, weights = made.rows(5)
+    dispatcher = Dispatcher(made.store, Machine(2, isa), max_rows=5, top_k=TOP_K)
+    for count in (1, 5):
+        got = dispatcher.submit(LAYER, x[:count], ids[:count], weights[:count]).collect()
+        assert _error(got, made.want(x[:count], ids[:count], weights[:count])) < BOUND
+    assert len(rooms) == 6 * EXPERTS
 
 
 def test_padding_reads_nothing_and_an_empty_call_is_fine(isa: str) -> None:
