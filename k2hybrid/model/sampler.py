@@ -28,6 +28,8 @@ Row = npt.NDArray[np.float32]
 Ids = npt.NDArray[np.int64]
 
 GREEDY_BELOW = 1e-5  # smaller temperatures would overflow fp32, and mean the same
+MAX_TEMPERATURE = 1e30  # the inverse of a larger one is 0 in fp32, and 0 · −inf is not a number
+MAX_REPETITION = 1e3  # 1/MAX_REPETITION to MAX_REPETITION: far outside this, penalised logits overflow fp32
 MAX_LOGPROBS = 1024
 BLOCK = 512  # weights summed at a time when a token is drawn from the whole vocabulary
 
@@ -39,21 +41,20 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         RequestError: naming the field, its value and its range.
     """
 
-    def within(name: str, value: float, low: float, high: float, *, open_low: bool = False) -> None:
-        if not (low <= value <= high) or (open_low and value == low) or not math.isfinite(value):
+    def within(name: str, value: float, low: float, high: float) -> None:
+        if not (low <= value <= high) or not math.isfinite(value):
             upper = "" if high == math.inf else f" and at most {high:g}"
-            lower = f"above {low:g}" if open_low else f"at least {low:g}"
             raise RequestError(
-                f"{name} must be {lower}{upper}, not {value}", param=name, code="invalid_value"
+                f"{name} must be at least {low:g}{upper}, not {value}", param=name, code="invalid_value"
             )
 
-    within("temperature", params.temperature, 0.0, math.inf)
+    within("temperature", params.temperature, 0.0, MAX_TEMPERATURE)
     within("top_p", params.top_p, 0.0, 1.0)
     within("min_p", params.min_p, 0.0, 1.0)
     within("top_k", params.top_k, -1, math.inf)
     within("presence_penalty", params.presence_penalty, -2.0, 2.0)
     within("frequency_penalty", params.frequency_penalty, -2.0, 2.0)
-    within("repetition_penalty", params.repetition_penalty, 0.0, math.inf, open_low=True)
+    within("repetition_penalty", params.repetition_penalty, 1 / MAX_REPETITION, MAX_REPETITION)
     if params.logprobs is not None:
         within("logprobs", params.logprobs, 0, MAX_LOGPROBS)
     for token, bias in params.logit_bias.items():

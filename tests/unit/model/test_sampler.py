@@ -217,6 +217,22 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     assert Sampler(SamplingParams(), VOCAB).sample(logits)[1] is None
 
 
+@pytest.mark.parametrize(
+    "params",
+    [
+        SamplingParams(seed=0, repetition_penalty=1e-3),
+        SamplingParams(seed=0, repetition_penalty=1e3),
+        SamplingParams(seed=0, temperature=1e30),
+    ],
+)
+def test_the_bounds_of_the_ranges_keep_every_number_finite(params: SamplingParams) -> None:
+    logits = random_logits(5) * 1e4
+    sampler = Sampler(params, VOCAB, prompt=range(VOCAB))
+    with np.errstate(all="raise", under="ignore"):
+        for _ in range(20):
+            assert sampler.sample(logits, Forbid(3))[0] != 3
+
+
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite_are_named(bad: float, temperature: float) -> None:
@@ -265,7 +281,10 @@ def test_a_draw_by_blocks_agrees_with_a_running_sum() -> None:
         (SamplingParams(top_k=-2), "top_k"),
         (SamplingParams(presence_penalty=2.1), "presence_penalty"),
         (SamplingParams(frequency_penalty=-2.1), "frequency_penalty"),
+        (SamplingParams(temperature=1e300), "temperature"),
         (SamplingParams(repetition_penalty=0.0), "repetition_penalty"),
+        (SamplingParams(repetition_penalty=1e-320), "repetition_penalty"),
+        (SamplingParams(repetition_penalty=1e300), "repetition_penalty"),
         (SamplingParams(logit_bias={VOCAB: 1.0}), "logit_bias"),
         (SamplingParams(logit_bias={-1: 1.0}), "logit_bias"),
         (SamplingParams(logit_bias={1: 101.0}), "logit_bias"),
