@@ -22,7 +22,7 @@ class RuntimeConfig:
     threads: int | None = None  # None: physical cores this process may use
     isa: str | None = None  # may only lower what the CPU offers
     context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
-    latent_bytes: int = 1 << 30  # memory for latent pages
+    latent_bytes: int | None = None  # None: one whole context, 1 GiB at least, a quarter of RAM at most
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
     max_running: int = 16  # sequences that decode together
     max_queue: int = 256
@@ -31,10 +31,10 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise ConfigError(f"device {self.device!r} is not supported in this version; use --device cpu")
-        for name in ("latent_bytes", "max_step_tokens", "max_running", "max_queue"):
+        for name in ("max_step_tokens", "max_running", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("threads", "context_tokens"):
+        for name in ("threads", "context_tokens", "latent_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -52,6 +52,11 @@ class RuntimeConfig:
 
     def table(self) -> list[tuple[str, str]]:
         """(name, value) rows for the one table that start-up prints."""
-        unset = {"threads": "one per core", "isa": "the best", "context_tokens": "the model's"}
+        unset = {
+            "threads": "one per core",
+            "isa": "the best",
+            "context_tokens": "the model's",
+            "latent_bytes": "one context",
+        }
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return [(name, unset[name] if value is None else str(value)) for name, value in values]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,6 +16,7 @@ from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
 from k2hybrid.engine.metrics import ByteMeter
+from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.errors import ConfigError, TokenizerError
 from k2hybrid.native import Machine
 from k2hybrid.runtime.assembly import assemble
@@ -22,6 +24,8 @@ from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
 
 log = logging.getLogger(__name__)
+
+LEAST_LATENT_BYTES = 1 << 30  # of the default
 
 # Attention this wide (heads · v_head_dim) is worth several torch threads in a prefill. In a narrower one they
 # mostly wait for each other: on two busy cores a small model's prefill took thrice as long with two.
@@ -54,7 +58,8 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
         opened.callback(template.close)
         machine = Machine(config.threads, config.isa)
         meter = ByteMeter()
-        pages = _pages(spec, config)
+        context_tokens = _context_tokens(spec, config)
+        pages = _pages(spec, config, context_tokens)
         checkpoint, network = assemble(
             config.model,
             spec,
@@ -71,7 +76,7 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
             network,
             pages,
             vocab_size=spec.vocab_size,
-            context_tokens=_context_tokens(spec, config),
+            context_tokens=context_tokens,
             config=config,
             meter=meter,
             torch_threads=machine.threads if spec.num_heads * spec.v_head_dim >= WIDE_ATTENTION else 1,
@@ -91,16 +96,31 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
         return runtime
 
 
-def _pages(spec: ModelSpec, config: RuntimeConfig) -> LatentPages:
+def _pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) -> LatentPages:
     rows = Bf16Rows(spec.latent_dim)
     page_bytes = spec.num_layers * LatentPages.PAGE_TOKENS * rows.row_bytes
-    pages = config.latent_bytes // page_bytes
+    latent_bytes = config.latent_bytes
+    if latent_bytes is None:
+        # Reserved, not touched: pages that no request has needed yet cost nothing.
+        context_bytes = pages_for(context_tokens, LatentPages.PAGE_TOKENS) * page_bytes
+        most = max(LEAST_LATENT_BYTES, _ram_bytes() // 4)
+        latent_bytes = min(max(LEAST_LATENT_BYTES, context_bytes), most)
+    pages = latent_bytes // page_bytes
     if pages < 1:
         raise ConfigError(
-            f"latent_bytes {config.latent_bytes} holds no page: {LatentPages.PAGE_TOKENS} tokens of this "
+            f"latent_bytes {latent_bytes} holds no page: {LatentPages.PAGE_TOKENS} tokens of this "
             f"model take {page_bytes} bytes"
         )
-    return LatentPages(spec.num_layers, pages, rows)
+    try:
+        return LatentPages(spec.num_layers, pages, rows)
+    except RuntimeError as error:  # torch's word for memory that cannot be had
+        raise ConfigError(
+            f"{latent_bytes} bytes for latent pages cannot be had here; ask for less"
+        ) from error
+
+
+def _ram_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _context_tokens(spec: ModelSpec, config: RuntimeConfig) -> int:

@@ -13,7 +13,7 @@ import pytest
 
 import k2hybrid
 from k2hybrid.errors import ConfigError, EngineError, TensorError, TokenizerError
-from k2hybrid.runtime import Runtime, load
+from k2hybrid.runtime import Runtime, load, loading
 from k2hybrid.types import ChatRequest, Message
 
 
@@ -45,6 +45,11 @@ def test_a_loaded_model_knows_its_name_and_sizes(runtime: Runtime, checkpoint: P
 def test_unknown_options_are_refused_with_the_nearest_name(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'threads'"):
         load(checkpoint, thread=2)
+
+
+def test_memory_that_no_machine_has_is_refused(checkpoint: Path) -> None:
+    with pytest.raises(ConfigError, match="ask for less"):
+        load(checkpoint, latent_bytes=1 << 50)
 
 
 def test_memory_for_less_than_a_page_is_refused(checkpoint: Path) -> None:
@@ -103,3 +108,12 @@ def test_the_main_module_is_the_command() -> None:
         [sys.executable, "-m", "k2hybrid", "--help"], capture_output=True, text=True, check=True
     )
     assert "serve" in done.stdout
+
+
+def test_pages_hold_one_context_at_least(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "LEAST_LATENT_BYTES", 1 << 12)
+    with load(checkpoint, context_tokens=1000, threads=1) as small:
+        assert small.context_tokens == 1000
+    monkeypatch.setattr(loading, "_ram_bytes", lambda: 1 << 20)
+    with load(checkpoint, context_tokens=200_000, threads=1) as poor:
+        assert 0 < poor.context_tokens < 200_000
