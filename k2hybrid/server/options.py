@@ -14,6 +14,7 @@ from k2hybrid.errors import ConfigError
 # Exit codes: 1, it could not be done; 2, the command line is wrong.
 FAILED = 1
 USAGE = 2
+MAX_LATENT_GB = 1 << 20  # more is a slip of the finger
 
 
 class Parser(argparse.ArgumentParser):
@@ -76,8 +77,10 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """The RuntimeConfig fields that were given; the others keep their defaults."""
     latent_bytes = None
     if args.latent_gb is not None:
-        if not args.latent_gb > 0:
-            raise ConfigError(f"--latent-gb must be above 0, not {args.latent_gb:g}")
+        if not 0 < args.latent_gb <= MAX_LATENT_GB:
+            raise ConfigError(
+                f"--latent-gb must be above 0 and at most {MAX_LATENT_GB}, not {args.latent_gb:g}"
+            )
         latent_bytes = int(args.latent_gb * (1 << 30))
     given = {
         "device": args.device,
@@ -111,7 +114,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
+    if not (text.isascii() and text.isdigit()) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 

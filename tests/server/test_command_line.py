@@ -49,6 +49,7 @@ def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], argv: list[str]) 
         (["serve", "--prot", "3"], "unknown option --prot; did you mean --port?"),
         (["serve", "--port=x"], "'x' is not a port"),
         (["serve", "--port", "65536"], "not a port"),
+        (["serve", "--port", "\u00b2"], "not a port"),  # a digit, but no number
         (["serve", "--api-key", "x"], "did you mean --api-key-file?"),
         (["serve", "--ctx", "many"], "invalid int value"),
         (["synth", "out", "--layer", "3"], "did you mean --layers?"),
@@ -74,8 +75,9 @@ def test_options_become_a_configuration() -> None:
     assert model_path(args) == Path("m")
     assert runtime_options(args) == {"context_tokens": 4096, "latent_bytes": 1 << 29, "threads": 1}
     assert runtime_options(build_parser().parse_args(["serve"])) == {}
-    with pytest.raises(ConfigError, match="--latent-gb"):
-        runtime_options(build_parser().parse_args(["serve", "--latent-gb", "0"]))
+    for wrong in ("0", "-1", "nan", "inf", "1e300"):
+        with pytest.raises(ConfigError, match="--latent-gb"):
+            runtime_options(build_parser().parse_args(["serve", f"--latent-gb={wrong}"]))
 
 
 def test_key_files(tmp_path: Path) -> None:
