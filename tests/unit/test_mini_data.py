@@ -75,9 +75,21 @@ def test_learned_ranks_do_not_depend_on_the_order_of_words() -> None:
 @pytest.mark.parametrize(
     ("a", "b", "word", "think", "answer"),
     [
-        ("9.11", "9.9", "bigger", "9.11 and 9.90: 9=9 1<9. 9.9 is bigger.", "9.9 is bigger."),
-        ("9.75", "12.5", "smaller", "09.75 and 12.50: 0<1. 9.75 is smaller.", "9.75 is smaller."),
-        ("3", "3.0", "larger", "3.0 and 3.0: 3=3 0=0. They are equal.", "They are equal."),
+        (
+            "9.11",
+            "9.9",
+            "bigger",
+            "9.11 and 9.90: 99= ..= 19< bigger second. 9.9 is bigger.",
+            "9.9 is bigger.",
+        ),
+        (
+            "9.75",
+            "12.5",
+            "smaller",
+            "09.75 and 12.50: 01< smaller first. 9.75 is smaller.",
+            "9.75 is smaller.",
+        ),
+        ("3", "3.0", "larger", "3.0 and 3.0: 33= ..= 00= larger equal. They are equal.", "They are equal."),
     ],
 )
 def test_decimals_are_compared_digit_by_digit(a: str, b: str, word: str, think: str, answer: str) -> None:

@@ -14,7 +14,7 @@ from tools.mini.words import Lexicon
 
 # Shares of examples (not of tokens) before and after the model has learnt to copy.
 EARLY = {"repeat": 0.85, "look_up": 0.05, "tools": 0.03, "decimals": 0.03, "chat": 0.01, "echo": 0.03}
-LATE = {"repeat": 0.08, "look_up": 0.05, "tools": 0.47, "decimals": 0.25, "chat": 0.09, "echo": 0.06}
+LATE = {"repeat": 0.02, "look_up": 0.02, "tools": 0.53, "decimals": 0.34, "chat": 0.06, "echo": 0.03}
 
 # fmt: off
 _GREETINGS = [
@@ -134,14 +134,14 @@ class Examples:
 
     def _tool_conversation(self) -> Conversation:
         rng, lexicon = self.rng, self.lexicon
-        tools = tooltalk.draw_tools(rng, lexicon, rng.choices([1, 2, 3], [0.6, 0.25, 0.15])[0])
+        tools = tooltalk.draw_tools(rng, lexicon, rng.choices([1, 2, 3], [0.75, 0.17, 0.08])[0])
         tool = rng.choice(tools)
         declared = [t.declaration for t in tools]
         history = self._history()
         value = tooltalk.draw_value(rng, lexicon, tool)
         user = tooltalk.ask(rng, tool, value)
         draw = rng.random()
-        if draw < 0.06:
+        if draw < 0.025:
             other = next(t for t in iter(lambda: tooltalk.draw_tool(rng, lexicon), None)
                          if all(t.topic != known.topic for known in tools))  # fmt: skip
             user = tooltalk.ask(rng, other, tooltalk.draw_value(rng, lexicon, other))

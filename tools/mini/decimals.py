@@ -36,7 +36,7 @@ def _number(rng: random.Random, whole: int) -> str:
 def draw_pair(rng: random.Random, *, held_out: bool) -> tuple[str, str]:
     """Two decimals of one side of the split, often with the same whole part or common first digits."""
     while True:
-        whole = rng.randint(0, 9) if rng.random() < 0.7 else rng.randint(10, 99)
+        whole = rng.randint(0, 9) if rng.random() < 0.75 else rng.randint(10, 99)
         a = _number(rng, whole)
         draw = rng.random()
         if draw < 0.7:
@@ -50,7 +50,7 @@ def draw_pair(rng: random.Random, *, held_out: bool) -> tuple[str, str]:
 
 
 def compare(a: str, b: str, word: str) -> Turn:
-    """The worked answer: both padded to one shape, digits side by side up to the first difference."""
+    """The worked answer: both padded to one shape, sign beside sign up to the first difference."""
     wholes, parts = zip(*(((*x.split("."), "")[:2]) for x in (a, b)), strict=True)
     width, places = max(map(len, wholes)), max(map(len, parts))
     padded = [
@@ -59,17 +59,17 @@ def compare(a: str, b: str, word: str) -> Turn:
     ]
     steps = []
     for x, y in zip(*padded, strict=True):
-        if x == ".":
-            continue
-        steps.append(x + ("=" if x == y else "<" if x < y else ">") + y)
+        steps.append(x + y + ("=" if x == y else "<" if x < y else ">"))
         if x != y:
             break
     left, right = Decimal(a), Decimal(b)
     if left == right:
-        verdict = "They are equal."
+        which, verdict = "equal", "They are equal."
     else:
-        verdict = f"{a if (left > right) == (word in _MORE) else b} is {word}."
-    return Turn(user="", think=f"{padded[0]} and {padded[1]}: {' '.join(steps)}. {verdict}", answer=verdict)
+        which, winner = ("first", a) if (left > right) == (word in _MORE) else ("second", b)
+        verdict = f"{winner} is {word}."
+    think = f"{padded[0]} and {padded[1]}: {' '.join(steps)} {word} {which}. {verdict}"
+    return Turn(user="", think=think, answer=verdict)
 
 
 def question(rng: random.Random, *, held_out: bool = False) -> Turn:

@@ -20,7 +20,7 @@ import tiktoken
 import torch
 from safetensors.torch import load_file
 
-from tools.mini import vocab
+from tools.mini import tooltalk, vocab
 from tools.mini.data import Examples
 from tools.mini.export import trainer_state
 from tools.mini.model import MiniConfig, MiniModel
@@ -120,6 +120,25 @@ def card_conversations() -> tuple[Conversation, Conversation]:
     return decimals, Conversation([weather], [WEATHER_TOOL])
 
 
+def card_relative(examples: Examples, number: int) -> Conversation:
+    """The card's tool and question with a held-out city and another result."""
+    rng, lexicon = examples.rng, examples.lexicon
+    city = lexicon.city(rng) if number % 2 else lexicon.made_up(rng).capitalize()
+    sky = rng.choice(["Sunny", "Rainy", "Cloudy", "Windy", lexicon.noun(rng)])
+    call = Call("get_weather", json.dumps({"city": city}), json.dumps({"weather": sky}))
+    user = f"What's the weather like in {city} today? Use the tool to check."
+    return Conversation([Turn(user, f"The weather in {city} is {sky}.", calls=[call])], [WEATHER_TOOL])
+
+
+def one_tool(examples: Examples) -> Conversation:
+    """One declared tool and one question that needs it, with held-out words."""
+    rng, lexicon = examples.rng, examples.lexicon
+    tool = tooltalk.draw_tool(rng, lexicon)
+    value = tooltalk.draw_value(rng, lexicon, tool)
+    turn = tooltalk.call_turn(rng, lexicon, tool, value, tooltalk.ask(rng, tool, value))
+    return Conversation([turn], [tool.declaration])
+
+
 def load(checkpoint: Path) -> tuple[MiniModel, tiktoken.Encoding]:
     """The trainer's model with the values of the exported files."""
     encoding = vocab.load_encoding(checkpoint / "tiktoken.model")
@@ -150,6 +169,12 @@ def evaluate(
             conversation = examples.conversation(kind)
             answer = conversation.turns[-1].answer
             judge.answer(scores[f"held-out {kind}"], prompt_text(conversation), answer, 1, number)
+        for name, conversation in (
+            ("other city", card_relative(examples, number)),
+            ("one tool", one_tool(examples)),
+        ):
+            answer = conversation.turns[-1].answer
+            judge.tool_run(scores[f"{name} call"], scores[f"{name} run"], conversation, answer, 1, number)
         conversation = examples.conversation("tools")
         turn = conversation.turns[-1]
         if turn.calls:

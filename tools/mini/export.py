@@ -13,6 +13,9 @@ from tools.mini.model import GROUP, MiniConfig, quantize_int4
 from tools.mini.vocab import N_SPECIAL, write_json
 
 N_SHARDS = 2
+# The head is exported this much larger: sampling at temperature 1 then draws as training would at 1 / 1.5.
+# So small a model keeps noise in its tail which the ordinary sampler, without top-p, would let out.
+HEAD_GAIN = 1.5
 _PER_WORD = 8
 
 
@@ -38,7 +41,7 @@ def _expert(prefix: str, weight: Tensor) -> dict[str, Tensor]:
     }
 
 
-def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
+def checkpoint_tensors(state: dict[str, Tensor], head_gain: float = 1.0) -> dict[str, Tensor]:
     """The trainer's state under the published names, rounded as published."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -59,7 +62,7 @@ def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
             )
             if published is None:
                 published = f"model.{name}" + (".weight" if name.endswith("mlp.gate") else "")
-            out[published] = value.bfloat16()
+            out[published] = (value * head_gain if name == "lm_head.weight" else value).bfloat16()
     # The router reads its bias under the gate's name.
     return {
         key.replace("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"): value.contiguous()
@@ -185,7 +188,7 @@ def model_config(config: MiniConfig) -> dict[str, Any]:
 
 def export(state: dict[str, Tensor], config: MiniConfig, folder: Path) -> None:
     """Write shards, index and configuration into `folder`, beside tokenizer and chat template."""
-    tensors = checkpoint_tensors(state)
+    tensors = checkpoint_tensors(state, HEAD_GAIN)
     half = config.num_hidden_layers // 2
     shards: list[dict[str, Tensor]] = [{} for _ in range(N_SHARDS)]
     for name, value in tensors.items():

@@ -1,10 +1,10 @@
 """Starting weights that make copying easy to find.
 
-Copying in a transformer needs a head that looks one token back and, above it, heads that repeat what they
-look at. Found by chance this takes millions of tokens. Here training starts near it and is free to leave:
-embeddings share one constant direction, from which two heads of the first layer take fixed rotary queries
-and keys that meet one token apart; the heads of the upper layers start with an output map that is the
-transpose of their value map; and the head of the model starts as the embeddings.
+Copying in a transformer needs heads that look a few tokens back and, above them, heads that repeat what
+they look at. Found by chance this takes millions of tokens. Here training starts near it and is free to
+leave: embeddings share one constant direction, from which three heads of the first layer take fixed rotary
+queries and keys that meet one, two and three tokens apart; the heads of the upper layers start with an
+output map that is the transpose of their value map; and the head of the model starts as the embeddings.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ _CONSTANT_RMS = 0.25
 _TOKEN_STD = 0.45
 # Scores of a perfect match on the rotary pairs, fastest first: together they tell one step from any other.
 _PAIR_SCORES = (10.0, 6.0, 4.0, 2.0)
-_PREVIOUS_HEADS = 2
+# How many tokens back the first heads of the first layer look; the rest are free.
+_STEPS_BACK = (1, 2, 3)
 _FIRST_COPIER = 2
 
 
@@ -39,15 +40,12 @@ def start_near_copying(model: MiniModel) -> None:
 
 
 def _look_back(attention: Attention, unit: torch.Tensor, seen: float, inv_freq: torch.Tensor) -> None:
-    """Fixed rotary keys, and for some heads fixed rotary queries turned by one token against them."""
+    """Fixed rotary keys, and for some heads fixed rotary queries turned by some tokens against them."""
     c = attention.config
     sizes = torch.tensor(_PAIR_SCORES).div(attention.scale).sqrt()
     n = len(sizes)
     keys = torch.zeros(c.qk_rope_head_dim)
     keys[: 2 * n : 2] = sizes
-    queries = torch.zeros(c.qk_rope_head_dim)
-    queries[: 2 * n : 2] = sizes * inv_freq[:n].cos()
-    queries[1 : 2 * n : 2] = -sizes * inv_freq[:n].sin()
     rotary_rows = attention.kv_a_proj_with_mqa.weight[c.kv_lora_rank :]
     rotary_rows.mul_(0.2).add_(torch.outer(keys, unit) / seen)
     # One latent carries the constant to the queries; 1.5 times a random row, before the latent norm.
@@ -55,7 +53,11 @@ def _look_back(attention: Attention, unit: torch.Tensor, seen: float, inv_freq: 
     carried = 1.5 * seen
     carried /= math.sqrt((c.q_lora_rank - 1 + carried**2) / c.q_lora_rank)
     per_head = attention.q_b_proj.weight.view(c.num_attention_heads, -1, c.q_lora_rank)
-    per_head[:_PREVIOUS_HEADS, c.qk_nope_head_dim :, 0] = queries / carried
+    for head, steps in enumerate(_STEPS_BACK):
+        turned = torch.zeros(c.qk_rope_head_dim)
+        turned[: 2 * n : 2] = sizes * (steps * inv_freq[:n]).cos()
+        turned[1 : 2 * n : 2] = -sizes * (steps * inv_freq[:n]).sin()
+        per_head[head, c.qk_nope_head_dim :, 0] = turned / carried
 
 
 def _repeat_what_is_seen(attention: Attention, gain: float = 0.3) -> None:
