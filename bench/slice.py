@@ -94,7 +94,7 @@ def main() -> int:
     ran = MemoryUse.now()
     found = conditions(
         machine,
-        model=str(options.model),
+        model=options.model.resolve().name,
         rounds=options.rounds,
         read_bandwidth_gb_s=round(statistics.median(limits), 2),
         load_ms=round(bench.load_seconds * 1e3, 1),

@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = Machine(options.threads, options.isa)
         machine.pin_caller()
         bandwidth = measure(machine)
-        found = conditions(machine, bandwidth, model=str(options.model), prompt=options.prompt)
+        found = conditions(machine, bandwidth, model=options.model.resolve().name, prompt=options.prompt)
         measured, rows = run(options.model, machine, bandwidth, options.prompt, options.decode)
     except K2Error as error:
         print(f"k2hybrid bench: {error}")
