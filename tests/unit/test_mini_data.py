@@ -15,10 +15,11 @@ import tiktoken
 import torch
 from safetensors import safe_open
 
+from k2hybrid.checkpoint import int4
 from tools.mini import decimals, tooltalk, vocab
 from tools.mini.data import EARLY, LATE, Examples
-from tools.mini.export import checkpoint_tensors, pack_rows, trainer_state, unpack_rows
-from tools.mini.model import MiniConfig, MiniModel, quantize_int4, yarn_inverse_frequencies
+from tools.mini.export import checkpoint_tensors, trainer_state
+from tools.mini.model import MiniConfig, MiniModel, fake_quantize, quantize_int4, yarn_inverse_frequencies
 from tools.mini.packing import IGNORED, Packer, pack
 from tools.mini.render import Example, encode, prompt_text, tools_json
 from tools.mini.words import CITIES, Lexicon, is_held_out
@@ -214,13 +215,9 @@ def test_batches_have_one_size() -> None:
     assert {len(packer.next().ids) for _ in range(10)} == {1024}
 
 
-def test_packing_of_nibbles_matches_the_published_layout() -> None:
-    q = torch.tensor([[-8, -7, 0, 7, 1, -1, 3, -4]])
-    (word,) = pack_rows(q)[0].tolist()
-    nibbles = [(word >> (4 * i)) & 15 for i in range(8)]
-    assert nibbles == [0, 1, 8, 15, 9, 7, 11, 4]
-    wide = torch.randint(-7, 8, (5, 64))
-    assert torch.equal(unpack_rows(pack_rows(wide)), wide.float())
+def test_training_sees_the_experts_that_are_exported() -> None:
+    weight = torch.randn(6, 96, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(fake_quantize(weight), int4.dequantize(*int4.quantize(weight)))
 
 
 def test_quantized_weights_stay_within_half_a_step() -> None:

@@ -9,39 +9,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tools.mini.model import GROUP, MiniConfig, quantize_int4
+from k2hybrid.checkpoint import int4
+from k2hybrid.checkpoint.presets import changed_config
+from tools.mini.model import MiniConfig
 from tools.mini.vocab import N_SPECIAL, write_json
 
 N_SHARDS = 2
-# The head is exported this much larger: sampling at temperature 1 then draws as training would at 1 / 1.5.
-# So small a model keeps noise in its tail which the ordinary sampler, without top-p, would let out.
-HEAD_GAIN = 1.5
-_PER_WORD = 8
-
-
-def pack_rows(q: Tensor) -> Tensor:
-    """Integers −8…7 [out, in] → int32 [out, in/8]: nibble q + 8, element i in bits 4·(i%8) of word i//8."""
-    nibbles = (q.to(torch.int64) + 8).reshape(*q.shape[:-1], -1, _PER_WORD)
-    words = (nibbles << torch.arange(0, 32, 4)).sum(-1)
-    return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
-
-
-def unpack_rows(packed: Tensor) -> Tensor:
-    """The inverse of `pack_rows`, float32."""
-    nibbles = (packed.to(torch.int64).unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
-    return (nibbles.flatten(-2) - 8).float()
 
 
 def _expert(prefix: str, weight: Tensor) -> dict[str, Tensor]:
-    q, scale = quantize_int4(weight)
+    packed, scale = int4.quantize(weight)
     return {
-        f"{prefix}.weight_packed": pack_rows(q.flatten(-2)),
-        f"{prefix}.weight_scale": scale.squeeze(-1).bfloat16(),
+        f"{prefix}.weight_packed": packed,
+        f"{prefix}.weight_scale": scale,
         f"{prefix}.weight_shape": torch.tensor(weight.shape, dtype=torch.int32),
     }
 
 
-def checkpoint_tensors(state: dict[str, Tensor], head_gain: float = 1.0) -> dict[str, Tensor]:
+def checkpoint_tensors(state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The trainer's state under the published names, rounded as published."""
     out: dict[str, Tensor] = {}
     for name, value in state.items():
@@ -62,7 +47,7 @@ def checkpoint_tensors(state: dict[str, Tensor], head_gain: float = 1.0) -> dict
             )
             if published is None:
                 published = f"model.{name}" + (".weight" if name.endswith("mlp.gate") else "")
-            out[published] = (value * head_gain if name == "lm_head.weight" else value).bfloat16()
+            out[published] = value.bfloat16()
     # The router reads its bias under the gate's name.
     return {
         key.replace("mlp.e_score_correction_bias", "mlp.gate.e_score_correction_bias"): value.contiguous()
@@ -75,8 +60,7 @@ def trainer_state(tensors: dict[str, Tensor], config: MiniConfig) -> dict[str, T
     state: dict[str, Tensor] = {}
 
     def dense(prefix: str) -> Tensor:
-        scale = tensors[f"{prefix}.weight_scale"].float().repeat_interleave(GROUP, -1)
-        return unpack_rows(tensors[f"{prefix}.weight_packed"]) * scale
+        return int4.dequantize(tensors[f"{prefix}.weight_packed"], tensors[f"{prefix}.weight_scale"])
 
     for key, value in tensors.items():
         if ".experts." in key:
@@ -97,98 +81,37 @@ def trainer_state(tensors: dict[str, Tensor], config: MiniConfig) -> dict[str, T
 
 
 def model_config(config: MiniConfig) -> dict[str, Any]:
-    """config.json, with the keys of the published one that say something about the model."""
-    first_special = config.vocab_size - N_SPECIAL
-    return {
-        "architectures": ["DeepseekV3ForCausalLM"],
-        "attention_bias": False,
-        "attention_dropout": 0.0,
-        "aux_loss_alpha": 0.001,
-        "bos_token_id": first_special,
-        "dtype": "bfloat16",
-        "eos_token_id": first_special + 2,
-        "ep_size": 1,
-        "first_k_dense_replace": 1,
-        "hidden_act": "silu",
+    """config.json: the published one, in the trainer's sizes."""
+    sizes = {
         "hidden_size": config.hidden_size,
-        "initializer_range": 0.02,
         "intermediate_size": config.intermediate_size,
         "kv_lora_rank": config.kv_lora_rank,
-        "max_position_embeddings": 262144,
-        "model_type": "kimi_k2",
         "moe_intermediate_size": config.moe_intermediate_size,
-        "moe_layer_freq": 1,
-        "n_group": 1,
         "n_routed_experts": config.n_routed_experts,
-        "n_shared_experts": 1,
-        "norm_topk_prob": True,
         "num_attention_heads": config.num_attention_heads,
         "num_experts_per_tok": config.num_experts_per_tok,
         "num_hidden_layers": config.num_hidden_layers,
-        "num_key_value_heads": config.num_attention_heads,
-        "num_nextn_predict_layers": 0,
-        "pad_token_id": config.vocab_size - 1,
-        "pretraining_tp": 1,
         "q_lora_rank": config.q_lora_rank,
         "qk_nope_head_dim": config.qk_nope_head_dim,
         "qk_rope_head_dim": config.qk_rope_head_dim,
-        "quantization_config": {
-            "config_groups": {
-                "group_0": {
-                    "input_activations": None,
-                    "output_activations": None,
-                    "targets": ["Linear"],
-                    "weights": {
-                        "actorder": None,
-                        "block_structure": None,
-                        "dynamic": False,
-                        "group_size": GROUP,
-                        "num_bits": 4,
-                        "observer": "minmax",
-                        "observer_kwargs": {},
-                        "strategy": "group",
-                        "symmetric": True,
-                        "type": "int",
-                    },
-                }
-            },
-            "format": "pack-quantized",
-            "ignore": [
-                "lm_head",
-                "re:.*self_attn.*",
-                "re:.*shared_experts.*",
-                "re:.*mlp\\.(gate|up|gate_up|down)_proj.*",
-            ],
-            "kv_cache_scheme": None,
-            "quant_method": "compressed-tensors",
-            "quantization_status": "compressed",
-        },
         "rms_norm_eps": config.rms_norm_eps,
-        "rope_scaling": {
-            "beta_fast": config.yarn_beta,
-            "beta_slow": config.yarn_beta,
-            "factor": config.yarn_factor,
-            "mscale": 1.0,
-            "mscale_all_dim": 1.0,
-            "original_max_position_embeddings": config.yarn_original,
-            "type": "yarn",
-        },
         "rope_theta": config.rope_theta,
         "routed_scaling_factor": config.routed_scaling_factor,
-        "scoring_func": "sigmoid",
-        "seq_aux": True,
-        "tie_word_embeddings": False,
-        "topk_group": 1,
-        "topk_method": "noaux_tc",
-        "use_cache": True,
         "v_head_dim": config.v_head_dim,
-        "vocab_size": config.vocab_size,
     }
+    described = changed_config("kimi-k2-thinking", sizes, config.vocab_size - N_SPECIAL)
+    described["rope_scaling"] |= {
+        "beta_fast": config.yarn_beta,
+        "beta_slow": config.yarn_beta,
+        "factor": config.yarn_factor,
+        "original_max_position_embeddings": config.yarn_original,
+    }
+    return described
 
 
 def export(state: dict[str, Tensor], config: MiniConfig, folder: Path) -> None:
     """Write shards, index and configuration into `folder`, beside tokenizer and chat template."""
-    tensors = checkpoint_tensors(state, HEAD_GAIN)
+    tensors = checkpoint_tensors(state)
     half = config.num_hidden_layers // 2
     shards: list[dict[str, Tensor]] = [{} for _ in range(N_SHARDS)]
     for name, value in tensors.items():
