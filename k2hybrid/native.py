@@ -96,25 +96,18 @@ class Machine:
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """fp32 [T, H, N]: for each head h, x bf16 [T, H, K] · weight bf16 [H, N, K]ᵀ."""
-        _require_heads("head_linear", x, weight, weight.dim() - 1)
-        tokens, heads, columns = x.shape
-        rows = weight.shape[1]
-        out = torch.empty(tokens, heads, rows, dtype=torch.float32)
-        with _errors():
-            self.handle.linear(
-                x.data_ptr(), tokens, x.stride(0), x.stride(1), weight.data_ptr(), heads, rows, columns,
-                weight.stride(0), weight.stride(1), out.data_ptr(),
-            )  # fmt: skip
-        return out
+        return self._by_head("linear", x, weight, contracted=2)
 
     def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """fp32 [T, H, N]: for each head h, x bf16 [T, H, K] · weight bf16 [H, K, N]."""
-        _require_heads("head_linear_t", x, weight, 1)
-        tokens, heads, rows = x.shape
-        columns = weight.shape[2]
-        out = torch.empty(tokens, heads, columns, dtype=torch.float32)
+        return self._by_head("linear_transposed", x, weight, contracted=1)
+
+    def _by_head(self, kernel: str, x: torch.Tensor, weight: torch.Tensor, contracted: int) -> torch.Tensor:
+        _require_heads(kernel, x, weight, contracted)
+        tokens, (heads, rows, columns) = x.shape[0], weight.shape
+        out = torch.empty(tokens, heads, weight.shape[3 - contracted], dtype=torch.float32)
         with _errors():
-            self.handle.linear_transposed(
+            getattr(self.handle, kernel)(
                 x.data_ptr(), tokens, x.stride(0), x.stride(1), weight.data_ptr(), heads, rows, columns,
                 weight.stride(0), weight.stride(1), out.data_ptr(),
             )  # fmt: skip
