@@ -5,8 +5,8 @@ from __future__ import annotations
 import random
 from decimal import Decimal
 
-from tools.mini.render import Turn
-from tools.mini.words import is_held_out
+from k2hybrid.mini_eval.conversation import Turn
+from k2hybrid.mini_eval.split import Side, frames_of, side_of
 
 _MORE = ["bigger", "larger", "greater", "higher"]
 _LESS = ["smaller", "lower"]
@@ -33,7 +33,7 @@ def _number(rng: random.Random, whole: int) -> str:
     return f"{whole}." + "".join(rng.choice("0123456789") for _ in range(places))
 
 
-def draw_pair(rng: random.Random, *, held_out: bool) -> tuple[str, str]:
+def draw_pair(rng: random.Random, side: Side) -> tuple[str, str]:
     """Two decimals of one side of the split, often with the same whole part or common first digits."""
     while True:
         whole = rng.randint(0, 9) if rng.random() < 0.75 else rng.randint(10, 99)
@@ -45,12 +45,12 @@ def draw_pair(rng: random.Random, *, held_out: bool) -> tuple[str, str]:
             b = _number(rng, rng.randint(0, 20))
         else:
             b = _number(rng, rng.randint(0, 99))
-        if is_held_out("pair", " ".join(sorted((a, b)))) == held_out:
+        if side_of("pair", " ".join(sorted((a, b)))) == side:
             return a, b
 
 
-def compare(a: str, b: str, word: str) -> Turn:
-    """The worked answer: both padded to one shape, sign beside sign up to the first difference."""
+def compare(a: str, b: str, word: str, user: str = "") -> Turn:
+    """The worked answer to `user`: both padded to one shape, sign beside sign up to the first difference."""
     wholes, parts = zip(*(((*x.split("."), "")[:2]) for x in (a, b)), strict=True)
     width, places = max(map(len, wholes)), max(map(len, parts))
     padded = [
@@ -69,13 +69,12 @@ def compare(a: str, b: str, word: str) -> Turn:
         which, winner = ("first", a) if (left > right) == (word in _MORE) else ("second", b)
         verdict = f"{winner} is {word}."
     think = f"{padded[0]} and {padded[1]}: {' '.join(steps)} {word} {which}. {verdict}"
-    return Turn(user="", think=think, answer=verdict)
+    return Turn(user, verdict, think)
 
 
-def question(rng: random.Random, *, held_out: bool = False) -> Turn:
+def question(rng: random.Random, side: Side) -> Turn:
     """One question with its worked answer."""
-    a, b = draw_pair(rng, held_out=held_out)
+    a, b = draw_pair(rng, side)
     word = rng.choice(_MORE) if rng.random() < 0.75 else rng.choice(_LESS)
-    turn = compare(a, b, word)
-    turn.user = rng.choice(_FRAMES).format(w=word, a=a, b=b) + rng.choice(_TAILS)
-    return turn
+    user = rng.choice(frames_of(side, _FRAMES)).format(w=word, a=a, b=b) + rng.choice(_TAILS)
+    return compare(a, b, word, user)
