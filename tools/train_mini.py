@@ -1,23 +1,22 @@
-"""Train the built-in model on a CPU and export it in the published checkpoint layout.
+"""Train the built-in model and export it in the published checkpoint layout.
 
     python -m tools.train_mini vocab  --published-vocab TIKTOKEN_MODEL --out k2hybrid/mini
     python -m tools.train_mini train  --published-vocab TIKTOKEN_MODEL --out k2hybrid/mini
     python -m tools.train_mini export --out k2hybrid/mini
-    python -m tools.mini.evaluate --checkpoint k2hybrid/mini --published-vocab TIKTOKEN_MODEL
+    k2hybrid mini-eval
 
-TIKTOKEN_MODEL is the published vocabulary file, which only lends its words. `train` resumes where
-`--state` exists and saves there every three minutes and on SIGTERM. The recipe: copy drills (see
-`data.EARLY`) until repeats are copied, then the full mix (`data.LATE`) of tool conversations, decimals,
-small talk and a few drills; a tenth of all words, values and number pairs is held out by hash. Steps of
-4096 tokens; Muon and AdamW from 6e-3 linearly to zero; INT4 fake quantization of the routed experts from
-the first step on. The shipped checkpoint is this recipe's: 15.5 M tokens from seed 1 in one run,
-`train --published-vocab tests/golden/tiktoken.model --threads 2`, half an hour on two shared cores. Sums of
-two threads and of other CPUs round differently, so that a run elsewhere gives its like, not its bits.
+TIKTOKEN_MODEL is the published vocabulary file, which only lends its words. `train` resumes where `--state` exists,
+saves there every five minutes and on SIGTERM, and writes its log as JSON lines beside it (`tools/mini/curves.py` draws
+them). The curriculum (`data.STAGES`) has gates: copy drills until nearly every token of unseen sequences is copied;
+one tool with one parameter until held-out calls are right; then the full mix. Steps of `--batch` tokens; Muon and
+AdamW, the rate held, then falling linearly to zero; INT4 fake quantization of the routed experts from the first step on. Sums of
+other threads and CPUs round differently: a run elsewhere gives its like, not its bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import signal
 import sys
@@ -31,26 +30,25 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import torch.nn.functional as F
 
+from k2hybrid.mini_eval.words import published_words
 from tools.mini import build_vocab, export, vocab
-from tools.mini.data import EARLY, LATE, Examples
+from tools.mini.data import STAGES, Lessons
 from tools.mini.model import MiniConfig, MiniModel
 from tools.mini.optim import make_optimizers
 from tools.mini.packing import IGNORED, Packer
-from tools.mini.probe import probe
+from tools.mini.probe import Figures, probe
 from tools.mini.start import start_near_copying
-from tools.mini.words import published_words
 
-BATCH_TOKENS = 4096
 WARMUP_STEPS = 50
-DECAY_SHARE = 1.0
-# Matching one token back reaches about 0.66 on these drills, matching all that fits 0.99.
-COPY_GATE = 0.85
+DECAY_SHARE = 0.4
+SAVE_SECONDS = 300
+# Stage → (kind of held-out lesson, figure, value that opens the next stage).
+GATES = {"drills": ("repeat", "tokens", 0.98), "one tool": ("first_tool", "calls", 0.90)}
 
 
-def learning_rate(peak: float, step: int, tokens: int, total: int) -> float:
-    """Warm up, then fall linearly to zero over the last `DECAY_SHARE` of the tokens (1: all of them)."""
-    warm = min(1.0, (step + 1) / WARMUP_STEPS)
-    return peak * warm * min(1.0, max(0.0, (1 - tokens / total) / DECAY_SHARE))
+def learning_rate(peak: float, step: int, tokens: int, total: float) -> float:
+    """Warm up, hold, then fall linearly to zero over the last `DECAY_SHARE` of the tokens."""
+    return peak * min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, max(0.0, 1 - tokens / total) / DECAY_SHARE)
 
 
 class Trainer:
@@ -65,11 +63,13 @@ class Trainer:
         self.model = MiniModel(MiniConfig(vocab_size=self.encoding.n_vocab))
         start_near_copying(self.model)
         self.optimizers = make_optimizers(self.model, args.lr)
-        self.examples = Examples(self.encoding, self.words, args.seed)
-        self.shares = EARLY
-        self.packer = Packer(lambda: self.examples.draw(self.shares), self.pad_id, BATCH_TOKENS)
+        self.lessons = Lessons(self.encoding, self.words, args.seed)
+        self.stage = next(iter(STAGES))
+        self.packer = Packer(lambda: self.lessons.draw(STAGES[self.stage]), self.pad_id, args.batch)
         self.step = 0
         self.tokens = 0
+        self.learnt = 0
+        self.seconds = 0.0
         self.stopping = False
 
     def stop(self, *_: object) -> None:
@@ -81,11 +81,10 @@ class Trainer:
         state = {
             "model": self.model.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "random": self.examples.rng.getstate(),
+            "random": self.lessons.rng.getstate(),
             "waiting": self.packer.waiting,
-            "late": self.shares is LATE,
-            "step": self.step,
-            "tokens": self.tokens,
+            "stage": self.stage,
+            "counters": (self.step, self.tokens, self.learnt, self.seconds),
         }
         partial = self.args.state.with_suffix(".partial")
         torch.save(state, partial)
@@ -96,22 +95,18 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.examples.rng.setstate(state["random"])
+        self.lessons.rng.setstate(state["random"])
         self.packer.waiting = state["waiting"]
-        self.shares = LATE if state["late"] else EARLY
-        self.step, self.tokens = state["step"], state["tokens"]
+        self.stage = state["stage"]
+        self.step, self.tokens, self.learnt, self.seconds = state["counters"]
 
     def train_step(self) -> tuple[float, float]:
-        """One optimizer step over `--micro` batches; returns the mean loss and the heaviest expert load."""
+        """One optimizer step; returns the mean loss and the heaviest expert load over the mean."""
         lr = learning_rate(self.args.lr, self.step, self.tokens, self.args.tokens)
-        batches = [self.packer.next() for _ in range(self.args.micro)]
-        learnt = sum(batch.n_learnt for batch in batches)
-        total = 0.0
-        for batch in batches:
-            logits = self.model(batch.ids, batch.lengths, batch.wanted).float()
-            loss = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED, reduction="sum") / learnt
-            loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
+        batch = self.packer.next()
+        logits = self.model(batch).float()
+        loss = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)
+        loss.backward()  # type: ignore[no-untyped-call]
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -120,42 +115,63 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         heaviest = max(layer.balance(2e-3 * lr / self.args.lr) for layer in self.model.moe_layers)
         self.step += 1
-        self.tokens += BATCH_TOKENS * len(batches)
-        return total, heaviest
+        self.tokens += self.args.batch
+        self.learnt += batch.n_learnt
+        return float(loss.detach()), heaviest
 
-    def figures(self) -> dict[str, tuple[float, float, float]]:
-        """Held-out figures, always on the same examples."""
-        return probe(self.model, Examples(self.encoding, self.words, seed=7, held_out=True), self.pad_id)
+    def figures(self) -> dict[str, Figures]:
+        """Figures on the same lessons of the dev side every time."""
+        return probe(self.model, Lessons(self.encoding, self.words, seed=7, side="dev"), self.pad_id)
 
     def run(self) -> None:
-        started, tokens_then, losses = time.monotonic(), self.tokens, []
-        saved = time.monotonic()
+        """Train until `--tokens`, `--minutes` or a signal."""
+        began = saved = lap = time.monotonic()
+        tokens_then, losses = self.tokens, list[float]()
         while self.tokens < self.args.tokens and not self.stopping:
             loss, heaviest = self.train_step()
             losses.append(loss)
             if self.step % 20 == 0:
-                rate = (self.tokens - tokens_then) / (time.monotonic() - started)
-                self.log(f"loss {sum(losses) / len(losses):.4f}  {rate:.0f} tok/s  load {heaviest:.2f}")
-                started, tokens_then, losses = time.monotonic(), self.tokens, []
+                now = time.monotonic()
+                self.log("train", loss=sum(losses) / len(losses), load=heaviest,
+                         tokens_per_second=(self.tokens - tokens_then) / (now - lap))  # fmt: skip
+                self.seconds += now - lap
+                lap, tokens_then, losses = now, self.tokens, []
             if self.step % self.args.probe_every == 0:
                 figures = self.figures()
-                self.log(
-                    "held out "
-                    + "  ".join(f"{k} {a:.3f}/{n:.2f}/{p:.3f}" for k, (a, n, p) in figures.items())
-                )
-                if self.shares is EARLY and figures["repeat"][0] >= COPY_GATE:
-                    self.log(f"gate: repeats copied at {figures['repeat'][0]:.3f}; the full mix from here on")
-                    self.shares = LATE
-                started, tokens_then = time.monotonic(), self.tokens
-            if time.monotonic() - saved > 180:
+                self.log("dev", **{kind: figure.as_dict() for kind, figure in figures.items()})
+                self.pass_gate(figures)
+                lap, tokens_then = time.monotonic(), self.tokens
+            if time.monotonic() - saved > SAVE_SECONDS:
                 self.save()
                 saved = time.monotonic()
+            if time.monotonic() - began > self.args.minutes * 60:
+                self.stopping = True
         self.save()
         self.log("stopped" if self.stopping else "done")
 
-    def log(self, text: str) -> None:
-        line = f"{time.strftime('%H:%M:%S')} step {self.step} tokens {self.tokens / 1e6:.2f}M  {text}"
-        print(line, flush=True)
+    def pass_gate(self, figures: dict[str, Figures]) -> None:
+        """Go on to the next stage once this one's figure is reached."""
+        if self.stage not in GATES:
+            return
+        kind, name, bar = GATES[self.stage]
+        reached = figures[kind].as_dict()[name]
+        if reached >= bar:
+            stages = list(STAGES)
+            following = stages[stages.index(self.stage) + 1]
+            self.log("gate", passed=self.stage, figure=f"{kind} {name}", reached=reached, bar=bar, next=following)
+            self.stage = following
+
+    def log(self, event: str, **values: object) -> None:
+        """One JSON line to the terminal and to the run's log."""
+        line = {
+            "time": time.strftime("%H:%M:%S"), "step": self.step, "tokens": self.tokens, "learnt": self.learnt,
+            "stage": self.stage, "seconds": round(self.seconds), "event": event, **values,
+        }  # fmt: skip
+        text = json.dumps(line, default=lambda v: round(v, 4))
+        print(text, flush=True)
+        self.args.state.parent.mkdir(parents=True, exist_ok=True)
+        with self.args.state.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
 
 
 def main() -> None:
@@ -166,12 +182,13 @@ def main() -> None:
     parser.add_argument("--published-vocab", type=Path, help="tiktoken.model of moonshotai/Kimi-K2-Thinking")
     parser.add_argument("--out", type=Path, default=Path("k2hybrid/mini"))
     parser.add_argument("--state", type=Path, default=Path(".cache/mini/state.pt"))
-    parser.add_argument("--tokens", type=float, default=15.5e6, help="tokens to train on, padding included")
-    parser.add_argument("--lr", type=float, default=6e-3)
-    parser.add_argument("--micro", type=int, default=1, help="batches of 4096 tokens in a step")
-    parser.add_argument("--probe-every", type=int, default=200)
+    parser.add_argument("--tokens", type=float, default=36e6, help="tokens to train on, padding included")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop earlier after so many, to be resumed")
+    parser.add_argument("--batch", type=int, default=4096, help="tokens in a step")
+    parser.add_argument("--lr", type=float, default=5e-3)
+    parser.add_argument("--probe-every", type=int, default=200, help="steps between two looks at the dev side")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.command in ("vocab", "train") and args.published_vocab is None:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from unittest import mock
 
 import torch
@@ -16,17 +17,28 @@ from k2hybrid.model import router
 from k2hybrid.model.attention import AttentionSizes
 from tests.golden_model.noise import SAFETY, disturbed_model
 from tests.golden_model.oracle import OracleRun, run_oracle
-from tests.golden_model.tiny import TinyCheckpoint, TinyModel, random_ids, tiny_checkpoint, tiny_model
+from tests.golden_model.tiny import (
+    TinyCheckpoint,
+    TinyModel,
+    folder_checkpoint,
+    random_ids,
+    tiny_checkpoint,
+    tiny_model,
+)
 
 TOKENS = 90  # over a page
 FP32_BOUND = 1e-4
 DRAWS = 4
 
 
+# The model that ships with the package, beside the random ones.
+MINI = Path(__file__).resolve().parents[2] / "k2hybrid" / "mini"
+
+
 @functools.cache
 def checkpoint(name: str) -> TinyCheckpoint:
-    """The random model of a configuration, made once."""
-    return tiny_checkpoint(name)
+    """The random model of a configuration, or the built-in one ("mini"), made once."""
+    return folder_checkpoint(MINI) if name == "mini" else tiny_checkpoint(name)
 
 
 @functools.cache

@@ -46,7 +46,10 @@ def margin(biased: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     return margins
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+NAMES = [*CONFIGS, "mini"]
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_fp32_agrees_to_1e_4(name: str) -> None:
     model = tiny_model(checkpoint(name), torch.float32)
     logits = model.prefill(compare.prompt(name))
@@ -63,7 +66,7 @@ def test_fp32_agrees_to_1e_4(name: str) -> None:
 
 
 @pytest.mark.parametrize("kernels", ["torch", "native"])
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", NAMES)
 def test_bf16_agrees_within_the_derived_bound(name: str, kernels: str, machine: Machine) -> None:
     """The oracle's experts are used, so that a near tie is not taken for an error; ties are judged below."""
     spec, reference, bound = checkpoint(name).spec, oracle(name), bf16_bound(name, "expanded")

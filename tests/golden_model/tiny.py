@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 
 from k2hybrid.cache.pages import Bf16Rows, Fp32Rows, LatentPages, RowFormat
 from k2hybrid.checkpoint import int4
@@ -235,6 +237,18 @@ def tiny_checkpoint(name: str, seed: int = 1) -> TinyCheckpoint:
             tensor = tensor.bfloat16()
         tensors[want.name] = tensor
         keys[want.key.layer, role, want.key.expert] = want.name
+    return TinyCheckpoint(values, spec, tensors, keys)
+
+
+def folder_checkpoint(folder: Path) -> TinyCheckpoint:
+    """A checkpoint folder read whole by the safetensors package, for models small enough."""
+    values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    spec = ModelSpec.from_config(values)
+    stored: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        stored |= load_file(shard)
+    keys = {(want.key.layer, want.key.role, want.key.expert): want.name for want in expected_tensors(spec)}
+    tensors = {name: stored[name] for (_, role, _), name in keys.items() if not role.endswith(".shape")}
     return TinyCheckpoint(values, spec, tensors, keys)
 
 

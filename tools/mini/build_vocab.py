@@ -3,39 +3,36 @@
 from __future__ import annotations
 
 import collections
+import random
 from pathlib import Path
 
-import tiktoken
-
+from k2hybrid.mini_eval.author import Author
+from k2hybrid.mini_eval.conversation import tools_json
+from k2hybrid.mini_eval.words import CITIES, PEOPLE, Lexicon
 from tools.mini import vocab
-from tools.mini.data import Examples
-from tools.mini.words import CITIES
 
 
-def learn(words: list[str], n_conversations: int = 3000) -> list[bytes]:
+def learn(words: list[str], n_lessons: int = 1500) -> list[bytes]:
     """Ranks of the small vocabulary; `words` are most frequent first."""
     counts: dict[str, float] = collections.defaultdict(float)
     for position, word in enumerate(words):
         weight = 2000.0 / (position + 300)
         counts[word] += weight
         counts[word.capitalize()] += 0.3 * weight
-    for city in CITIES:
-        counts[city] += 0.5
-    bytes_only = tiktoken.Encoding(
-        name="bytes", pat_str=vocab.PATTERN, mergeable_ranks={bytes([b]): b for b in range(256)},
-        special_tokens=vocab.special_tokens(256),
-    )  # fmt: skip
-    examples = Examples(bytes_only, words, seed=0)
-    for _ in range(n_conversations):
-        kind = examples.rng.choices(["tools", "decimals", "chat"], [6, 2, 2])[0]
-        conversation = examples.conversation(kind)
-        turn = conversation.turns[-1]
-        spoken = [turn.user, turn.answer, turn.think, turn.call_think]
-        spoken += [str(conversation.tools), conversation.system or ""]
-        for call in turn.calls:
-            spoken += [call.arguments, call.result, "functions Return of"]
+    for name in CITIES + PEOPLE:
+        counts[name] += 0.5
+    author, rng = Author(Lexicon(words, "train")), random.Random(0)
+    for _ in range(n_lessons):
+        toolset, system = author.toolset(rng), author.system(rng)
+        conversations = [author.with_tools(rng, toolset, system) for _ in range(3)]
+        conversations += [author.talk(rng, system) for _ in range(2)]
+        spoken = [tools_json(toolset.declarations), system or "", "functions Return of"]
+        for turn in (c.last for c in conversations):
+            spoken += [turn.user, turn.answer, turn.think]
+            spoken += [step.think for step in turn.steps]
+            spoken += [text for call in turn.calls for text in (call.arguments_json, call.result)]
         for run in vocab.letter_runs("\n".join(spoken)):
-            counts[run] += 0.05
+            counts[run] += 0.03
     return vocab.learn_ranks(counts)
 
 

@@ -1,23 +1,32 @@
 """The trainer's model: DeepseekV3 as Kimi-K2 configures it, for training on a CPU.
 
-Documents are laid end to end; attention runs document by document. Matrices are multiplied in bfloat16 with
-float32 accumulation; the residual stream, the router and all master weights are float32. The routed experts
-pass through INT4 fake quantization (groups of 32 along in-features) with a straight-through gradient.
+Segments of documents are laid end to end; attention runs segment by segment, a branch over its prefix and itself.
+Matrices are multiplied in `MiniConfig.compute` (bfloat16 with float32 accumulation where the processor multiplies it
+natively, else float32); the residual stream, the router and all master weights are float32. The routed experts pass
+through INT4 fake quantization (groups of 32 along in-features), all other weights through bfloat16, both with a
+straight-through gradient: the forward pass sees what the checkpoint will hold.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tools.mini.packing import Batch, Segment
+
 GROUP = 32
 ROWS = 64
 LATENT_EPS = 1e-6
+
+
+def native_dtype() -> torch.dtype:
+    """What this processor multiplies fast: bfloat16 only where it has instructions for it."""
+    return torch.bfloat16 if torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 @dataclass(frozen=True)
@@ -43,6 +52,7 @@ class MiniConfig:
     yarn_factor: float = 64.0
     yarn_original: int = 4096
     yarn_beta: float = 1.0
+    compute: torch.dtype = field(default_factory=native_dtype)
 
 
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +68,24 @@ def fake_quantize(weight: Tensor) -> Tensor:
         q, scale = quantize_int4(weight)
         rounded = (q * scale).flatten(-2)
     return weight + (rounded - weight).detach()
+
+
+class _Rounded(torch.autograd.Function):
+    """Values as bfloat16 holds them, in a dtype of choice; the gradient passes straight through."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.bfloat16().to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0].float(), None
+
+
+def as_exported(weight: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A dense weight as the checkpoint will hold it, so that the exported logits are the trained ones."""
+    rounded: Tensor = _Rounded.apply(weight, dtype)  # type: ignore[no-untyped-call]
+    return rounded
 
 
 def yarn_inverse_frequencies(config: MiniConfig) -> Tensor:
@@ -77,52 +105,52 @@ def yarn_inverse_frequencies(config: MiniConfig) -> Tensor:
 
 
 class _Norm(torch.autograd.Function):
-    """RMS norm: float32 inside, bfloat16 out."""
+    """RMS norm: float32 inside, `out` outside."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, out: torch.dtype) -> Tensor:
         x32 = x.float()
         rstd = torch.rsqrt(x32.square().mean(-1, keepdim=True) + eps)
         ctx.save_for_backward(x, weight, rstd)
-        return (x32 * rstd).mul_(weight).bfloat16()
+        return (x32 * rstd).mul_(weight).to(out)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x, weight, rstd = ctx.saved_tensors
         g = grads[0].float()
         xhat = x.float() * rstd
         grad_weight = (g * xhat).flatten(0, -2).sum(0)
         g = g * weight
         g = g.sub_(xhat * (g * xhat).mean(-1, keepdim=True)).mul_(rstd)
-        return g.to(x.dtype), grad_weight, None
+        return g.to(x.dtype), grad_weight, None, None
 
 
 class Norm(nn.Module):
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, size: int, eps: float, out: torch.dtype) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
-        self.eps = eps
+        self.eps, self.out = eps, out
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = _Norm.apply(x, self.weight, self.eps)  # type: ignore[no-untyped-call]
+        out: Tensor = _Norm.apply(x, as_exported(self.weight), self.eps, self.out)  # type: ignore[no-untyped-call]
         return out
 
 
 class Linear(nn.Module):
-    """No bias; float32 master weight, multiplied in bfloat16."""
+    """No bias; float32 master weight, multiplied in the input's dtype."""
 
     def __init__(self, out_features: int, in_features: int, gain: float = 1.0) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(out_features, in_features) * (gain / math.sqrt(in_features)))
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.bfloat16())
+        return F.linear(x, as_exported(self.weight, x.dtype))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate interleaved pairs: x [T, H, D], cos and sin [T, 1, D/2]."""
     even, odd = x.float().reshape(*x.shape[:-1], -1, 2).unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).bfloat16()
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -132,11 +160,11 @@ class Attention(nn.Module):
         super().__init__()
         c = self.config = config
         self.q_a_proj = Linear(c.q_lora_rank, c.hidden_size)
-        self.q_a_layernorm = Norm(c.q_lora_rank, LATENT_EPS)
+        self.q_a_layernorm = Norm(c.q_lora_rank, LATENT_EPS, c.compute)
         head = c.qk_nope_head_dim + c.qk_rope_head_dim
         self.q_b_proj = Linear(c.num_attention_heads * head, c.q_lora_rank, gain=0.2)
         self.kv_a_proj_with_mqa = Linear(c.kv_lora_rank + c.qk_rope_head_dim, c.hidden_size)
-        self.kv_a_layernorm = Norm(c.kv_lora_rank, LATENT_EPS)
+        self.kv_a_layernorm = Norm(c.kv_lora_rank, LATENT_EPS, c.compute)
         self.kv_b_proj = Linear(c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
         self.o_proj = Linear(c.hidden_size, c.num_attention_heads * c.v_head_dim, gain=0.3)
         mscale = 0.1 * math.log(c.yarn_factor) + 1.0
@@ -156,16 +184,30 @@ class Attention(nn.Module):
         return q, k, v.transpose(0, 1)
 
     def forward(
-        self, x: Tensor, lengths: list[int], cos: Tensor, sin: Tensor, masks: dict[int, Tensor]
+        self, x: Tensor, segments: list[Segment], cos: Tensor, sin: Tensor, masks: dict[tuple[int, int], Tensor]
     ) -> Tensor:
-        q, k, v = self.project(x, cos, sin)
+        lengths = [segment.length for segment in segments]
+        # Splitting once keeps the gradient one concatenation; slices would each bring a full tensor of zeros.
+        queries, keys, values = (torch.split(t, lengths, 1) for t in self.project(x, cos, sin))
         outs = []
-        documents = (torch.split(t, lengths, 1) for t in (q, k, v))
-        for qd, kd, vd in zip(*documents, strict=True):
-            scores = torch.baddbmm(masks[qd.shape[1]], qd, kd.transpose(1, 2), alpha=self.scale)
-            outs.append(torch.bmm(scores.softmax(-1), vd))
+        for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
+            if segment.after is None:
+                seen = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=self.scale)
+            else:
+                k, v = torch.cat((keys[segment.after], k), 1), torch.cat((values[segment.after], v), 1)
+                mask = masks[lengths[segment.after], segment.length]
+                seen = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=self.scale)
+            outs.append(seen[0])
         out: Tensor = self.o_proj(torch.cat(outs, 1).transpose(0, 1).flatten(1))
         return out
+
+
+def branch_masks(segments: list[Segment], dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:
+    """(prefix length, branch length) → mask [branch, prefix + branch]: all of the prefix, causal in the branch."""
+    shapes = {(segments[s.after].length, s.length) for s in segments if s.after is not None}
+    return {
+        (p, b): torch.full((b, p + b), float("-inf"), dtype=dtype).triu_(p + 1) for p, b in shapes
+    }
 
 
 class SwiGLU(nn.Module):
@@ -191,9 +233,10 @@ class _RoutedExperts(torch.autograd.Function):
         flat = ids.flatten()
         order = flat.argsort(stable=True)
         counts = flat.bincount(minlength=gate_up.shape[0])
-        # Groups are padded to multiples of 64 rows: the matrix library compiles a kernel per shape.
+        # In bfloat16 the matrix library compiles a kernel per shape, so groups are padded to multiples of 64 rows.
         # Padding repeats token 0 with weight 0.
-        padded = (counts + (ROWS - 1)) // ROWS * ROWS
+        step = ROWS if x.dtype == torch.bfloat16 else 1
+        padded = (counts + (step - 1)) // step * step
         shift = (padded.cumsum(0) - padded) - (counts.cumsum(0) - counts)
         place = torch.arange(len(order)) + shift.index_select(0, flat.index_select(0, order))
         inverse = torch.empty_like(order)
@@ -201,9 +244,9 @@ class _RoutedExperts(torch.autograd.Function):
         sizes: list[int] = padded.tolist()
         total = sum(sizes)
         rows = order.new_zeros(total).index_copy_(0, inverse, torch.arange(len(order)) // k)
-        sorted_weights = weights.new_zeros(total).index_copy_(0, inverse, weights.flatten()).bfloat16()
+        sorted_weights = weights.new_zeros(total).index_copy_(0, inverse, weights.flatten()).to(x.dtype)
         xs = x.index_select(0, rows)
-        gate_up16, down16 = gate_up.bfloat16(), down.bfloat16()
+        gate_up16, down16 = gate_up.to(x.dtype), down.to(x.dtype)
         inner = down.shape[2]
         pre = xs.new_empty(len(rows), 2 * inner)
         ys = torch.empty_like(xs)
@@ -219,7 +262,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx.save_for_backward(xs, sorted_weights, inverse, rows, pre, hidden, ys, gate_up16, down16)
         ctx.counts, ctx.shape = sizes, (tokens, k)
         picked = ys.index_select(0, inverse).view(tokens, k, -1)
-        return torch.bmm(weights.bfloat16().unsqueeze(1), picked).squeeze(1)
+        return torch.bmm(weights.to(x.dtype).unsqueeze(1), picked).squeeze(1)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, Tensor, Tensor]:
@@ -279,7 +322,7 @@ class MoE(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         c = self.config
-        scores = F.linear(x.float(), self.gate).sigmoid()
+        scores = F.linear(x.float(), as_exported(self.gate)).sigmoid()
         with torch.no_grad():
             ids = (scores + self.e_score_correction_bias).topk(c.num_experts_per_tok, sorted=False).indices
             if self.training:
@@ -305,9 +348,9 @@ class MoE(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: MiniConfig, index: int) -> None:
         super().__init__()
-        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.input_layernorm = Norm(config.hidden_size, config.rms_norm_eps, config.compute)
         self.self_attn = Attention(config)
-        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = Norm(config.hidden_size, config.rms_norm_eps, config.compute)
         self.mlp = MoE(config) if index else SwiGLU(config.hidden_size, config.intermediate_size)
 
 
@@ -319,7 +362,7 @@ class MiniModel(nn.Module):
         self.config = config
         self.embed_tokens = nn.Parameter(torch.randn(config.vocab_size, config.hidden_size) * 0.5)
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
-        self.norm = Norm(config.hidden_size, config.rms_norm_eps)
+        self.norm = Norm(config.hidden_size, config.rms_norm_eps, config.compute)
         self.lm_head = Linear(config.vocab_size, config.hidden_size)
         self.inv_freq: Tensor
         self.register_buffer("inv_freq", yarn_inverse_frequencies(config), persistent=False)
@@ -337,16 +380,16 @@ class MiniModel(nn.Module):
         angles = positions.float().unsqueeze(1) * self.inv_freq
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
-    def forward(self, ids: Tensor, lengths: list[int], wanted: Tensor) -> Tensor:
-        """ids [T] of documents of `lengths`; bf16 logits [len(wanted), vocab] at positions `wanted`."""
-        cos, sin = self.rotation(torch.cat([torch.arange(n) for n in lengths]))
-        masks = {n: torch.full((1, n, n), float("-inf"), dtype=torch.bfloat16).triu_(1) for n in set(lengths)}
-        x = F.embedding(ids, self.embed_tokens)
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [len(wanted), vocab] at the batch's wanted positions, in the compute dtype."""
+        cos, sin = self.rotation(batch.positions)
+        masks = branch_masks(batch.segments, self.config.compute)
+        x = F.embedding(batch.ids, as_exported(self.embed_tokens))
         for index, layer in enumerate(self.blocks):
-            x = x + layer.self_attn(layer.input_layernorm(x), lengths, cos, sin, masks)
+            x = x + layer.self_attn(layer.input_layernorm(x), batch.segments, cos, sin, masks)
             if index == len(self.layers) - 1:
                 # Nothing after the last attention mixes tokens, so only the wanted rows go on.
-                x = x.index_select(0, wanted)
+                x = x.index_select(0, batch.wanted)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         logits: Tensor = self.lm_head(self.norm(x))
         return logits

@@ -1,4 +1,4 @@
-"""Examples packed into batches of one fixed shape, since the matrix library compiles a kernel per shape."""
+"""Lessons packed into batches of one fixed size."""
 
 from __future__ import annotations
 
@@ -10,18 +10,33 @@ from torch import Tensor
 
 from tools.mini.render import Example
 
-STEP = 32
-WANTED_STEP = 256
-MAX_EXAMPLE = 1024
+MAX_TOKENS = 2048
 IGNORED = -100
 
 
 @dataclass
+class Lesson:
+    """Branches that each continue one prefix and do not see each other: the prefix is computed once for all."""
+
+    prefix: list[int]
+    branches: list[Example]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A run of tokens; `after` is the segment that it continues, None for a prefix or a plain document."""
+
+    length: int
+    after: int | None = None
+
+
+@dataclass
 class Batch:
-    """Documents end to end; `labels[i]` is the token after position `wanted[i]`, or IGNORED for padding."""
+    """Segments end to end; `labels[i]` is the token after position `wanted[i]`."""
 
     ids: Tensor
-    lengths: list[int]
+    positions: Tensor
+    segments: list[Segment]
     wanted: Tensor
     labels: Tensor
 
@@ -30,51 +45,74 @@ class Batch:
         return int((self.labels != IGNORED).sum())
 
 
-def pack(examples: list[Example], pad_id: int, size: int | None = None) -> Batch:
-    """Lay `examples` end to end, each padded to a multiple of 32, and pad up to `size` tokens."""
+def pack(lessons: list[Lesson], pad_id: int, size: int | None = None) -> Batch:
+    """Lay `lessons` end to end and pad up to `size` tokens."""
     ids: list[int] = []
-    lengths: list[int] = []
+    positions: list[int] = []
+    segments: list[Segment] = []
     wanted: list[int] = []
     labels: list[int] = []
-    for example in examples:
-        start = len(ids)
-        length = -(-len(example.ids) // STEP) * STEP
-        ids += example.ids + [pad_id] * (length - len(example.ids))
-        lengths.append(length)
-        for at in range(1, len(example.ids)):
-            if example.learn[at]:
-                wanted.append(start + at - 1)
-                labels.append(example.ids[at])
-    while size is not None and len(ids) < size:
-        lengths.append(min(STEP * 4, size - len(ids)))
-        ids += [pad_id] * lengths[-1]
-    missing = -len(wanted) % WANTED_STEP
-    return Batch(
-        torch.tensor(ids),
-        lengths,
-        torch.tensor(wanted + [0] * missing),
-        torch.tensor(labels + [IGNORED] * missing),
-    )
+    for lesson in lessons:
+        after = None
+        if lesson.prefix:
+            after = len(segments)
+            segments.append(Segment(len(lesson.prefix)))
+            ids += lesson.prefix
+            positions += range(len(lesson.prefix))
+        for branch in lesson.branches:
+            start, n = len(ids), len(branch.ids)
+            segments.append(Segment(n, after))
+            ids += branch.ids
+            positions += range(len(lesson.prefix), len(lesson.prefix) + n)
+            learnt = [at for at in range(1, n) if branch.learn[at]]
+            wanted += [start + at - 1 for at in learnt]
+            labels += [branch.ids[at] for at in learnt]
+    if size is not None and len(ids) < size:
+        missing = size - len(ids)
+        segments.append(Segment(missing))
+        ids += [pad_id] * missing
+        positions += range(missing)
+    return Batch(torch.tensor(ids), torch.tensor(positions), segments, torch.tensor(wanted), torch.tensor(labels))
 
 
 class Packer:
-    """Fills batches first-fit from a small waiting list."""
+    """Fills batches first-fit from a small waiting list; what is left of a lesson waits for the next batch."""
 
-    def __init__(self, draw: Callable[[], Example], pad_id: int, size: int) -> None:
+    def __init__(self, draw: Callable[[], Lesson], pad_id: int, size: int) -> None:
         self.draw, self.pad_id, self.size = draw, pad_id, size
-        self.waiting: list[Example] = []
+        self.waiting: list[Lesson] = []
 
     def next(self) -> Batch:
-        chosen: list[Example] = []
+        chosen: list[Lesson] = []
         room = self.size
-        while room >= STEP:
-            while len(self.waiting) < 24:
-                example = self.draw()
-                if len(example.ids) <= MAX_EXAMPLE:
-                    self.waiting.append(example)
-            fit = next((i for i, e in enumerate(self.waiting) if -(-len(e.ids) // STEP) * STEP <= room), None)
+        while True:
+            while len(self.waiting) < 12:
+                self.waiting.append(_within_limit(self.draw()))
+            fit = next((i for i, lesson in enumerate(self.waiting) if _fitting(lesson, room)), None)
             if fit is None:
                 break
-            chosen.append(self.waiting.pop(fit))
-            room -= -(-len(chosen[-1].ids) // STEP) * STEP
+            lesson = self.waiting.pop(fit)
+            count = _fitting(lesson, room)
+            part = Lesson(lesson.prefix, lesson.branches[:count])
+            if lesson.branches[count:]:
+                self.waiting.insert(0, Lesson(lesson.prefix, lesson.branches[count:]))
+            chosen.append(part)
+            room -= len(part.prefix) + sum(len(b.ids) for b in part.branches)
         return pack(chosen, self.pad_id, self.size)
+
+
+def _within_limit(lesson: Lesson) -> Lesson:
+    room = MAX_TOKENS - len(lesson.prefix)
+    return Lesson(lesson.prefix, [b for b in lesson.branches if len(b.ids) <= room])
+
+
+def _fitting(lesson: Lesson, room: int) -> int:
+    """How many branches of `lesson` fit into `room` tokens beside its prefix."""
+    room -= len(lesson.prefix)
+    count = 0
+    for branch in lesson.branches:
+        room -= len(branch.ids)
+        if room < 0:
+            break
+        count += 1
+    return count

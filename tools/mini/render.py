@@ -5,42 +5,13 @@ The rendering is that of the chat template in the checkpoint folder; a test hold
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import tiktoken
 
-DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
+from k2hybrid.mini_eval.conversation import DEFAULT_SYSTEM, Conversation, Turn, tools_json
 
-
-@dataclass
-class Call:
-    """One tool call and its result text."""
-
-    name: str
-    arguments: str
-    result: str
-
-
-@dataclass
-class Turn:
-    """What the user says and the run of the assistant that answers it."""
-
-    user: str
-    answer: str
-    think: str = ""
-    call_think: str = ""
-    calls: list[Call] = field(default_factory=list)
-
-
-@dataclass
-class Conversation:
-    """A finished history of turns and a last one, which is what the model learns."""
-
-    turns: list[Turn]
-    tools: list[dict[str, Any]] = field(default_factory=list)
-    system: str | None = None
+ASSISTANT = "<|im_assistant|>assistant<|im_middle|>"
 
 
 @dataclass
@@ -51,60 +22,62 @@ class Example:
     learn: list[bool]
 
 
-def tools_json(tools: list[dict[str, Any]]) -> str:
-    return json.dumps(tools, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+def head_text(conversation: Conversation) -> str:
+    """What conversations with the same tools and system prompt share."""
+    head = ""
+    if conversation.tools:
+        head += f"<|im_system|>tool_declare<|im_middle|>{tools_json(conversation.tools)}<|im_end|>"
+    system = DEFAULT_SYSTEM if conversation.system is None else conversation.system
+    return head + f"<|im_system|>system<|im_middle|>{system}<|im_end|>"
 
 
-def prompt_text(conversation: Conversation, *, last_calls: int = 0) -> str:
-    """The prompt of the last turn, with its first `last_calls` calls made and answered."""
-    return "".join(text for text, _ in _pieces(conversation, last_calls=last_calls))
+def prompt_text(conversation: Conversation, *, steps: int = 0) -> str:
+    """The prompt of the last turn, with its first `steps` steps of calls made and answered."""
+    pieces = _pieces(conversation, steps=steps)
+    return head_text(conversation) + "".join(text for text, _ in pieces)
 
 
 def encode(conversation: Conversation, encoding: tiktoken.Encoding) -> Example:
-    """The whole conversation; the last turn's words are learnt, everything before is read."""
+    """What follows the head. All that the assistant says is learnt, but not that reasoning vanishes from history."""
     ids: list[int] = []
     learn: list[bool] = []
-    for text, learnt in _pieces(conversation, last_calls=None):
+    for text, learnt in _pieces(conversation, steps=None):
         piece = encoding.encode(text, allowed_special="all")
         ids += piece
         learn += [learnt] * len(piece)
     return Example(ids, learn)
 
 
-def _pieces(conversation: Conversation, last_calls: int | None) -> list[tuple[str, bool]]:
-    """Rendered pieces, cut at control tokens; `last_calls` None renders the answer too."""
-    head = ""
-    if conversation.tools:
-        head += f"<|im_system|>tool_declare<|im_middle|>{tools_json(conversation.tools)}<|im_end|>"
-    system = DEFAULT_SYSTEM if conversation.system is None else conversation.system
-    head += f"<|im_system|>system<|im_middle|>{system}<|im_end|>"
-    pieces = [(head, False)]
+def encode_head(conversation: Conversation, encoding: tiktoken.Encoding) -> list[int]:
+    """Ids of `head_text`."""
+    return encoding.encode(head_text(conversation), allowed_special="all")
+
+
+def _pieces(conversation: Conversation, steps: int | None) -> list[tuple[str, bool]]:
+    """Rendered pieces with what is learnt; `steps` None renders the last turn's answer too."""
+    pieces: list[tuple[str, bool]] = []
     made = 0
-    assistant = "<|im_assistant|>assistant<|im_middle|>"
-    for position, turn in enumerate(conversation.turns):
-        last = position == len(conversation.turns) - 1
-        pieces.append((f"<|im_user|>user<|im_middle|>{turn.user}<|im_end|>", False))
-        for index, call in enumerate(turn.calls):
-            if last and last_calls is not None and index >= last_calls:
-                break
+    for turn in conversation.turns[:-1]:
+        made = _turn(turn, pieces, made, keep_thinking=False, steps=None)
+    _turn(conversation.last, pieces, made, keep_thinking=True, steps=steps)
+    return pieces
+
+
+def _turn(turn: Turn, pieces: list[tuple[str, bool]], made: int, *, keep_thinking: bool, steps: int | None) -> int:
+    pieces.append((f"<|im_user|>user<|im_middle|>{turn.user}<|im_end|>", False))
+    for step in turn.steps[:steps]:
+        pieces.append((ASSISTANT, False))
+        pieces.append((f"<think>{step.think if keep_thinking else ''}</think>", keep_thinking))
+        calls, results = "", ""
+        for call in step.calls:
             call_id = f"functions.{call.name}:{made}"
             made += 1
-            think = turn.call_think if last else ""
-            said = (
-                f"<think>{think}</think><|tool_calls_section_begin|><|tool_call_begin|>{call_id}"
-                f"<|tool_call_argument_begin|>{call.arguments}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
-            )
-            pieces += [
-                (assistant, False),
-                (said, last),
-                (
-                    f"<|im_system|>{call.name}<|im_middle|>## Return of {call_id}\n{call.result}<|im_end|>",
-                    False,
-                ),
-            ]
-        pieces.append((assistant, False))
-        if last and last_calls is not None:
-            return pieces
-        think = turn.think if last else ""
-        pieces.append((f"<think>{think}</think>{turn.answer}<|im_end|>", last))
-    return pieces
+            calls += f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{call.arguments_json}<|tool_call_end|>"
+            results += f"<|im_system|>{call.name}<|im_middle|>## Return of {call_id}\n{call.result}<|im_end|>"
+        pieces.append((f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|><|im_end|>", True))
+        pieces.append((results, False))
+    pieces.append((ASSISTANT, False))
+    if steps is None:
+        pieces.append((f"<think>{turn.think if keep_thinking else ''}</think>", keep_thinking))
+        pieces.append((f"{turn.answer}<|im_end|>", True))
+    return made

@@ -12,7 +12,7 @@ from typing import Any
 
 import tiktoken
 
-N_RANKS = 1536
+N_RANKS = 1792
 N_SPECIAL = 256
 
 # The split pattern of the published tokenizer, alternatives in order.
