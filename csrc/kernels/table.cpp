@@ -18,6 +18,15 @@ bool HasAvx512Bf16() {
 #endif
 }
 
+bool HasAvx2() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 const std::vector<const KernelTable*>& AvailableKernels() {
@@ -25,6 +34,7 @@ const std::vector<const KernelTable*>& AvailableKernels() {
     std::vector<const KernelTable*> found;
 #if defined(__x86_64__)
     if (HasAvx512Bf16()) found.push_back(&kAvx512Bf16Kernels);
+    if (HasAvx2()) found.push_back(&kAvx2Kernels);
 #endif
     found.push_back(&kScalarKernels);
     return found;

@@ -112,6 +112,18 @@ def test_an_experts_output_is_the_same_in_any_company(isa: str) -> None:
             assert torch.equal(alone[0], together[t])
 
 
+@pytest.mark.skipif("avx2" not in INSTRUCTION_SETS, reason="this CPU has no AVX2")
+@pytest.mark.parametrize(("hidden", "inter"), SIZES)
+def test_avx2_has_the_bits_of_plain_cpp(hidden: int, inter: int) -> None:
+    made = Fixture(hidden, inter)
+    x, ids, weights = made.rows(9)
+    outs = [
+        Dispatcher(made.store, Machine(1, isa), max_rows=9, top_k=TOP_K).submit(LAYER, x, ids, weights).collect()
+        for isa in ("avx2", "scalar")
+    ]
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("shift", [*range(0, 64, 8), 4, 60])
 def test_rows_may_start_anywhere(isa: str, shift: int) -> None:
     """At every multiple of 8 in published files; at multiples of 4 where the number of experts is odd."""
