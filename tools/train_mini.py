@@ -40,7 +40,7 @@ from tools.mini.probe import Figures, probe
 from tools.mini.start import start_near_copying
 
 WARMUP_STEPS = 50
-DECAY_SHARE = 0.4
+DECAY_SHARE = 0.72
 SAVE_SECONDS = 300
 # Stage → (kind of held-out lesson, figure, value that opens the next stage).
 GATES = {"drills": ("repeat", "tokens", 0.98), "one tool": ("first_tool", "calls", 0.90)}
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--published-vocab", type=Path, help="tiktoken.model of moonshotai/Kimi-K2-Thinking")
     parser.add_argument("--out", type=Path, default=Path("k2hybrid/mini"))
     parser.add_argument("--state", type=Path, default=Path(".cache/mini/state.pt"))
-    parser.add_argument("--tokens", type=float, default=36e6, help="tokens to train on, padding included")
+    parser.add_argument("--tokens", type=float, default=18e6, help="tokens to train on, padding included")
     parser.add_argument("--minutes", type=float, default=1e9, help="stop earlier after so many, to be resumed")
     parser.add_argument("--batch", type=int, default=4096, help="tokens in a step")
     parser.add_argument("--lr", type=float, default=5e-3)

@@ -62,11 +62,13 @@ class Author:
 
     # ---- conversations with tools -------------------------------------------------------------------------------
 
-    def with_tools(self, rng: random.Random, toolset: Toolset, system: str | None, kind: str | None = None) -> Conversation:
+    def with_tools(
+        self, rng: random.Random, toolset: Toolset, system: str | None, kind: str | None = None, *, history_share: float = 0.18
+    ) -> Conversation:
         """A conversation over `toolset` whose last turn is of `kind` (none, one, parallel, sequential; or any)."""
         history: list[Turn] = []
         last: Request | None = None
-        if rng.random() < 0.18:
+        if rng.random() < history_share:
             for _ in range(rng.choice([1, 1, 2])):
                 turn, last, _ = self._any_turn(rng, toolset, system, rng.choice(["one", "one", "none", "parallel"]))
                 history.append(turn)
@@ -75,8 +77,8 @@ class Author:
             if following is not None:
                 turn = self._call_turn(rng, following.text, [following])
                 return Conversation((*history, turn), toolset.declarations, system, following.types, "follow-up")
-        chained = 20 if toolset.chain else 0
-        drawn = kind or rng.choices(["one", "parallel", "sequential", "none"], [45, 17, chained, 50])[0]
+        chained = 18 if toolset.chain else 0
+        drawn = kind or rng.choices(["one", "parallel", "sequential", "none"], [38, 15, chained, 90])[0]
         turn, _, types = self._any_turn(rng, toolset, system, drawn)
         return Conversation((*history, turn), toolset.declarations, system, types, turn.kind)
 

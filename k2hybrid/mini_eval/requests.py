@@ -93,7 +93,8 @@ class Requests:
             text = self._attach(rng, text, mentions, end)
         else:
             text += end
-        about = next((str(values[p.name]) for p in in_frame if isinstance(values[p.name], str | int | float)), "")
+        scalars = [p.name for p in [*in_frame, *further] if p.kind != "bool" and isinstance(values[p.name], str | int | float)]
+        about = str(values[scalars[0]]) if scalars else ""
         # In the order of the declaration, which the template sorts by name.
         arguments = {name: values[name] for name in sorted(values)}
         used = [p for p in tool.parameters if p.name in values]

@@ -51,7 +51,8 @@ class Lessons:
                 return Lesson([], [self._look_up() for _ in range(2)])
             case "first_tool":
                 toolset = Toolset((self.author.first_tool(rng),))
-                return self._encode([self.author.with_tools(rng, toolset, None, "one") for _ in range(3)])
+                made = [self.author.with_tools(rng, toolset, None, "one", history_share=0.0) for _ in range(4)]
+                return self._encode(made)
             case "tools":
                 toolset, system = self.author.toolset(rng), self.author.system(rng)
                 return self._encode([self.author.with_tools(rng, toolset, system) for _ in range(_BRANCHES)])

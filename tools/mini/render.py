@@ -38,7 +38,7 @@ def prompt_text(conversation: Conversation, *, steps: int = 0) -> str:
 
 
 def encode(conversation: Conversation, encoding: tiktoken.Encoding) -> Example:
-    """What follows the head. All that the assistant says is learnt, but not that reasoning vanishes from history."""
+    """What follows the head. Of the last turn all that the assistant says is learnt; history is read only."""
     ids: list[int] = []
     learn: list[bool] = []
     for text, learnt in _pieces(conversation, steps=None):
@@ -58,26 +58,26 @@ def _pieces(conversation: Conversation, steps: int | None) -> list[tuple[str, bo
     pieces: list[tuple[str, bool]] = []
     made = 0
     for turn in conversation.turns[:-1]:
-        made = _turn(turn, pieces, made, keep_thinking=False, steps=None)
-    _turn(conversation.last, pieces, made, keep_thinking=True, steps=steps)
+        made = _turn(turn, pieces, made, last=False, steps=None)
+    _turn(conversation.last, pieces, made, last=True, steps=steps)
     return pieces
 
 
-def _turn(turn: Turn, pieces: list[tuple[str, bool]], made: int, *, keep_thinking: bool, steps: int | None) -> int:
+def _turn(turn: Turn, pieces: list[tuple[str, bool]], made: int, *, last: bool, steps: int | None) -> int:
     pieces.append((f"<|im_user|>user<|im_middle|>{turn.user}<|im_end|>", False))
     for step in turn.steps[:steps]:
         pieces.append((ASSISTANT, False))
-        pieces.append((f"<think>{step.think if keep_thinking else ''}</think>", keep_thinking))
+        pieces.append((f"<think>{step.think if last else ''}</think>", last))
         calls, results = "", ""
         for call in step.calls:
             call_id = f"functions.{call.name}:{made}"
             made += 1
             calls += f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{call.arguments_json}<|tool_call_end|>"
             results += f"<|im_system|>{call.name}<|im_middle|>## Return of {call_id}\n{call.result}<|im_end|>"
-        pieces.append((f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|><|im_end|>", True))
+        said = f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|><|im_end|>"
+        pieces.append((said, last))
         pieces.append((results, False))
     pieces.append((ASSISTANT, False))
     if steps is None:
-        pieces.append((f"<think>{turn.think if keep_thinking else ''}</think>", keep_thinking))
-        pieces.append((f"{turn.answer}<|im_end|>", True))
+        pieces.append((f"<think>{turn.think if last else ''}</think>{turn.answer}<|im_end|>", last))
     return made
