@@ -5,17 +5,19 @@
     python -m tools.train_mini export --out k2hybrid/mini
     k2hybrid mini-eval
 
-TIKTOKEN_MODEL is the published vocabulary file, which only lends its words. `train` resumes where `--state` exists,
-saves there every five minutes and on SIGTERM, and writes its log as JSON lines beside it (`tools/mini/curves.py` draws
-them). The curriculum (`data.STAGES`) has gates: copy drills until nearly every token of unseen sequences is copied;
-one tool with one parameter until held-out calls are right; then the full mix. Steps of `--batch` tokens; Muon and
-AdamW, the rate held, then falling linearly to zero; INT4 fake quantization of the routed experts from the first step on. Sums of
-other threads and CPUs round differently: a run elsewhere gives its like, not its bits.
+TIKTOKEN_MODEL is the published vocabulary file, which only lends its words. `train` resumes where `--state`
+exists, saves there every five minutes and on SIGTERM, and writes its log as JSON lines beside it
+(`tools/mini/curves.py` draws them). The curriculum (`data.STAGES`) has gates: copy drills until nearly every
+token of unseen sequences is copied; one tool with one parameter until held-out calls are right; then the full
+mix. Steps of `--batch` tokens; Muon and AdamW, the rate held, then falling linearly to zero; INT4 fake
+quantization of the routed experts from the first step on. Sums of other threads and CPUs round differently: a
+run elsewhere gives its like, not its bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import signal
@@ -40,6 +42,8 @@ from tools.mini.probe import Figures, probe
 from tools.mini.start import start_near_copying
 
 WARMUP_STEPS = 50
+# Looked at and exported are weights averaged over about so many steps, which lack the noise of the last ones.
+AVERAGE_STEPS = 200
 DECAY_SHARE = 0.72
 SAVE_SECONDS = 300
 # Stage → (kind of held-out lesson, figure, value that opens the next stage).
@@ -49,6 +53,16 @@ GATES = {"drills": ("repeat", "tokens", 0.98), "one tool": ("first_tool", "calls
 def learning_rate(peak: float, step: int, tokens: int, total: float) -> float:
     """Warm up, hold, then fall linearly to zero over the last `DECAY_SHARE` of the tokens."""
     return peak * min(1.0, (step + 1) / WARMUP_STEPS) * min(1.0, max(0.0, 1 - tokens / total) / DECAY_SHARE)
+
+
+@torch.no_grad()
+def follow(average: MiniModel, model: MiniModel, step: int) -> None:
+    """Move the averaged weights towards the model's; the correction bias, which is no average, is copied."""
+    share = max(1 / AVERAGE_STEPS, 1 / (step + 1))
+    for mean, now in zip(average.parameters(), model.parameters(), strict=True):
+        mean.lerp_(now, share)
+    for held, new in zip(average.buffers(), model.buffers(), strict=True):
+        held.copy_(new)
 
 
 class Trainer:
@@ -61,10 +75,14 @@ class Trainer:
         self.pad_id = self.encoding.n_vocab - 1
         self.words = published_words(args.published_vocab)
         self.model = MiniModel(MiniConfig(vocab_size=self.encoding.n_vocab))
-        start_near_copying(self.model)
+        if args.start_from is None:
+            start_near_copying(self.model)
+        else:
+            self.model.load_state_dict(export.read(args.start_from, self.model.config))
+        self.average = copy.deepcopy(self.model)
         self.optimizers = make_optimizers(self.model, args.lr)
         self.lessons = Lessons(self.encoding, self.words, args.seed)
-        self.stage = next(iter(STAGES))
+        self.stage = list(STAGES)[0 if args.start_from is None else -1]
         self.packer = Packer(lambda: self.lessons.draw(STAGES[self.stage]), self.pad_id, args.batch)
         self.step = 0
         self.tokens = 0
@@ -80,6 +98,7 @@ class Trainer:
         self.args.state.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "model": self.model.state_dict(),
+            "average": self.average.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
             "random": self.lessons.rng.getstate(),
             "waiting": self.packer.waiting,
@@ -93,6 +112,7 @@ class Trainer:
     def load(self) -> None:
         state = torch.load(self.args.state, weights_only=False)
         self.model.load_state_dict(state["model"])
+        self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.lessons.rng.setstate(state["random"])
@@ -115,13 +135,14 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         heaviest = max(layer.balance(2e-3 * lr / self.args.lr) for layer in self.model.moe_layers)
         self.step += 1
+        follow(self.average, self.model, self.step)
         self.tokens += self.args.batch
         self.learnt += batch.n_learnt
         return float(loss.detach()), heaviest
 
     def figures(self) -> dict[str, Figures]:
-        """Figures on the same lessons of the dev side every time."""
-        return probe(self.model, Lessons(self.encoding, self.words, seed=7, side="dev"), self.pad_id)
+        """Figures of the averaged weights, on the same lessons of the dev side every time."""
+        return probe(self.average, Lessons(self.encoding, self.words, seed=7, side="dev"), self.pad_id)
 
     def run(self) -> None:
         """Train until `--tokens`, `--minutes` or a signal."""
@@ -158,16 +179,19 @@ class Trainer:
         if reached >= bar:
             stages = list(STAGES)
             following = stages[stages.index(self.stage) + 1]
-            self.log("gate", passed=self.stage, figure=f"{kind} {name}", reached=reached, bar=bar, next=following)
+            self.log(
+                "gate", passed=self.stage, figure=f"{kind} {name}", reached=reached, bar=bar, next=following
+            )
             self.stage = following
 
     def log(self, event: str, **values: object) -> None:
         """One JSON line to the terminal and to the run's log."""
         line = {
-            "time": time.strftime("%H:%M:%S"), "step": self.step, "tokens": self.tokens, "learnt": self.learnt,
-            "stage": self.stage, "seconds": round(self.seconds), "event": event, **values,
+            "time": time.strftime("%H:%M:%S"), "step": self.step, "tokens": self.tokens,
+            "learnt": self.learnt, "stage": self.stage, "seconds": round(self.seconds),
+            "event": event, **values,
         }  # fmt: skip
-        text = json.dumps(line, default=lambda v: round(v, 4))
+        text = json.dumps(line)
         print(text, flush=True)
         self.args.state.parent.mkdir(parents=True, exist_ok=True)
         with self.args.state.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
@@ -182,11 +206,19 @@ def main() -> None:
     parser.add_argument("--published-vocab", type=Path, help="tiktoken.model of moonshotai/Kimi-K2-Thinking")
     parser.add_argument("--out", type=Path, default=Path("k2hybrid/mini"))
     parser.add_argument("--state", type=Path, default=Path(".cache/mini/state.pt"))
+    parser.add_argument(
+        "--start-from", type=Path, metavar="DIR",
+        help="begin with the weights of an exported checkpoint, and with the full mix",
+    )  # fmt: skip
     parser.add_argument("--tokens", type=float, default=18e6, help="tokens to train on, padding included")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop earlier after so many, to be resumed")
+    parser.add_argument(
+        "--minutes", type=float, default=1e9, help="stop earlier after so many, to be resumed"
+    )
     parser.add_argument("--batch", type=int, default=4096, help="tokens in a step")
     parser.add_argument("--lr", type=float, default=5e-3)
-    parser.add_argument("--probe-every", type=int, default=200, help="steps between two looks at the dev side")
+    parser.add_argument(
+        "--probe-every", type=int, default=200, help="steps between two looks at the dev side"
+    )
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -198,7 +230,7 @@ def main() -> None:
         return
     if args.command == "export":
         n_vocab = vocab.load_encoding(args.out / "tiktoken.model").n_vocab
-        state = torch.load(args.state, weights_only=False)["model"]
+        state = torch.load(args.state, weights_only=False)["average"]
         export.export(state, MiniConfig(vocab_size=n_vocab), args.out)
         return
     trainer = Trainer(args)

@@ -30,10 +30,21 @@ class Author:
         self._bare = frames_of(side, frames.BARE_QUERIES)
         self._talk: dict[str, tuple[str, ...]] = {
             name.lower(): frames_of(side, getattr(frames, name))
-            for name in ("GREETINGS", "WHO", "THANKS", "BYES", "BEYOND", "ECHOES", "SUMS", "FACTS", "ABOUT_FACTS", "INTROS")
+            for name in (
+                "GREETINGS",
+                "WHO",
+                "THANKS",
+                "BYES",
+                "BEYOND",
+                "ECHOES",
+                "SUMS",
+                "FACTS",
+                "ABOUT_FACTS",
+                "INTROS",
+            )
         }
 
-    # ---- what a conversation stands on --------------------------------------------------------------------------
+    # ---- what a conversation stands on ---------------------------------------------------------------------
 
     def toolset(self, rng: random.Random, count: int | None = None) -> Toolset:
         """One to eight tools (or `count`)."""
@@ -57,26 +68,49 @@ class Author:
         persona = f"You are {self.lexicon.person(rng)}, an AI assistant created by {maker}."
         if draw < 0.92:
             return persona
-        rule = rng.choice(["Use the tools.", "Be brief.", "Answer in one sentence.", "Today is {d}.", "The user is {n}.", "You help with {w}."])
-        return f"{persona} {rule}".replace("{d}", self.lexicon.date(rng)).replace("{n}", self.lexicon.person(rng)).replace("{w}", self.lexicon.word(rng))
+        rule = rng.choice(
+            [
+                "Use the tools.",
+                "Be brief.",
+                "Answer in one sentence.",
+                "Today is {d}.",
+                "The user is {n}.",
+                "You help with {w}.",
+            ]
+        )
+        return (
+            f"{persona} {rule}".replace("{d}", self.lexicon.date(rng))
+            .replace("{n}", self.lexicon.person(rng))
+            .replace("{w}", self.lexicon.word(rng))
+        )
 
-    # ---- conversations with tools -------------------------------------------------------------------------------
+    # ---- conversations with tools --------------------------------------------------------------------------
 
     def with_tools(
-        self, rng: random.Random, toolset: Toolset, system: str | None, kind: str | None = None, *, history_share: float = 0.18
+        self,
+        rng: random.Random,
+        toolset: Toolset,
+        system: str | None,
+        kind: str | None = None,
+        *,
+        history_share: float = 0.18,
     ) -> Conversation:
-        """A conversation over `toolset` whose last turn is of `kind` (none, one, parallel, sequential; or any)."""
+        """A conversation over `toolset` whose last turn is of `kind`; any kind where it is None."""
         history: list[Turn] = []
         last: Request | None = None
         if rng.random() < history_share:
             for _ in range(rng.choice([1, 1, 2])):
-                turn, last, _ = self._any_turn(rng, toolset, system, rng.choice(["one", "one", "none", "parallel"]))
+                turn, last, _ = self._any_turn(
+                    rng, toolset, system, rng.choice(["one", "one", "none", "parallel"])
+                )
                 history.append(turn)
         if last is not None and kind in (None, "one") and rng.random() < 0.4:
             following = self._requests.follow_up(rng, last)
             if following is not None:
                 turn = self._call_turn(rng, following.text, [following])
-                return Conversation((*history, turn), toolset.declarations, system, following.types, "follow-up")
+                return Conversation(
+                    (*history, turn), toolset.declarations, system, following.types, "follow-up"
+                )
         chained = 18 if toolset.chain else 0
         drawn = kind or rng.choices(["one", "parallel", "sequential", "none"], [38, 15, chained, 90])[0]
         turn, _, types = self._any_turn(rng, toolset, system, drawn)
@@ -114,14 +148,17 @@ class Author:
         return rng.choice(self._both).format(a=a, b=b), [first, second]
 
     def _call_turn(self, rng: random.Random, text: str, requests: list[Request]) -> Turn:
-        calls, sentences, told = [], [], []
+        calls: list[Call] = []
+        sentences: list[str] = []
+        told: list[str] = []
         for request in requests:
             result, sentence, values = self._result(rng, request.tool.want, request.about)
             calls.append(Call(request.tool.name, request.arguments, result))
             sentences.append(sentence)
             told += values
         think = " ".join(_plan(r.tool, r.about) for r in requests)
-        return Turn(text, " ".join(sentences), "I have the result." if len(calls) == 1 else "I have the results.",
+        think_last = "I have the result." if len(calls) == 1 else "I have the results."
+        return Turn(text, " ".join(sentences), think_last,
                     (Step(think, tuple(calls)),), tuple(told))  # fmt: skip
 
     def _chain_turn(self, rng: random.Random, chain: tuple[Tool, Tool]) -> Turn:
@@ -136,7 +173,10 @@ class Author:
         if rng.random() < 0.2:
             found[rng.choice(frames.ATTRIBUTES)] = self.lexicon.value(rng)
         steps = [
-            Step(f"{_plan(first, str(value))} Then {second.want}.", (Call(first.name, {source.name: value}, json.dumps(found, ensure_ascii=False)),)),
+            Step(
+                f"{_plan(first, str(value))} Then {second.want}.",
+                (Call(first.name, {source.name: value}, json.dumps(found, ensure_ascii=False)),),
+            ),
         ]  # fmt: skip
         result, sentence, told = self._result(rng, second.want, str(key))
         steps.append(Step(_plan(second, str(key)), (Call(second.name, {link.name: key}, result),)))
@@ -147,25 +187,42 @@ class Author:
         about = f" for {about}" if about else ""
         draw = rng.random()
         if draw < 0.07:
-            problem = rng.choice(["not found", "timeout", f"unknown {self.lexicon.word(rng)}", self.lexicon.phrase(rng)])
-            return json.dumps({"error": problem}, ensure_ascii=False), f"The tool failed: {problem}.", (problem,)
+            problem = rng.choice(
+                ["not found", "timeout", f"unknown {self.lexicon.word(rng)}", self.lexicon.phrase(rng)]
+            )
+            return (
+                json.dumps({"error": problem}, ensure_ascii=False),
+                f"The tool failed: {problem}.",
+                (problem,),
+            )
         if draw < 0.17:
             text = str(self.lexicon.value(rng))
             return text, f"The result{about} is {text}.", (text,)
-        key = want if draw < 0.45 else rng.choice(["result", "status", "value", *frames.ATTRIBUTES, self.lexicon.word(rng)])
+        key = (
+            want
+            if draw < 0.45
+            else rng.choice(["result", "status", "value", *frames.ATTRIBUTES, self.lexicon.word(rng)])
+        )
         readings: dict[str, object] = {key.replace(" ", "_"): self._reading(rng)}
         if draw > 0.72:
             for _ in range(rng.choice([1, 1, 2])):
-                readings.setdefault(rng.choice(["id", "unit", *frames.ATTRIBUTES, self.lexicon.word(rng)]), self._reading(rng))
+                readings.setdefault(
+                    rng.choice(["id", "unit", *frames.ATTRIBUTES, self.lexicon.word(rng)]), self._reading(rng)
+                )
         told = " and ".join(
-            f"the {k.replace('_', ' ')}{about if i == 0 else ''} is {v}" for i, (k, v) in enumerate(readings.items())
+            f"the {k.replace('_', ' ')}{about if i == 0 else ''} is {v}"
+            for i, (k, v) in enumerate(readings.items())
         )
         separators = (", ", ": ") if rng.random() < 0.8 else (",", ":")
         text = json.dumps(readings, ensure_ascii=False, separators=separators)
         return text, told[0].upper() + told[1:] + ".", tuple(str(v) for v in readings.values())
 
     def _reading(self, rng: random.Random) -> str | int | float:
-        return rng.choice(["Sunny", "ok", "sent", "done", "Cloudy", "created"]) if rng.random() < 0.08 else self.lexicon.value(rng)
+        return (
+            rng.choice(["Sunny", "ok", "sent", "done", "Cloudy", "created"])
+            if rng.random() < 0.08
+            else self.lexicon.value(rng)
+        )
 
     def _idle_turn(self, rng: random.Random, toolset: Toolset, system: str | None) -> Turn:
         """Tools are there and not needed, or none of them serves, or what they need was not said."""
@@ -180,15 +237,25 @@ class Author:
                 missing = needed[0].spoken
                 text = rng.choice(self._bare).format(t=tool.want)
                 return Turn(text, f"Please tell me the {missing}.", f"The {missing} is missing.")
-        kind = rng.choices(["greeting", "who", "thanks", "beyond", "sum", "facts", "decimals", "echo"], [14, 14, 8, 12, 12, 20, 14, 6])[0]
+        kind = rng.choices(
+            ["greeting", "who", "thanks", "beyond", "sum", "facts", "decimals", "echo"],
+            [14, 14, 8, 12, 12, 20, 14, 6],
+        )[0]
         turn = self.talk_turn(rng, kind, system)
-        return replace(turn, think="No tool fits.", answer="I have no tool for that.") if kind == "beyond" else turn
+        return (
+            replace(turn, think="No tool fits.", answer="I have no tool for that.")
+            if kind == "beyond"
+            else turn
+        )
 
-    # ---- talk ---------------------------------------------------------------------------------------------------
+    # ---- talk ----------------------------------------------------------------------------------------------
 
     def talk(self, rng: random.Random, system: str | None, kind: str | None = None) -> Conversation:
         """A conversation without tools."""
-        kinds, weights = ("greeting", "who", "thanks", "beyond", "sum", "facts", "decimals", "echo"), (8, 10, 3, 7, 14, 20, 32, 6)
+        kinds, weights = (
+            ("greeting", "who", "thanks", "beyond", "sum", "facts", "decimals", "echo"),
+            (8, 10, 3, 7, 14, 20, 32, 6),
+        )
         drawn = kind or rng.choices(kinds, weights)[0]
         history = []
         if rng.random() < 0.12:
@@ -198,7 +265,8 @@ class Author:
     def talk_turn(self, rng: random.Random, kind: str, system: str | None) -> Turn:
         """One turn of a kind of talk."""
         made: dict[str, Callable[[], Turn]] = {
-            "greeting": lambda: Turn(self._say(rng, "greetings"), "Hello! How can I help you today?", "A greeting."),
+            "greeting": lambda: Turn(
+                self._say(rng, "greetings"), "Hello! How can I help you today?", "A greeting."),
             "who": lambda: Turn(self._say(rng, "who"), _who(system), "I say who I am."),
             "thanks": lambda: Turn(self._say(rng, "thanks"), "You are welcome!", "They thank me.")
             if rng.random() < 0.7 else Turn(self._say(rng, "byes"), "Goodbye!", "They leave."),
@@ -226,7 +294,9 @@ class Author:
     def _facts(self, rng: random.Random) -> Turn:
         """Some facts in the prompt and a question on one of them."""
         holders = list(dict.fromkeys(self.lexicon.person(rng) for _ in range(rng.randint(1, 4))))
-        nouns = [self.lexicon.noun(rng) if rng.random() < 0.6 else rng.choice(frames.ATTRIBUTES) for _ in range(2)]
+        nouns = [
+            self.lexicon.noun(rng) if rng.random() < 0.6 else rng.choice(frames.ATTRIBUTES) for _ in range(2)
+        ]
         frame = rng.choice(self._talk["facts"])
         facts = [(x, rng.choice(nouns), str(self.lexicon.value(rng))) for x in holders]
         x, n, y = rng.choice(facts)

@@ -1,8 +1,8 @@
 """Conversations as values: what the built-in model is taught and what it is asked.
 
 A conversation is a list of finished turns and a last one. Of the last turn everything the assistant says is
-known, so the same value serves as a lesson (all of it is rendered) and as a question (it is played turn by turn
-against a server, which must say the same calls and use the same results).
+known, so the same value serves as a lesson (all of it is rendered) and as a question (it is played turn by
+turn against a server, which must say the same calls and use the same results).
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Turn:
-    """What the user says, the steps of calls that follow (none, one, or several in sequence), and the answer."""
+    """What the user says, the steps of calls that follow (none, one, or more in sequence), and the answer."""
 
     user: str
     answer: str
@@ -66,7 +66,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns under a system prompt (None: the template's default) and a declaration of tools (OpenAI's form)."""
+    """Turns under a system prompt (None: the template's default) and declared tools (in OpenAI's form)."""
 
     turns: tuple[Turn, ...]
     tools: tuple[dict[str, Any], ...] = ()

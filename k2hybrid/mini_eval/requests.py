@@ -45,7 +45,7 @@ class Requests:
         return self._request(rng, tool, rng.choice(tool.frames))
 
     def several(self, rng: random.Random, tool: Tool, count: int) -> tuple[str, list[Request]] | None:
-        """One sentence that asks the same for several values; None where `tool` has no single scalar to vary."""
+        """One sentence that asks the same for several values; None where `tool` has no one scalar to vary."""
         needed = [p for p in tool.parameters if p.required]
         if len(needed) != 1 or needed[0].kind not in ("place", "person", "word", "name", "code", "int"):
             return None
@@ -57,7 +57,9 @@ class Requests:
                 values.append(value)
         listed = rng.choice(self._several).format(l=", ".join(map(str, values[:-1])), z=values[-1])
         frame = rng.choice(tool.frames)
-        text = self._polish(rng, frame.replace("{" + parameter.role + "}", listed), starts_with=str(values[0]))
+        text = self._polish(
+            rng, frame.replace("{" + parameter.role + "}", listed), starts_with=str(values[0])
+        )
         return text, [
             Request(tool, {parameter.name: v}, text, str(v), frozenset({parameter.json_type})) for v in values
         ]
@@ -73,7 +75,7 @@ class Requests:
         text = rng.choice(frames_of(self._lexicon.side, frames.FOLLOW_UPS)).format(v=value)
         return Request(last.tool, {parameter.name: value}, text, str(value), frozenset({parameter.json_type}))
 
-    # ---- the parts of a sentence --------------------------------------------------------------------------------
+    # ---- the parts of a sentence ---------------------------------------------------------------------------
 
     def _request(self, rng: random.Random, tool: Tool, frame: str) -> Request:
         roles = re.findall(r"{([^{}]+)}", frame)
@@ -93,7 +95,11 @@ class Requests:
             text = self._attach(rng, text, mentions, end)
         else:
             text += end
-        scalars = [p.name for p in [*in_frame, *further] if p.kind != "bool" and isinstance(values[p.name], str | int | float)]
+        scalars = [
+            p.name
+            for p in [*in_frame, *further]
+            if p.kind != "bool" and isinstance(values[p.name], str | int | float)
+        ]
         about = str(values[scalars[0]]) if scalars else ""
         # In the order of the declaration, which the template sorts by name.
         arguments = {name: values[name] for name in sorted(values)}
@@ -107,11 +113,36 @@ class Requests:
         for mention in mentions[1:]:
             listed += rng.choice(frames.JOINS[:3]) + mention
         if draw < 0.62:
-            bare = mentions[0].split()[0] in ("with", "in", "for", "on", "at", "to", "as", "by", "using", "without", "from", "of", "into")
-            return text + (" " if bare and rng.random() < 0.7 else rng.choice([", ", ", ", " ", ". ", "; "])) + listed + end
+            bare = mentions[0].split()[0] in (
+                "with",
+                "in",
+                "for",
+                "on",
+                "at",
+                "to",
+                "as",
+                "by",
+                "using",
+                "without",
+                "from",
+                "of",
+                "into",
+            )
+            return (
+                text
+                + (" " if bare and rng.random() < 0.7 else rng.choice([", ", ", ", " ", ". ", "; "]))
+                + listed
+                + end
+            )
         if draw < 0.85:
-            return f"{text}{end or '.'} {listed[0].upper() + listed[1:] if rng.random() < 0.6 else listed}{rng.choice(['.', '', '.'])}"
-        return f"{listed[0].upper() + listed[1:] if rng.random() < 0.5 else listed}: {text}{end}" if draw < 0.93 else f"{text} ({listed}){end}"
+            if rng.random() < 0.6:
+                listed = listed[0].upper() + listed[1:]
+            return f"{text}{end or '.'} {listed}{rng.choice(['.', '', '.'])}"
+        return (
+            f"{listed[0].upper() + listed[1:] if rng.random() < 0.5 else listed}: {text}{end}"
+            if draw < 0.93
+            else f"{text} ({listed}){end}"
+        )
 
     def _polish(self, rng: random.Random, text: str, starts_with: str) -> str:
         if rng.random() < 0.12 and self._heads:
@@ -130,11 +161,16 @@ class Requests:
             return rng.choice(parameter.choices)
         if kind == "words":
             draw = self._lexicon.person if rng.random() < 0.25 else self._lexicon.word
-            return list(dict.fromkeys(draw(rng) for _ in range(rng.choices([1, 2, 3, 4], [10, 40, 38, 12])[0])))
+            return list(
+                dict.fromkeys(draw(rng) for _ in range(rng.choices([1, 2, 3, 4], [10, 40, 38, 12])[0]))
+            )
         if kind == "ints":
             return [self._lexicon.integer(rng) for _ in range(rng.randint(2, 4))]
         if kind == "object":
-            return {f.name: self._lexicon.draw(rng, f.kind) for f in sorted(parameter.fields, key=lambda f: f.name)}
+            return {
+                f.name: self._lexicon.draw(rng, f.kind)
+                for f in sorted(parameter.fields, key=lambda f: f.name)
+            }
         return self._lexicon.draw(rng, kind)
 
     def _spoken(self, rng: random.Random, parameter: Parameter, value: Any, *, at_end: bool) -> str:
@@ -159,7 +195,17 @@ class Requests:
         if parameter.kind == "bool":
             return rng.choice(self._yes if value else self._no).format(p=name)
         if parameter.kind == "object":
-            opening = rng.choice(["{p} {v}", "with {p} {v}", "{p}: {v}", "the {p} is {v}", "{p} ({v})", "{p} with {v}", "use {p} {v}"])
+            opening = rng.choice(
+                [
+                    "{p} {v}",
+                    "with {p} {v}",
+                    "{p}: {v}",
+                    "the {p} is {v}",
+                    "{p} ({v})",
+                    "{p} with {v}",
+                    "use {p} {v}",
+                ]
+            )
             return opening.format(p=name, v=self._fields(rng, parameter, value))
         natural = parameter.mentions and rng.random() < 0.65
         pattern = rng.choice(parameter.mentions if natural else self._mentions)
@@ -168,9 +214,20 @@ class Requests:
 
     def _fields(self, rng: random.Random, parameter: Parameter, value: dict[str, Any]) -> str:
         pattern, join = rng.choice(
-            [("{k} {v}", ", "), ("{k} {v}", " and "), ("{k}: {v}", ", "), ("{k}={v}", " "), ("{k} {v}", ", "), ("{k}={v}", ", ")]
+            [
+                ("{k} {v}", ", "),
+                ("{k} {v}", " and "),
+                ("{k}: {v}", ", "),
+                ("{k}={v}", " "),
+                ("{k} {v}", ", "),
+                ("{k}={v}", ", "),
+            ]
         )
         order = list(parameter.fields)
         rng.shuffle(order)
         parts = [pattern.format(k=f.name, v=value[f.name]) for f in order]
-        return join.join(parts) if join != " and " or len(parts) == 2 else ", ".join(parts[:-1]) + " and " + parts[-1]
+        return (
+            join.join(parts)
+            if join != " and " or len(parts) == 2
+            else ", ".join(parts[:-1]) + " and " + parts[-1]
+        )

@@ -18,7 +18,20 @@ _TYPES = {
     "int": "integer", "decimal": "number", "bool": "boolean", "words": "array", "ints": "array",
     "object": "object",
 }  # fmt: skip
-_RANDOM_KINDS = ("word", "name", "code", "int", "decimal", "bool", "enum", "words", "ints", "object", "place", "date")
+_RANDOM_KINDS = (
+    "word",
+    "name",
+    "code",
+    "int",
+    "decimal",
+    "bool",
+    "enum",
+    "words",
+    "ints",
+    "object",
+    "place",
+    "date",
+)
 _RANDOM_WEIGHTS = (18, 12, 8, 12, 6, 10, 12, 9, 3, 8, 4, 3)
 # Tools whose requests nobody could tell apart.
 _CONFUSABLE = ({"weather", "forecast"}, {"search", "products"}, {"definition", "user"}, {"news", "search"})
@@ -26,7 +39,7 @@ _CONFUSABLE = ({"weather", "forecast"}, {"search", "products"}, {"definition", "
 
 @dataclass(frozen=True)
 class Parameter:
-    """One property of a tool. `mentions` are natural phrases with a slot {v}; without them its name is said."""
+    """One property of a tool. `mentions` are natural phrases with a slot {v}; without, its name is said."""
 
     name: str
     about: str
@@ -108,7 +121,7 @@ class Toolbox:
         self._bare = frames_of(side, frames.BARE_QUERIES)
         self._actions = frames_of(side, frames.ACTIONS)
 
-    # ---- sets ---------------------------------------------------------------------------------------------------
+    # ---- sets ----------------------------------------------------------------------------------------------
 
     def toolset(self, rng: random.Random, count: int) -> Toolset:
         """`count` tools, near-duplicates among them in half of the sets."""
@@ -139,7 +152,11 @@ class Toolbox:
         while True:
             tool = self.tool(rng)
             words = set(spoken_name(tool.want).split()) | set(re.split(r"\W|_", tool.name.lower()))
-            known = {w for t in toolset.tools for w in [*spoken_name(t.want).split(), *re.split(r"\W|_", t.name.lower())]}
+            known = {
+                w
+                for t in toolset.tools
+                for w in [*spoken_name(t.want).split(), *re.split(r"\W|_", t.name.lower())]
+            }
             if not (words - {"get", "create", "find", "set", ""}) & known and not any(
                 self._clash(tool, other) for other in toolset.tools
             ):
@@ -151,7 +168,7 @@ class Toolbox:
             return True
         return any({one.want, other.want} <= group for group in _CONFUSABLE)
 
-    # ---- everyday tools -----------------------------------------------------------------------------------------
+    # ---- everyday tools ------------------------------------------------------------------------------------
 
     def _of_domain(self, rng: random.Random, domain: Domain) -> Tool:
         needed: list[Parameter] = []
@@ -162,15 +179,21 @@ class Toolbox:
                 parameter = self._play(rng, role, required=True)
             taken.add(parameter.name)
             needed.append(parameter)
-        for role in rng.sample(domain.may, k=min(len(domain.may), rng.choices([0, 1, 2, 3], [35, 30, 22, 13])[0])):
+        for role in rng.sample(
+            domain.may, k=min(len(domain.may), rng.choices([0, 1, 2, 3], [35, 30, 22, 13])[0])
+        ):
             parameter = self._play(rng, role, required=rng.random() < 0.2)
             if parameter.name not in taken:
                 taken.add(parameter.name)
                 needed.append(parameter)
         name = rng.choice(domain.names)
         if rng.random() < 0.05:  # a name that says nothing: the description decides
-            name = rng.choice([self._lexicon.made_up(rng), f"tool_{rng.randint(1, 40)}", f"fn{rng.randint(1, 99)}"])
-        return self._declare(rng, domain.want, name, rng.choice(domain.descriptions), needed, self._frames[id(domain)])
+            name = rng.choice(
+                [self._lexicon.made_up(rng), f"tool_{rng.randint(1, 40)}", f"fn{rng.randint(1, 99)}"]
+            )
+        return self._declare(
+            rng, domain.want, name, rng.choice(domain.descriptions), needed, self._frames[id(domain)]
+        )
 
     def _play(self, rng: random.Random, role_name: str, *, required: bool) -> Parameter:
         role = ROLES[role_name]
@@ -181,13 +204,17 @@ class Toolbox:
         fields = self._fields(rng) if role.kind == "object" else ()
         return Parameter(name, about, role.kind, role_name, required, role.mentions, choices, fields)
 
-    # ---- tools of random words ----------------------------------------------------------------------------------
+    # ---- tools of random words -----------------------------------------------------------------------------
 
     def _random_query(self, rng: random.Random, noun: str | None = None) -> Tool:
         """Something of something: `get_river_color(name)`."""
         draw = rng.random()
         first = noun or self._lexicon.word(rng)
-        topic = [first] if draw < 0.4 and noun is None else [first, rng.choice([self._lexicon.word(rng), *frames.ATTRIBUTES])]
+        topic = (
+            [first]
+            if draw < 0.4 and noun is None
+            else [first, rng.choice([self._lexicon.word(rng), *frames.ATTRIBUTES])]
+        )
         want = " ".join(topic)
         verb = rng.choice(frames.GET_VERBS)
         words = topic if rng.random() < 0.15 else [verb, *topic]
@@ -205,10 +232,14 @@ class Toolbox:
         verb = rng.choice(frames.ACTION_VERBS)
         want = f"{verb} {topic}"
         main = self._random_main(rng)
-        filled = tuple(p.replace("{d}", verb).replace("{t}", topic).replace("{v}", "{main}") for p in self._actions)
+        filled = tuple(
+            p.replace("{d}", verb).replace("{t}", topic).replace("{v}", "{main}") for p in self._actions
+        )
         description = self._describe(rng, self._action_descriptions, topic, main).replace("{d}", verb)
         description = description[0].upper() + description[1:]
-        return self._declare(rng, want, _join_name(rng, [verb, topic]), description, [main], filled, extras=True)
+        return self._declare(
+            rng, want, _join_name(rng, [verb, topic]), description, [main], filled, extras=True
+        )
 
     def _sibling(self, rng: random.Random, tool: Tool) -> Tool | None:
         """A near-duplicate: another attribute or another verb of the same thing."""
@@ -227,7 +258,9 @@ class Toolbox:
         main = self._random_main(rng, kinds=("person", "name", "place", "word"))
         name = _join_name(rng, [rng.choice(frames.GET_VERBS), *link.split()])
         filled = tuple(p.replace("{t}", link).replace("{v}", "{main}") for p in self._queries)
-        first = self._declare(rng, link, name, self._describe(rng, self._descriptions, link, main), [main], filled)
+        first = self._declare(
+            rng, link, name, self._describe(rng, self._descriptions, link, main), [main], filled
+        )
         while True:
             want = rng.choice([self._lexicon.word(rng), *frames.ATTRIBUTES])
             if want != link:
@@ -244,7 +277,14 @@ class Toolbox:
         self, rng: random.Random, kinds: Sequence[str] = ("name", "place", "person", "word", "code", "int")
     ) -> Parameter:
         kind = rng.choice(kinds)
-        roles = {"name": "item", "place": "place", "person": "person", "word": "topic", "code": "id", "int": "number_id"}
+        roles = {
+            "name": "item",
+            "place": "place",
+            "person": "person",
+            "word": "topic",
+            "code": "id",
+            "int": "number_id",
+        }
         name, about = rng.choice(ROLES[roles[kind]].names)
         if rng.random() < 0.3:
             name = self._lexicon.word(rng)
@@ -254,13 +294,23 @@ class Toolbox:
     def _random_parameter(self, rng: random.Random, *, required: bool) -> Parameter:
         kind = rng.choices(_RANDOM_KINDS, _RANDOM_WEIGHTS)[0]
         words = [self._lexicon.word(rng) for _ in range(rng.choice([1, 1, 1, 2]))]
-        name = "_".join(words) if rng.random() < 0.85 else words[0] + "".join(w.capitalize() for w in words[1:])
+        name = (
+            "_".join(words) if rng.random() < 0.85 else words[0] + "".join(w.capitalize() for w in words[1:])
+        )
         spoken = spoken_name(name)
         if kind == "bool":
-            about = rng.choice([f"Whether to use {spoken}", f"Use {spoken}", f"If {spoken} is on", f"Turn {spoken} on"])
+            about = rng.choice(
+                [f"Whether to use {spoken}", f"Use {spoken}", f"If {spoken} is on", f"Turn {spoken} on"]
+            )
         else:
-            about = rng.choice([f"The {spoken}", f"{spoken.capitalize()} to use", spoken.capitalize(), f"Value of {spoken}"])
-        choices = tuple(dict.fromkeys(self._lexicon.word(rng) for _ in range(rng.randint(2, 4)))) if kind == "enum" else ()
+            about = rng.choice(
+                [f"The {spoken}", f"{spoken.capitalize()} to use", spoken.capitalize(), f"Value of {spoken}"]
+            )
+        choices = (
+            tuple(dict.fromkeys(self._lexicon.word(rng) for _ in range(rng.randint(2, 4))))
+            if kind == "enum"
+            else ()
+        )
         fields = self._fields(rng) if kind == "object" else ()
         return Parameter(name, about, kind, f"extra {name}", required, (), choices, fields)
 
@@ -273,7 +323,7 @@ class Toolbox:
             fields[name] = Parameter(name, f"The {name}", kind, f"field {name}")
         return tuple(fields.values())
 
-    # ---- declarations -------------------------------------------------------------------------------------------
+    # ---- declarations --------------------------------------------------------------------------------------
 
     @staticmethod
     def _describe(rng: random.Random, patterns: Sequence[str], topic: str, main: Parameter | None) -> str:

@@ -118,7 +118,9 @@ def test_avx2_has_the_bits_of_plain_cpp(hidden: int, inter: int) -> None:
     made = Fixture(hidden, inter)
     x, ids, weights = made.rows(9)
     outs = [
-        Dispatcher(made.store, Machine(1, isa), max_rows=9, top_k=TOP_K).submit(LAYER, x, ids, weights).collect()
+        Dispatcher(made.store, Machine(1, isa), max_rows=9, top_k=TOP_K)
+        .submit(LAYER, x, ids, weights)
+        .collect()
         for isa in ("avx2", "scalar")
     ]
     assert torch.equal(*outs)

@@ -130,7 +130,9 @@ def messages_of(conversation: Conversation) -> list[dict[str, Any]]:
                 made += 1
                 function = {"name": call.name, "arguments": call.arguments_json}
                 calls.append({"id": call_id, "type": "function", "function": function})
-                results.append({"role": "tool", "tool_call_id": call_id, "name": call.name, "content": call.result})
+                results.append(
+                    {"role": "tool", "tool_call_id": call_id, "name": call.name, "content": call.result}
+                )
             said = {"role": "assistant", "content": "", "reasoning_content": step.think, "tool_calls": calls}
             messages += [said, *results]
         messages.append({"role": "assistant", "content": turn.answer, "reasoning_content": turn.think})

@@ -1,6 +1,6 @@
 """Draws a training run's log: losses, held-out figures, gates and the learning rate's fall.
 
-    python -m tools.mini.curves .cache/mini/state.jsonl k2hybrid/mini/curves.svg
+python -m tools.mini.curves .cache/mini/state.jsonl k2hybrid/mini/curves.svg
 """
 
 from __future__ import annotations
@@ -10,15 +10,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-matplotlib.rcParams["svg.hashsalt"] = "k2hybrid"  # the same log gives the same bytes
-
+import matplotlib as mpl
 import matplotlib.pyplot as plt
 
 _LABELS = {
-    "repeat": "repeats: tokens", "look_up": "look-ups: whole", "first_tool": "one tool: calls", "tools": "0–8 tools: calls",
+    "repeat": "repeats: tokens", "look_up": "look-ups: whole", "first_tool": "one tool: calls",
+    "tools": "1–8 tools: calls",
     "talk": "talk: whole answers",
 }  # fmt: skip
 _FIGURE = {"repeat": "tokens", "look_up": "whole", "first_tool": "calls", "tools": "calls", "talk": "whole"}
@@ -34,7 +31,9 @@ def draw(lines: list[dict[str, Any]], out: Path) -> None:
     upper.set_yscale("log")
     upper.set_ylabel("training loss, nats a learnt token")
     for kind, label in _LABELS.items():
-        lower.plot(_millions(dev), [100 * line[kind][_FIGURE[kind]] for line in dev], label=label, linewidth=1.4)
+        lower.plot(
+            _millions(dev), [100 * line[kind][_FIGURE[kind]] for line in dev], label=label, linewidth=1.4
+        )
     lower.set_ylabel("right under greedy decoding, % (dev side)")
     lower.set_xlabel("million tokens")
     lower.set_ylim(0, 101)
@@ -45,6 +44,7 @@ def draw(lines: list[dict[str, Any]], out: Path) -> None:
             axes.axvline(gate["tokens"] / 1e6, color="tab:red", linestyle=":", linewidth=1)
         upper.annotate(f"gate: {gate['passed']}", (gate["tokens"] / 1e6, upper.get_ylim()[1]), rotation=90,
                        va="top", ha="right", fontsize=8, color="tab:red")  # fmt: skip
+    mpl.rcParams["svg.hashsalt"] = "k2hybrid"  # the same log gives the same bytes
     figure.savefig(out, metadata={"Date": None})
 
 
@@ -53,7 +53,9 @@ def _millions(lines: list[dict[str, Any]]) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("log", type=Path)
     parser.add_argument("out", type=Path)
     args = parser.parse_args()

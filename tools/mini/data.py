@@ -28,7 +28,9 @@ _BRANCHES = 6
 class Lessons:
     """Draws lessons of one side of the split from a seeded generator."""
 
-    def __init__(self, encoding: tiktoken.Encoding, words: list[str], seed: int, side: Side = "train") -> None:
+    def __init__(
+        self, encoding: tiktoken.Encoding, words: list[str], seed: int, side: Side = "train"
+    ) -> None:
         self.encoding = encoding
         self.lexicon = Lexicon(words, side)
         self.author = Author(self.lexicon)
@@ -51,7 +53,9 @@ class Lessons:
                 return Lesson([], [self._look_up() for _ in range(2)])
             case "first_tool":
                 toolset = Toolset((self.author.first_tool(rng),))
-                made = [self.author.with_tools(rng, toolset, None, "one", history_share=0.0) for _ in range(4)]
+                made = [
+                    self.author.with_tools(rng, toolset, None, "one", history_share=0.0) for _ in range(4)
+                ]
                 return self._encode(made)
             case "tools":
                 toolset, system = self.author.toolset(rng), self.author.system(rng)
@@ -62,7 +66,9 @@ class Lessons:
         raise ValueError(f"unknown kind of lesson {kind}")
 
     def _encode(self, conversations: list[Conversation]) -> Lesson:
-        return Lesson(encode_head(conversations[0], self.encoding), [encode(c, self.encoding) for c in conversations])
+        return Lesson(
+            encode_head(conversations[0], self.encoding), [encode(c, self.encoding) for c in conversations]
+        )
 
     def _repeat(self) -> Example:
         """A random sequence that comes back, at once or at random distances; learnt from its second token."""
@@ -85,7 +91,9 @@ class Lessons:
         pairs = {lexicon.word(rng): str(lexicon.value(rng)) for _ in range(rng.randint(2, 12))}
         mark = rng.choice([": ", "=", " is ", '": "', " -> "])
         end = rng.choice(["\n", ", ", ". ", '", "', ";"])
-        ids: list[int] = self.encoding.encode_ordinary("".join(f"{k}{mark}{v}{end}" for k, v in pairs.items()))
+        ids: list[int] = self.encoding.encode_ordinary(
+            "".join(f"{k}{mark}{v}{end}" for k, v in pairs.items())
+        )
         learn = [False] * len(ids)
         for key in rng.sample(list(pairs), k=min(len(pairs), rng.randint(2, 6))):
             for text, learnt in ((f"{key}{mark}", False), (f"{pairs[key]}{end}", True)):

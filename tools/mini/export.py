@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from k2hybrid.checkpoint import int4
@@ -78,6 +78,14 @@ def trainer_state(tensors: dict[str, Tensor], config: MiniConfig) -> dict[str, T
             [dense(f"{prefix}.{e}.down_proj") for e in experts]
         )
     return state
+
+
+def read(folder: Path, config: MiniConfig) -> dict[str, Tensor]:
+    """The weights of an exported checkpoint as the trainer's own state."""
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(folder.glob("model-*.safetensors")):
+        tensors |= load_file(shard)
+    return trainer_state(tensors, config)
 
 
 def model_config(config: MiniConfig) -> dict[str, Any]:

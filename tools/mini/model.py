@@ -1,10 +1,11 @@
 """The trainer's model: DeepseekV3 as Kimi-K2 configures it, for training on a CPU.
 
-Segments of documents are laid end to end; attention runs segment by segment, a branch over its prefix and itself.
-Matrices are multiplied in `MiniConfig.compute` (bfloat16 with float32 accumulation where the processor multiplies it
-natively, else float32); the residual stream, the router and all master weights are float32. The routed experts pass
-through INT4 fake quantization (groups of 32 along in-features), all other weights through bfloat16, both with a
-straight-through gradient: the forward pass sees what the checkpoint will hold.
+Segments of documents are laid end to end; attention runs segment by segment, a branch over its prefix and
+itself. Matrices are multiplied in `MiniConfig.compute` (bfloat16 with float32 accumulation where the
+processor multiplies it natively, else float32); the residual stream, the router and all master weights are
+float32. The routed experts pass through INT4 fake quantization (groups of 32 along in-features), all other
+weights through bfloat16, both with a straight-through gradient: the forward pass sees what the checkpoint will
+hold.
 """
 
 from __future__ import annotations
@@ -184,7 +185,12 @@ class Attention(nn.Module):
         return q, k, v.transpose(0, 1)
 
     def forward(
-        self, x: Tensor, segments: list[Segment], cos: Tensor, sin: Tensor, masks: dict[tuple[int, int], Tensor]
+        self,
+        x: Tensor,
+        segments: list[Segment],
+        cos: Tensor,
+        sin: Tensor,
+        masks: dict[tuple[int, int], Tensor],
     ) -> Tensor:
         lengths = [segment.length for segment in segments]
         # Splitting once keeps the gradient one concatenation; slices would each bring a full tensor of zeros.
@@ -192,22 +198,24 @@ class Attention(nn.Module):
         outs = []
         for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
             if segment.after is None:
-                seen = F.scaled_dot_product_attention(q[None], k[None], v[None], is_causal=True, scale=self.scale)
+                seen = F.scaled_dot_product_attention(
+                    q[None], k[None], v[None], is_causal=True, scale=self.scale
+                )
             else:
                 k, v = torch.cat((keys[segment.after], k), 1), torch.cat((values[segment.after], v), 1)
                 mask = masks[lengths[segment.after], segment.length]
-                seen = F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=self.scale)
+                seen = F.scaled_dot_product_attention(
+                    q[None], k[None], v[None], attn_mask=mask, scale=self.scale
+                )
             outs.append(seen[0])
         out: Tensor = self.o_proj(torch.cat(outs, 1).transpose(0, 1).flatten(1))
         return out
 
 
 def branch_masks(segments: list[Segment], dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:
-    """(prefix length, branch length) → mask [branch, prefix + branch]: all of the prefix, causal in the branch."""
+    """(prefix length, branch length) → mask [branch, prefix + branch], causal within the branch."""
     shapes = {(segments[s.after].length, s.length) for s in segments if s.after is not None}
-    return {
-        (p, b): torch.full((b, p + b), float("-inf"), dtype=dtype).triu_(p + 1) for p, b in shapes
-    }
+    return {(p, b): torch.full((b, p + b), float("-inf"), dtype=dtype).triu_(p + 1) for p, b in shapes}
 
 
 class SwiGLU(nn.Module):
@@ -233,7 +241,7 @@ class _RoutedExperts(torch.autograd.Function):
         flat = ids.flatten()
         order = flat.argsort(stable=True)
         counts = flat.bincount(minlength=gate_up.shape[0])
-        # In bfloat16 the matrix library compiles a kernel per shape, so groups are padded to multiples of 64 rows.
+        # In bfloat16 the matrix library compiles a kernel per shape, so groups are padded to multiples of 64.
         # Padding repeats token 0 with weight 0.
         step = ROWS if x.dtype == torch.bfloat16 else 1
         padded = (counts + (step - 1)) // step * step

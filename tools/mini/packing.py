@@ -12,11 +12,13 @@ from tools.mini.render import Example
 
 MAX_TOKENS = 2048
 IGNORED = -100
+# In bfloat16 the matrix library compiles a kernel per shape: learnt rows come in multiples of this.
+WANTED_STEP = 256
 
 
 @dataclass
 class Lesson:
-    """Branches that each continue one prefix and do not see each other: the prefix is computed once for all."""
+    """Branches that each continue one prefix, which is computed once for all, and do not see each other."""
 
     prefix: list[int]
     branches: list[Example]
@@ -32,7 +34,7 @@ class Segment:
 
 @dataclass
 class Batch:
-    """Segments end to end; `labels[i]` is the token after position `wanted[i]`."""
+    """Segments end to end; `labels[i]` is the token after position `wanted[i]`, or IGNORED for padding."""
 
     ids: Tensor
     positions: Tensor
@@ -72,11 +74,18 @@ def pack(lessons: list[Lesson], pad_id: int, size: int | None = None) -> Batch:
         segments.append(Segment(missing))
         ids += [pad_id] * missing
         positions += range(missing)
-    return Batch(torch.tensor(ids), torch.tensor(positions), segments, torch.tensor(wanted), torch.tensor(labels))
+    missing = -len(wanted) % WANTED_STEP
+    return Batch(
+        torch.tensor(ids),
+        torch.tensor(positions),
+        segments,
+        torch.tensor(wanted + [0] * missing),
+        torch.tensor(labels + [IGNORED] * missing),
+    )
 
 
 class Packer:
-    """Fills batches first-fit from a small waiting list; what is left of a lesson waits for the next batch."""
+    """Fills batches first-fit from a small waiting list; the rest of a lesson waits for the next batch."""
 
     def __init__(self, draw: Callable[[], Lesson], pad_id: int, size: int) -> None:
         self.draw, self.pad_id, self.size = draw, pad_id, size

@@ -1,6 +1,6 @@
 """What INT4 experts cost: perplexity on held-out lessons with and without their rounding.
 
-    python -m tools.mini.perplexity --published-vocab TIKTOKEN_MODEL --out k2hybrid/mini
+python -m tools.mini.perplexity --published-vocab TIKTOKEN_MODEL --out k2hybrid/mini
 """
 
 from __future__ import annotations
@@ -37,7 +37,9 @@ def perplexity(model: MiniModel, lessons: list[Lesson], pad_id: int, *, quantize
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--published-vocab", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=Path("k2hybrid/mini"))
     parser.add_argument("--state", type=Path, default=Path(".cache/mini/state.pt"))
@@ -46,12 +48,15 @@ def main() -> None:
     args = parser.parse_args()
     encoding = vocab.load_encoding(args.out / "tiktoken.model")
     model = MiniModel(MiniConfig(vocab_size=encoding.n_vocab))
-    model.load_state_dict(torch.load(args.state, weights_only=False)["model"])
+    model.load_state_dict(torch.load(args.state, weights_only=False)["average"])
     model.eval()
     source = Lessons(encoding, published_words(args.published_vocab), args.seed, "test")
     lessons = [source.draw(STAGES["full mix"]) for _ in range(args.lessons)]
     rounded, plain = (perplexity(model, lessons, encoding.n_vocab - 1, quantized=q) for q in (True, False))
-    print(f"perplexity on {args.lessons} lessons of the test side: INT4 {rounded:.4f}, unquantized {plain:.4f}, ratio {rounded / plain:.4f}")
+    print(
+        f"perplexity on {args.lessons} lessons of the test side: "
+        f"INT4 {rounded:.4f}, unquantized {plain:.4f}, ratio {rounded / plain:.4f}"
+    )
 
 
 if __name__ == "__main__":

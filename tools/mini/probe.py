@@ -1,4 +1,7 @@
-"""Teacher-forced figures on held-out lessons: where every likeliest token is right, greedy decoding says exactly that."""
+"""Teacher-forced figures on held-out lessons.
+
+Where every likeliest token is the right one, greedy decoding says exactly what is expected.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ _LESSONS = {"repeat": 48, "look_up": 24, "first_tool": 40, "tools": 16, "talk": 
 
 @dataclass(frozen=True)
 class Figures:
-    """Shares of learnt tokens, of whole branches and of the last branch's tool calls that greedy decoding gets right.
+    """Shares of learnt tokens, whole branches and tool calls that greedy decoding gets right.
 
     `sampled` is the mean probability of a whole branch at temperature 1, `loss` the mean loss of a token.
     """
@@ -65,6 +68,12 @@ def probe(model: MiniModel, lessons: Lessons, pad_id: int) -> dict[str, Figures]
                 loss += float(losses[start : start + n].sum())
                 branches += 1
                 start += n
-        figures[kind] = Figures(sum(hits) / len(hits), whole / branches, calls / max(called, 1), sampled / branches, loss / len(hits))
+        figures[kind] = Figures(
+            sum(hits) / len(hits),
+            whole / branches,
+            calls / max(called, 1),
+            sampled / branches,
+            loss / len(hits),
+        )
     model.train()
     return figures

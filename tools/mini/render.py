@@ -72,7 +72,8 @@ def _turn(turn: Turn, pieces: list[tuple[str, bool]], made: int, *, last: bool, 
         for call in step.calls:
             call_id = f"functions.{call.name}:{made}"
             made += 1
-            calls += f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>{call.arguments_json}<|tool_call_end|>"
+            calls += f"<|tool_call_begin|>{call_id}<|tool_call_argument_begin|>"
+            calls += f"{call.arguments_json}<|tool_call_end|>"
             results += f"<|im_system|>{call.name}<|im_middle|>## Return of {call_id}\n{call.result}<|im_end|>"
         said = f"<|tool_calls_section_begin|>{calls}<|tool_calls_section_end|><|im_end|>"
         pieces.append((said, last))
