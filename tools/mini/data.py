@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import tiktoken
 
 from k2hybrid.mini_eval.author import Author
-from k2hybrid.mini_eval.conversation import Conversation
+from k2hybrid.mini_eval.conversation import Conversation, Turn
 from k2hybrid.mini_eval.split import Side
 from k2hybrid.mini_eval.toolbox import Toolset
 from k2hybrid.mini_eval.words import Lexicon
@@ -20,7 +20,7 @@ from tools.mini.vocab import N_SPECIAL
 STAGES: dict[str, dict[str, float]] = {
     "drills": {"repeat": 0.80, "look_up": 0.12, "first_tool": 0.03, "talk": 0.05},
     "one tool": {"repeat": 0.15, "look_up": 0.25, "first_tool": 0.45, "talk": 0.15},
-    "full mix": {"repeat": 0.17, "look_up": 0.45, "tools": 0.23, "talk": 0.15},
+    "full mix": {"repeat": 0.07, "look_up": 0.12, "declared": 0.12, "tools": 0.30, "talk": 0.11},
 }
 _BRANCHES = 6
 
@@ -60,6 +60,8 @@ class Lessons:
             case "tools":
                 toolset, system = self.author.toolset(rng), self.author.system(rng)
                 return self._encode([self.author.with_tools(rng, toolset, system) for _ in range(_BRANCHES)])
+            case "declared":
+                return self._declared()
             case "talk":
                 system = self.author.system(rng)
                 return self._encode([self.author.talk(rng, system) for _ in range(_BRANCHES)])
@@ -69,6 +71,40 @@ class Lessons:
         return Lesson(
             encode_head(conversations[0], self.encoding), [encode(c, self.encoding) for c in conversations]
         )
+
+    def _declared(self) -> Lesson:
+        """Each declared tool's name after its description, and its parameters after its name.
+
+        What a call must be looked up for, many times a declaration: conversations ask for it once each.
+        """
+        rng = self.rng
+        toolset = self.author.toolset(rng, rng.randint(1, 8))
+        branches: list[Example] = []
+        for made, tool in enumerate(rng.sample(toolset.tools, k=len(toolset.tools))):
+            function = tool.declaration["function"]
+            if "description" in function:
+                asked = f"<think>{function['description'].rstrip('.')}: I call "
+                branches.append(self._pieces([(asked, False), (f"{tool.name}.", True)]))
+            opening = f"<|tool_call_begin|>functions.{tool.name}:{made}<|tool_call_argument_begin|>"
+            pieces = [(opening, False), ("{", True)]
+            for at, name in enumerate(sorted(function["parameters"]["properties"])):
+                schema = function["parameters"]["properties"][name]
+                value = {"integer": "1", "number": "2.5", "boolean": "true", "array": "[", "object": "{"}
+                shown = value.get(schema["type"], '"')
+                pieces.append((f'{", " if at else ""}"{name}": {shown}', True))
+                pieces.append(({"[": "]", "{": "}", '"': f'{self.lexicon.word(rng)}"'}.get(shown, ""), False))
+            branches.append(self._pieces([*pieces, ("}", True)]))
+        head = Conversation((Turn("", ""),), toolset.declarations, self.author.system(rng))
+        return Lesson(encode_head(head, self.encoding), branches)
+
+    def _pieces(self, pieces: list[tuple[str, bool]]) -> Example:
+        ids: list[int] = []
+        learn: list[bool] = []
+        for text, learnt in pieces:
+            piece = self.encoding.encode(text, allowed_special="all")
+            ids += piece
+            learn += [learnt] * len(piece)
+        return Example(ids, learn)
 
     def _repeat(self) -> Example:
         """A random sequence that comes back, at once or at random distances; learnt from its second token."""

@@ -4,8 +4,8 @@ Segments of documents are laid end to end; attention runs segment by segment, a 
 itself. Matrices are multiplied in `MiniConfig.compute` (bfloat16 with float32 accumulation where the
 processor multiplies it natively, else float32); the residual stream, the router and all master weights are
 float32. The routed experts pass through INT4 fake quantization (groups of 32 along in-features), all other
-weights through bfloat16, both with a straight-through gradient: the forward pass sees what the checkpoint will
-hold.
+weights through bfloat16, both with a straight-through gradient: the forward pass sees what the checkpoint
+will hold.
 """
 
 from __future__ import annotations

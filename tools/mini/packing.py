@@ -96,7 +96,9 @@ class Packer:
         room = self.size
         while True:
             while len(self.waiting) < 12:
-                self.waiting.append(_within_limit(self.draw()))
+                # A lesson that no batch can hold would wait for ever.
+                if (drawn := _within_limit(self.draw(), min(MAX_TOKENS, self.size))).branches:
+                    self.waiting.append(drawn)
             fit = next((i for i, lesson in enumerate(self.waiting) if _fitting(lesson, room)), None)
             if fit is None:
                 break
@@ -110,8 +112,8 @@ class Packer:
         return pack(chosen, self.pad_id, self.size)
 
 
-def _within_limit(lesson: Lesson) -> Lesson:
-    room = MAX_TOKENS - len(lesson.prefix)
+def _within_limit(lesson: Lesson, limit: int) -> Lesson:
+    room = limit - len(lesson.prefix)
     return Lesson(lesson.prefix, [b for b in lesson.branches if len(b.ids) <= room])
 
 
