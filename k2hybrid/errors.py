@@ -95,3 +95,14 @@ class EngineError(K2Error):
 
 class ExpertReadError(EngineError):
     """The bytes of an expert could not be read; the requests that needed it end, others go on."""
+
+
+# --- evaluation -----------------------------------------------------------------------------------
+
+
+class EvaluationError(K2Error):
+    """`mini-eval` cannot go on: its server is not there or ended, or its words cannot be used."""
+
+
+class ReplyError(EvaluationError):
+    """One request was refused, or answered with something else than asked; its case counts as wrong."""

@@ -1,4 +1,4 @@
-"""The `k2hybrid` command: serve, chat, bench, synth, inspect, doctor.
+"""The `k2hybrid` command: serve, chat, bench, mini-eval, synth, inspect, doctor.
 
 Each command's code, and what it needs, is imported when that command runs: `--help` answers at once.
 """
@@ -55,8 +55,9 @@ def build_parser() -> Parser:
     add_model_options(chat)
     _add_chat_options(chat)
 
-    # Its options are its own: it parses them itself.
+    # Their options are their own: they parse them themselves.
     command("bench", "measure prefill and decode tokens/s and their share of the memory limit")
+    command("mini-eval", "count how often the built-in model calls tools rightly, through the HTTP API")
 
     synth = command("synth", "write a random checkpoint in the published layout")
     _add_synth_options(synth)
@@ -103,8 +104,8 @@ def _add_synth_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["bench"]:
-        return _bench(given[1:])
+    if given[:1] == ["bench"] or given[:1] == ["mini-eval"]:
+        return _with_own_options(given[0], given[1:])
     parser = build_parser()
     _check_command(parser, given)
     args = parser.parse_args(given)
@@ -118,7 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_command(parser: Parser, given: Sequence[str]) -> None:
     """An unknown command fails with the nearest valid name; argparse would list them all."""
-    names = ("serve", "chat", "bench", "synth", "inspect", "doctor")
+    names = ("serve", "chat", "bench", "mini-eval", "synth", "inspect", "doctor")
     if given and not given[0].startswith("-") and given[0] not in names:
         near = difflib.get_close_matches(given[0], names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
@@ -148,13 +149,16 @@ def _run(args: argparse.Namespace) -> int:
             return 0
 
 
-def _bench(argv: Sequence[str]) -> int:
+def _with_own_options(command: str, argv: Sequence[str]) -> int:
     try:
-        from k2hybrid.bench import main as bench
+        if command == "bench":
+            from k2hybrid.bench import main as run
+        else:
+            from k2hybrid.mini_eval.command import main as run
 
-        return bench(argv)
+        return run(argv)
     except (K2Error, OSError) as error:
-        return fail(f"{_PROGRAM} bench", error)
+        return fail(f"{_PROGRAM} {command}", error)
     except KeyboardInterrupt:
         return 130
 

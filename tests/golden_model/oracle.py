@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationStrategy, QuantizationType
 from compressed_tensors.quantization.lifecycle.forward import dequantize
-from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+from transformers import DeepseekV3Config
 
+from k2hybrid.mini_eval import deepseek
 from tests.golden_model.tiny import TinyCheckpoint
 
 INT4 = QuantizationArgs(
@@ -29,41 +31,14 @@ class OracleRun:
 
 
 def oracle_config(checkpoint: TinyCheckpoint) -> Any:
-    """The published values under transformers' names: rope in one table, no prediction of further tokens."""
-    values: dict[str, Any] = dict(checkpoint.config)
-    for name in ("architectures", "model_type", "quantization_config", "dtype", "moe_layer_freq"):
-        values.pop(name)
-    for name in ("topk_method", "scoring_func"):
-        values.pop(name)
-    rope = {
-        "rope_type": "default",
-        **(values.pop("rope_scaling") or {}),
-        "rope_theta": values.pop("rope_theta"),
-    }
-    rope["rope_type"] = rope.pop("type", rope["rope_type"])
-    values |= {"rope_parameters": rope, "rope_interleave": True, "num_nextn_predict_layers": 0}
-    values |= {"attn_implementation": "eager", "experts_implementation": "eager"}
-    return DeepseekV3Config(**values)
+    """The published values under transformers' names."""
+    return DeepseekV3Config(**deepseek.config_values(checkpoint.config))
 
 
 def oracle_model(checkpoint: TinyCheckpoint) -> Any:
-    """fp32, from the same tensors; experts are nibble · scale in fp32, stacked to 3-D weights."""
-    spec = checkpoint.spec
-    model: Any = DeepseekV3ForCausalLM(oracle_config(checkpoint))
-    model = model.float().eval()
-    state = {
-        name: tensor.float() for name, tensor in checkpoint.tensors.items() if ".mlp.experts." not in name
-    }
-    for layer in spec.moe_layers:
-        prefix = f"model.layers.{layer}.mlp.experts"
-        gate, up, down = (
-            torch.stack([_expert(checkpoint, f"{prefix}.{e}.{part}_proj") for e in range(spec.num_experts)])
-            for part in ("gate", "up", "down")
-        )
-        state[f"{prefix}.gate_up_proj"] = torch.cat((gate, up), dim=1)
-        state[f"{prefix}.down_proj"] = down
-    model.load_state_dict(state, strict=True)
-    return model
+    """fp32, from the same tensors; experts are nibble · scale in fp32."""
+    expert = functools.partial(_expert, checkpoint)
+    return deepseek.build(checkpoint.config, checkpoint.tensors, checkpoint.spec.moe_layers, expert)
 
 
 def _expert(checkpoint: TinyCheckpoint, name: str) -> torch.Tensor:
