@@ -37,9 +37,7 @@ struct Simd {
 
   static inline F32 Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static inline F32 Splat(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
-  static inline __m256i LoadHalf(const void* p) {
-    return _mm256_loadu_si256(static_cast<const __m256i*>(p));
-  }
+  static inline __m256i LoadHalf(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
   static inline Bf16 Load(const bf16* p) { return {LoadHalf(p), LoadHalf(p + 16)}; }
   static inline Bf16 LoadTail(const bf16* p, int n) {
     alignas(32) bf16 block[32] = {};

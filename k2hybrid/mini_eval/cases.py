@@ -9,7 +9,7 @@ from pathlib import Path
 from k2hybrid.errors import EvaluationError
 from k2hybrid.mini_eval.author import Author
 from k2hybrid.mini_eval.conversation import Conversation, Kind
-from k2hybrid.mini_eval.words import Lexicon, test_words
+from k2hybrid.mini_eval.words import Lexicon, kept_words
 
 SIZES: dict[str, tuple[int, int]] = {"1 tool": (1, 1), "2-4 tools": (2, 4), "5-8 tools": (5, 8)}
 KINDS: dict[Kind, str] = {
@@ -30,7 +30,7 @@ _WANTED = ("array", None, "boolean", None, "object", None, "enum", None)
 def author_of(words_file: Path | None) -> Author:
     """Writes on the test side: with the test words as shipped, or with all those of a file."""
     if words_file is None:
-        return Author(Lexicon(test_words(), "test"))
+        return Author(Lexicon(kept_words(), "test"))
     try:
         given = words_file.read_text(encoding="utf-8").split()
     except (OSError, UnicodeDecodeError) as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable, Mapping
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,7 @@ _UNKNOWN_THERE = (
 
 def missing() -> str | None:
     """The package that is missing for `load`, or None."""
-    for name in ("transformers", "safetensors"):
-        try:
-            importlib.import_module(name)
-        except ImportError:
-            return name
-    return None
+    return next((name for name in ("transformers", "safetensors") if find_spec(name) is None), None)
 
 
 def config_values(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -27,11 +27,16 @@ _LATENT_BYTES = 1 << 27  # one conversation at a time
 
 @dataclass(frozen=True)
 class Comparison:
-    """One prompt: whether the runtime's ids and the server's text are transformers'; what differs, if not."""
+    """One prompt: whether the runtime's ids and the server's text are transformers'; what differs, if not.
+
+    `lead`: of transformers' choice over its second best, where the ids first differ. A small one is a tie that
+    rounding decides: the runtime computes in bf16, this oracle in fp32.
+    """
 
     case: Conversation
     same_ids: bool
     same_text: bool
+    lead: float | None
     difference: str
 
 
@@ -72,7 +77,8 @@ def compare(
         for case, (_, reply), mine, (ids, gaps) in zip(cases, asked, ours, theirs, strict=True):
             text = runtime.tokenizer.decode(ids)
             said = _is_said(reply, ids, text)
-            found.append(Comparison(case, mine == ids, said, _difference(mine, ids, gaps, text, reply)))
+            lead, difference = _difference(mine, ids, gaps, text, reply)
+            found.append(Comparison(case, mine == ids, said, lead, difference))
     return found
 
 
@@ -113,10 +119,14 @@ def _is_said(reply: Reply | str, ids: Sequence[int], text: str) -> bool:
 
 def _difference(
     mine: Sequence[int], ids: Sequence[int], gaps: Sequence[float], text: str, reply: Reply | str
-) -> str:
+) -> tuple[float | None, str]:
     for at, (one, other) in enumerate(zip(mine, ids, strict=False)):
         if one != other:
-            return f"token {at}: {one}, by transformers {other}, which led by {gaps[at]:.3g} there"
+            told = f"token {at}: {one}, by transformers {other}, which led by {gaps[at]:.3g} there"
+            return gaps[at], told
     if len(mine) != len(ids):
-        return f"{len(mine)} tokens, by transformers {len(ids)}"
-    return f"the server said {reply if isinstance(reply, str) else reply.message}; transformers {text!r}"
+        return None, f"{len(mine)} tokens, by transformers {len(ids)}"
+    return (
+        None,
+        f"the server said {reply if isinstance(reply, str) else reply.message}; transformers {text!r}",
+    )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from k2hybrid.mini_eval import baseline, card, controls, handwritten
 from k2hybrid.mini_eval.author import Author
@@ -16,7 +17,11 @@ from k2hybrid.mini_eval.marking import same_calls
 from k2hybrid.mini_eval.play import Outcome, Player, show_call, wanted
 from k2hybrid.mini_eval.report import Row
 
+if TYPE_CHECKING:
+    from k2hybrid.mini_eval.greedy import Comparison
+
 _PROMPTS = 50  # through transformers
+_TIE = 0.1  # in logits; rounding to bf16 moves them by less than that where the model is sure of itself
 _MOST_CONTROLS = 120  # of each kind; at --n 500 and above
 _CARD = {"9.11 or 9.9": card.decimals, "weather in Beijing": card.weather}
 
@@ -110,15 +115,14 @@ class Evaluation:
     def transformers(self) -> Result:
         """The same ids as transformers' model."""
         name = "transformers"
+        folder = self.options.folder
+        if folder is None:
+            unknown = "with --url the checkpoint is not known; give --model too"
+            return Result(notes=[f"{name}: NOT CHECKED, {unknown}"])
         from k2hybrid.mini_eval import deepseek  # torch with it: only for those who ask
 
         if lacking := deepseek.missing():
             return Result(notes=[f"{name}: NOT CHECKED, {lacking} is not installed"])
-        folder = self.options.folder
-        if folder is None:
-            return Result(
-                notes=[f"{name}: NOT CHECKED, with --url the checkpoint is not known; give --model too"]
-            )
         from k2hybrid.mini_eval.greedy import compare
 
         options = self.options
@@ -126,6 +130,7 @@ class Evaluation:
         found = compare(self.client, folder, drawn, options.max_tokens, options.concurrency, options.threads)
         result = Result([
             Row(name, "greedy ids of the runtime", len(found), sum(c.same_ids for c in found), 1.0),
+            Row(name, f"the same but for ties (lead < {_TIE})", len(found), sum(map(_same_or_tie, found))),
             Row(name, "greedy text of the server", len(found), sum(c.same_text for c in found), 1.0),
         ])  # fmt: skip
         for c in found:
@@ -195,6 +200,10 @@ def _by_cell(
         if not o.answered:
             result.missed("answers without calls as taught", o.case.last.user, o.case.last.answer, o.got)
     return result
+
+
+def _same_or_tie(found: Comparison) -> bool:
+    return found.same_ids or (found.lead is not None and found.lead < _TIE)
 
 
 def _note_misses(result: Result, cell: str, outcomes: Iterable[Outcome]) -> None:

@@ -66,7 +66,7 @@ def published_words(path: Path, limit: int = 24000) -> list[str]:
     return list(words)
 
 
-def test_words() -> list[str]:
+def kept_words() -> list[str]:
     """The words kept for testing, as shipped: those of `published_words` on that side."""
     return resources.files(__package__).joinpath("test_words.txt").read_text(encoding="utf-8").split()
 

@@ -157,6 +157,7 @@ def test_branches_that_are_too_long_do_not_block_the_packer() -> None:
     drawn = iter([long] * 30 + [short] * 300)
     batch = Packer(lambda: next(drawn), PAD, size=2 * MAX_TOKENS).next()
     assert batch.n_learnt > 0
+    assert int(batch.positions.max()) < MAX_TOKENS
 
 
 @pytest.mark.parametrize("size", [32, 96])
@@ -215,7 +216,8 @@ def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int,
 def transformers_model(model: MiniModel) -> Any:
     """transformers' model with the weights that `model` computes with."""
     values = config_values(model_config(model.config))
-    theirs: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**values)).float().eval()
+    theirs: Any = DeepseekV3ForCausalLM(DeepseekV3Config(**values))
+    theirs = theirs.float().eval()
     state: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if name.endswith("e_score_correction_bias"):

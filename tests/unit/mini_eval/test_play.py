@@ -130,7 +130,7 @@ def test_a_failed_request_makes_its_case_wrong(failure: Answer) -> None:
 
 
 def test_an_http_error_is_quoted() -> None:
-    with answering(lambda _path, _body: (503, b"busy")) as url, pytest.raises(ReplyError, match="503.*busy"):
+    with answering(lambda _path, _body: (503, b"busy")) as url, pytest.raises(ReplyError, match=r"503.*busy"):
         Client(url).chat([], ())
 
 

@@ -39,8 +39,8 @@ def test_the_report_in_text_and_json(tmp_path: Path, capsys: pytest.CaptureFixtu
     print_report({"seed": 3, "machine": {"cores": "2"}}, rows, ["transformers: NOT CHECKED"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[:2] == ["seed: 3", "machine: cores 2"]
-    assert "greedy  all          100     90  90.0 %  >= 90 %  met" in lines
-    assert "greedy  one call      40     10  25.0 %  >= 80 %  MISSED" in lines
+    assert "greedy  all         100     90  90.0 %  >= 90 %  met" in lines
+    assert "greedy  one call     40     10  25.0 %  >= 80 %  MISSED" in lines
     assert "transformers: NOT CHECKED" in lines
     assert lines[-1] == "MISSED: greedy: one call"
     write_json(tmp_path / "new" / "r.json", {"seed": 3}, rows, [])
