@@ -29,8 +29,8 @@ _LATENT_BYTES = 1 << 27  # one conversation at a time
 class Comparison:
     """One prompt: whether the runtime's ids and the server's text are transformers'; what differs, if not.
 
-    `lead`: of transformers' choice over its second best, where the ids first differ. A small one is a tie that
-    rounding decides: the runtime computes in bf16, this oracle in fp32.
+    `lead`: of transformers' choice over its second best, where the ids first differ. A small one is a tie
+    that rounding decides: the runtime computes in bf16, this oracle in fp32.
     """
 
     case: Conversation
@@ -45,7 +45,6 @@ def compare(
     folder: Path,
     cases: Sequence[Conversation],
     limit: int,
-    concurrency: int,
     threads: int | None,
 ) -> list[Comparison]:
     """Each case's first reply, by the server, by the runtime in this process and by transformers in fp32."""
@@ -58,7 +57,8 @@ def compare(
         except ReplyError as error:
             return ids, str(error)
 
-    asked = at_once(ask, cases, concurrency, "prompts through the server")
+    # One at a time, as the runtime below gets them: so both prefill in the same chunks.
+    asked = at_once(ask, cases, 1, "prompts through the server")
     ends = frozenset(read_spec(folder).eos_token_ids)
     options = {} if threads is None else {"threads": threads}
     with load(folder, latent_bytes=_LATENT_BYTES, context_tokens=1 << 15, **options) as runtime:
