@@ -79,8 +79,8 @@ def pack(lessons: list[Lesson], pad_id: int, size: int | None = None) -> Batch:
         torch.tensor(ids),
         torch.tensor(positions),
         segments,
-        torch.tensor(wanted + [0] * missing),
-        torch.tensor(labels + [IGNORED] * missing),
+        torch.tensor(wanted + [0] * missing, dtype=torch.long),
+        torch.tensor(labels + [IGNORED] * missing, dtype=torch.long),
     )
 
 
