@@ -14,7 +14,7 @@ from k2hybrid.mini_eval.split import frames_of
 from k2hybrid.mini_eval.toolbox import Tool, Toolbox, Toolset
 from k2hybrid.mini_eval.words import Lexicon
 
-# Lists that a toolset's size is drawn from: 0 tools are for talk only.
+# How many tools are declared together, and how often; talk has none.
 _SIZES, _SIZE_WEIGHTS = (1, 2, 3, 4, 5, 6, 7, 8), (30, 14, 12, 10, 10, 9, 8, 7)
 
 

@@ -34,6 +34,7 @@ class Requests:
         self._yes, self._no = frames_of(side, frames.YES), frames_of(side, frames.NO)
         self._heads, self._tails = frames_of(side, frames.HEADS), frames_of(side, frames.TAILS)
         self._several = frames_of(side, frames.SEVERAL)
+        self._follow_ups = frames_of(side, frames.FOLLOW_UPS)
 
     def one(self, rng: random.Random, tool: Tool) -> Request:
         """One call of `tool`, with the words people put around a request."""
@@ -72,7 +73,7 @@ class Requests:
         if parameter.kind not in ("place", "person", "word", "name", "code"):
             return None
         value = self._lexicon.draw(rng, parameter.kind)
-        text = rng.choice(frames_of(self._lexicon.side, frames.FOLLOW_UPS)).format(v=value)
+        text = rng.choice(self._follow_ups).format(v=value)
         return Request(last.tool, {parameter.name: value}, text, str(value), frozenset({parameter.json_type}))
 
     # ---- the parts of a sentence ---------------------------------------------------------------------------
