@@ -26,6 +26,13 @@ class RuntimeConfig:
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
     max_running: int = 16  # sequences that decode together
     max_queue: int = 256
+    request_seconds: float | None = None  # None: a request may take as long as it takes
+    lease_seconds: float = 900.0  # latents stay so long for a client that runs a tool
+    retry_seconds: float = 600.0  # an answer whose client vanished is kept so long for its retry
+    journal: Path | None = None  # folder for sessions; None: nothing is written to disk
+    journal_bytes: int | None = None  # None: 64 GiB at most, and a quarter of the free disk
+    journal_days: float = 30.0  # what was not used for so long is deleted
+    idle_prefill: bool = True  # prefill, while idle, what the next turn of an answered chat will begin with
     latent_norm_eps: float = 1e-6  # q_a/kv_a norms: as in the published code, whatever the config says
 
     def __post_init__(self) -> None:
@@ -34,10 +41,14 @@ class RuntimeConfig:
         for name in ("max_step_tokens", "max_running", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("threads", "context_tokens", "latent_bytes"):
+        for name in ("threads", "context_tokens", "latent_bytes", "journal_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        for name in ("request_seconds", "lease_seconds", "retry_seconds", "journal_days"):
+            value = getattr(self, name)
+            if value is not None and not (value >= 0 if name != "request_seconds" else value > 0):
+                raise ConfigError(f"{name} cannot be {value}; give seconds")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> RuntimeConfig:
@@ -57,6 +68,9 @@ class RuntimeConfig:
             "isa": "the best",
             "context_tokens": "the model's",
             "latent_bytes": "one context",
+            "request_seconds": "no limit",
+            "journal": "none",
+            "journal_bytes": "a quarter of the free disk",
         }
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return [(name, unset[name] if value is None else str(value)) for name, value in values]

@@ -93,6 +93,10 @@ class EngineError(K2Error):
     """The engine stopped, or a step failed for this request alone."""
 
 
+class TimeLimitError(EngineError):
+    """A request ran for longer than it may (`request_seconds`)."""
+
+
 class ExpertReadError(EngineError):
     """The bytes of an expert could not be read; the requests that needed it end, others go on."""
 

@@ -46,6 +46,7 @@ class Message:
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
     partial: bool = False  # the last assistant message is to be continued, not answered
+    response_id: str | None = None  # of the response that an assistant message came in, if the client has it
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,11 @@ class ChatRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     request_id: str = ""
+    response_id: str = ""  # under which the answer goes out, and by which it is found again
+    scope: str = ""  # of the API key: nothing is shared between scopes
+    store: bool = True  # False: nothing of it is written to disk
+    reuse: bool = True  # False: computed as if nothing were known
+    retry_key: str = ""  # equal for a request and its retry; "": an answer that nobody waits for is dropped
 
 
 # --- chat: what comes out -------------------------------------------------------------------------
@@ -198,11 +204,16 @@ class Job:
 
     ids: Sequence[int]
     sampling: SamplingParams
-    max_tokens: int
+    max_tokens: int  # 0, for background jobs alone: the latents of `ids` are computed, and that is all
     stop: StopRule
     sink: Callable[[EngineEvent], None]
     mask: LogitsMask | None = None
     request_id: str = ""
+    scope: str = ""  # prefixes are shared within a scope only
+    store: bool = True  # False: its latents stay in memory
+    reuse: bool = True  # False: no prefix is taken from what is known
+    resumable: bool = False  # its events are kept, so that `Engine.resume` can give them again
+    background: bool = False  # runs while nothing else does, and ends when something else comes
 
 
 # --- weights --------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from k2hybrid.bench.roles import RecordingExperts, RecordingMachine, Tally, Weig
 from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
-from k2hybrid.engine.step import PARALLEL_TOKENS
+from k2hybrid.engine.cost import LARGE_ROWS
 from k2hybrid.errors import K2Error
 from k2hybrid.hardware.bandwidth import Bandwidth, measure
 from k2hybrid.hardware.memory import MemoryUse
@@ -64,7 +64,7 @@ class Bench:
         """Seconds of one pass of `count` new random tokens after `start`, logits of the last one included."""
         ids = torch.randint(self.spec.vocab_size, (count,), generator=self._ids)
         span = Span(start, count, self.table)
-        torch.set_num_threads(self.threads if count >= PARALLEL_TOKENS else 1)  # as the engine does
+        torch.set_num_threads(self.threads if count >= LARGE_ROWS else 1)  # as the engine does
         began = time.perf_counter()
         batch = Batch(ids, torch.arange(start, start + count), (span,), torch.tensor([count - 1]))
         self.kimi.logits(self.kimi.forward(self.kimi.begin(batch)))

@@ -130,6 +130,11 @@ class LatentPages:
             if self._refcounts[page] == 0:
                 heapq.heappush(self._free, page)
 
+    def buffers(self, page: int, tokens: int) -> list[memoryview]:
+        """The first `tokens` rows of `page` in each layer, as writable memory; for pages on the CPU."""
+        rows = self._storage[:, page, :tokens].numpy()
+        return [memoryview(layer).cast("B") for layer in rows]
+
     def slots(self, page_table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Row numbers, int64 [stop - start], of a sequence's tokens; the same in every layer."""
         tokens = torch.arange(start, stop, device=self.device)
@@ -145,6 +150,15 @@ class LatentPages:
         Token t lies in page `page_table[t // 64]` at `t % 64`.
         """
         self.put(layer, self.slots(page_table, start, start + rows.shape[0]), rows)
+
+    def copy_rows(self, src: int, dst: int, rows: int) -> None:
+        """Copy the first `rows` rows of page `src` to page `dst`, in every layer; both must be held."""
+        if not 0 <= rows <= PAGE_TOKENS:
+            raise EngineError(f"{rows} rows cannot be copied: a latent page has {PAGE_TOKENS}")
+        for page in (src, dst):
+            if self._refcounts[page] < 1:
+                raise EngineError(f"latent page {page} is free; no rows are copied from it or to it")
+        self._storage[:, dst, :rows] = self._storage[:, src, :rows]
 
     def gather(self, layer: int, page_table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Rows [stop - start, latent_dim] of tokens start…stop-1; a view if their pages adjoin."""

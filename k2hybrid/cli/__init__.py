@@ -1,4 +1,4 @@
-"""The `k2hybrid` command: serve, chat, bench, mini-eval, synth, inspect, doctor.
+"""The `k2hybrid` command: serve, chat, bench, mini-eval, synth, inspect, sessions, doctor.
 
 Each command's code, and what it needs, is imported when that command runs: `--help` answers at once.
 """
@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from k2hybrid.errors import K2Error
-from k2hybrid.server.options import USAGE, Parser, add_model_options, add_server_options, fail
+from k2hybrid.server.__main__ import add_options
+from k2hybrid.server.options import USAGE, Parser, add_model_options, fail
 
 _PROGRAM = "k2hybrid"
 
@@ -48,8 +49,7 @@ def build_parser() -> Parser:
         return sub
 
     serve = command("serve", "serve a model through the OpenAI API")
-    add_model_options(serve)
-    add_server_options(serve)
+    add_options(serve)
 
     chat = command("chat", "talk to a model in the terminal")
     add_model_options(chat)
@@ -64,6 +64,10 @@ def build_parser() -> Parser:
 
     inspect = command("inspect", "check a checkpoint and show its sizes, and its tensors by role")
     inspect.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder")
+
+    from k2hybrid.cli.sessions import add_sessions_options
+
+    add_sessions_options(command("sessions", "list or delete the sessions in a journal"))
 
     command("doctor", "show what this machine offers: CPU, memory, NUMA nodes, kernels, versions")
     return parser
@@ -119,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_command(parser: Parser, given: Sequence[str]) -> None:
     """An unknown command fails with the nearest valid name; argparse would list them all."""
-    names = ("serve", "chat", "bench", "mini-eval", "synth", "inspect", "doctor")
+    names = ("serve", "chat", "bench", "mini-eval", "synth", "inspect", "sessions", "doctor")
     if given and not given[0].startswith("-") and given[0] not in names:
         near = difflib.get_close_matches(given[0], names, n=1)
         hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
@@ -138,6 +142,10 @@ def _run(args: argparse.Namespace) -> int:
             return chat(args)
         case "synth":
             return _synth(args)
+        case "sessions":
+            from k2hybrid.cli.sessions import sessions
+
+            return sessions(args)
         case "inspect":
             from k2hybrid.cli.inspect import inspect
 

@@ -24,7 +24,7 @@ def total_tokens(job: Job, *, vocab_size: int, context_tokens: int, pool_tokens:
     prompt, total = len(job.ids), len(job.ids) + job.max_tokens
     if prompt == 0:
         raise RequestError("the prompt is empty", param="prompt", code="invalid_value")
-    if job.max_tokens < 1:
+    if job.max_tokens < (0 if job.background else 1):
         raise RequestError(
             f"max_tokens must be at least 1, not {job.max_tokens}", param="max_tokens", code="invalid_value"
         )
@@ -76,27 +76,31 @@ class WaitingLine:
         """Pages or a prefix became available: the first may try again."""
         self._blocked = False
 
-    def admit(self, running: dict[int, Sequence]) -> None:
-        """Move sequences from the line to `running` as far as rows and pages allow."""
+    def admit(self, running: dict[int, Sequence]) -> list[Sequence]:
+        """Move sequences from the line to `running` as far as rows and pages allow; those moved."""
+        admitted: list[Sequence] = []
         while self._line and not self._blocked and len(running) < self._max_running:
             sequence = self._line[0]
             if self._prefix_is_coming(sequence, running) or not self._memory.admit(sequence):
                 self._blocked = True
-                return
+                break
             self._line.popleft()
             sequence.phase = Phase.RUNNING
             running[sequence.number] = sequence
+            admitted.append(sequence)
+        return admitted
 
     def _prefix_is_coming(self, sequence: Sequence, running: Mapping[int, Sequence]) -> bool:
         """Whether a running prefill will publish more of this prompt than is cached: worth waiting for."""
         size = self._memory.page_tokens
         limit = (len(sequence.ids) - 1) // size * size
-        if limit == 0:
+        if limit == 0 or not sequence.job.reuse:
             return False
-        prefills = [s for s in running.values() if not s.decoding]
+        scope = sequence.job.scope
+        prefills = [s for s in running.values() if not s.decoding and s.job.scope == scope]
         if not any(s.ids[:size] == sequence.ids[:size] for s in prefills):
             return False
-        wanted = self._memory.tree.match(sequence.ids[:limit])[1] + size
+        wanted = self._memory.tree.match(sequence.ids[:limit], scope).tokens // size * size + size
         if wanted > limit:
             return False
         prefix = sequence.ids[:wanted]

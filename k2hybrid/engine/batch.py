@@ -1,12 +1,12 @@
-"""StepPlan → the model's Batch. Layer 4."""
+"""Shares of sequences → the model's Batch. Layer 4."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
-from k2hybrid.engine.scheduler import StepPlan
+from k2hybrid.engine.scheduler import Share
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.model.batch import Batch, Span
 
@@ -17,13 +17,13 @@ class BatchBuilder:
     def __init__(self) -> None:
         self._tables: dict[int, tuple[int, torch.Tensor]] = {}  # number → (pages_version, table)
 
-    def build(self, plan: StepPlan, sequences: Mapping[int, Sequence]) -> Batch:
-        """Rows of `plan` in its order; logits are asked for the last row of each share marked `last`."""
+    def build(self, shares: Iterable[Share], sequences: Mapping[int, Sequence]) -> Batch:
+        """Rows of `shares` in their order; logits are asked for the last row of each share marked `last`."""
         ids: list[int] = []
         positions: list[int] = []
         spans = []
         logit_rows = []
-        for share in plan.shares:
+        for share in shares:
             sequence = sequences[share.number]
             start, stop = sequence.computed, sequence.computed + share.tokens
             ids += sequence.ids[start:stop]

@@ -7,22 +7,27 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
+from dataclasses import replace
 from typing import Protocol
 
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
+from k2hybrid.engine.archive import Archive
+from k2hybrid.engine.cost import CostModel, NetworkSizes
 from k2hybrid.engine.memory import PageMemory, PagePool
 from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
-from k2hybrid.engine.scheduler import Candidate, Scheduler, Share, StepPlan, pages_for
+from k2hybrid.engine.scheduler import Candidate, Chunk, Scheduler, Share, pages_for
 from k2hybrid.engine.sequence import Phase, Sequence
-from k2hybrid.engine.step import StepModel, StepResult, StepRunner
-from k2hybrid.errors import CapacityError, EngineError, ExpertReadError
+from k2hybrid.engine.step import Pass, StepModel, StepResult, StepRunner
+from k2hybrid.errors import CapacityError, EngineError, ExpertReadError, TimeLimitError
 from k2hybrid.model.sampler import Sampler
 from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, TokenEvent
 
 log = logging.getLogger(__name__)
+
+MAX_BACKGROUND = 8  # jobs for idle times that may wait; the oldest is dropped
 
 
 class EnginePages(PagePool, Protocol):
@@ -44,16 +49,39 @@ class JobHandle:
         self._sequence.cancelled = True
         self._engine.wake()
 
+    def resume(self, sink: Callable[[EngineEvent], None]) -> JobHandle:
+        """Give `sink` all events so far, and go on where a cancelled resumable job ended.
+
+        The rest comes out as it would have without the break: sampler, mask and stop rule go on as well.
+        A job that ended otherwise gives its end again. Once; afterwards this handle is spent.
+
+        Raises:
+            CapacityError: the queue is full.
+            EngineError: the job is not resumable, or the engine is stopped.
+        """
+        return self._engine.resume(self._sequence, sink)
+
+    def lease(self, seconds: float) -> None:
+        """Keep the job's latents from eviction for a time, as far as nobody running needs the room."""
+        job, ids = self._sequence.job, self._sequence.ids
+
+        def lease(memory: PageMemory) -> None:
+            memory.lease(job.scope, ids, seconds)
+
+        self._engine.call(lease)
+
 
 class Engine:
     """Runs jobs together, each exactly as it would run alone.
 
     Args:
         model: owned by the engine's thread from now on, and so are `pages`.
+        sizes: the model's bytes and operations, by which the time of a pass is predicted.
         vocab_size: length of a logits row.
         context_tokens: prompt and output of one request at most.
         meter: what the model reads, where its builder counts it.
-        torch_threads: of torch's own operations in large steps.
+        torch_threads: of torch's own operations in large passes.
+        archive: latent pages on disk.
         on_start: called in the engine's thread before its first step.
 
     Every submitted job gets exactly one `DoneEvent`, its last event. Events are delivered from the engine's
@@ -65,29 +93,38 @@ class Engine:
         model: StepModel,
         pages: EnginePages,
         *,
+        sizes: NetworkSizes,
         vocab_size: int,
         context_tokens: int,
         config: RuntimeConfig,
         meter: ByteMeter | None = None,
         torch_threads: int = 1,
+        archive: Archive | None = None,
         on_start: Callable[[], None] = lambda: None,
     ) -> None:
         self.metrics = EngineMetrics()
         self.context_tokens = context_tokens
         self._vocab_size = vocab_size
         self._max_queue = config.max_queue
+        self._time_limit_s = config.request_seconds
         self._memory = PageMemory(pages, pages.PAGE_TOKENS)
         self._waiting = WaitingLine(self._memory, config.max_running)
-        self._scheduler = Scheduler(config.max_step_tokens)
-        self._runner = StepRunner(model, torch_threads)
+        self._cost = CostModel(sizes)
+        self._scheduler = Scheduler(config.max_step_tokens, sizes.layers, self._cost.pass_us)
+        self._runner = StepRunner(model, sizes.layers, torch_threads)
         self._meter = meter or ByteMeter()
+        self._archive = archive
         self._on_start = on_start
         self._numbers = itertools.count()
         self._condition = threading.Condition()
-        self._inbox: deque[Sequence] = deque()  # guarded by the condition; the rest is the engine thread's
+        self._inbox: deque[Sequence] = deque()  # guarded by the condition, as are the calls and `_stopping`
+        self._calls: deque[Callable[[PageMemory], None]] = deque()
         self._stopping = False
-        self._thread: threading.Thread | None = None
+        self._woken = False
+        self._thread: threading.Thread | None = None  # from here on the engine thread's own
         self._running: dict[int, Sequence] = {}
+        self._background: deque[Sequence] = deque(maxlen=MAX_BACKGROUND)
+        self._chunk: Pass | None = None
         self._checked = True
 
     # --- from any thread --------------------------------------------------------------------------
@@ -96,6 +133,11 @@ class Engine:
     def capacity_tokens(self) -> int:
         """Prompt and output of one request at most: what context and pages both hold."""
         return min(self.context_tokens, self._memory.total_tokens)
+
+    @property
+    def page_tokens(self) -> int:
+        """Tokens of a latent page."""
+        return self._memory.page_tokens
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -109,7 +151,7 @@ class Engine:
         """End all jobs with "cancelled" and wait for the thread; later submissions are refused."""
         with self._condition:
             self._stopping = True
-            self._condition.notify()
+            self._wake()
         if self._thread is None:
             self._end_all("cancelled")
         elif self._thread is not threading.current_thread():
@@ -138,6 +180,40 @@ class Engine:
             prompt_tokens=len(job.ids),
             reserved_pages=pages_for(total, self._memory.page_tokens),
         )
+        return self._enqueue(sequence)
+
+    def resume(self, ended: Sequence, sink: Callable[[EngineEvent], None]) -> JobHandle:
+        """See `JobHandle.resume`."""
+        if not ended.job.resumable:
+            raise EngineError(f"request {ended.job.request_id!r} cannot be resumed; it was not submitted so")
+        return self._enqueue(
+            Sequence(
+                number=next(self._numbers),
+                job=replace(ended.job, sink=sink),
+                sampler=ended.sampler,
+                ids=list(ended.job.ids),
+                prompt_tokens=ended.prompt_tokens,
+                reserved_pages=ended.reserved_pages,
+                resumes=ended,
+            )
+        )
+
+    def call(self, function: Callable[[PageMemory], None]) -> None:
+        """Have the engine's thread call `function` between two steps."""
+        with self._condition:
+            self._calls.append(function)
+            self._wake()
+
+    def wake(self) -> None:
+        """Let the engine's thread look around."""
+        with self._condition:
+            self._wake()
+
+    def _wake(self) -> None:
+        self._woken = True
+        self._condition.notify()
+
+    def _enqueue(self, sequence: Sequence) -> JobHandle:
         with self._condition:
             if self._stopping:
                 raise EngineError("the engine is stopped")
@@ -146,32 +222,39 @@ class Engine:
                     f"{self._max_queue} requests are waiting already (max_queue); try again later"
                 )
             self._inbox.append(sequence)
-            self._condition.notify()
+            self._wake()
         return JobHandle(self, sequence)
-
-    def wake(self) -> None:
-        """Let the engine's thread look around."""
-        with self._condition:
-            self._condition.notify()
 
     # --- the engine's thread ----------------------------------------------------------------------
 
     def tick(self) -> bool:
-        """Admit, plan, run, commit; False if there was nothing to run."""
-        with self._condition:
-            self._waiting.join(self._inbox)
-            self._inbox.clear()
-        self._sweep_cancelled()
-        self._waiting.admit(self._running)
+        """Admit, plan, run, commit; False if there is nothing to run until something comes from outside."""
+        self._look_around()
+        for sequence in self._waiting.admit(self._running):
+            self._fetch(sequence)
+        if not self._running:
+            self._start_background()
         self.metrics.running, self.metrics.waiting = len(self._running), len(self._waiting)
         plan = self._scheduler.plan(
-            [Candidate(s.number, s.pending, s.decoding) for s in self._running.values()]
+            [
+                Candidate(s.number, s.pending, s.decoding, s.computed)
+                for s in self._running.values()
+                if not s.fetching
+            ],
+            self._chunk_left(),
         )
-        if not plan.shares:
+        if not plan:
             self._check_when_idle()
             return False
         self._checked = False
-        self._step(plan)
+        if plan.shares:
+            self._run(plan.shares)
+        if plan.begin:
+            self._chunk = self._begin(plan.begin)
+        if plan.advance and self._chunk is not None:
+            chunk, self._chunk = self._chunk, None
+            if not self._advance(chunk, plan.advance):
+                self._chunk = chunk
         return True
 
     def _loop(self) -> None:
@@ -179,54 +262,164 @@ class Engine:
             self._on_start()
         except Exception:
             log.exception("preparing the engine's thread failed; it runs unprepared")
+        idle = True
         while True:
             with self._condition:
-                while not (
-                    self._stopping or self._inbox or self._waiting or self._running or not self._checked
-                ):
-                    self._condition.wait()
+                if idle:
+                    self._condition.wait_for(lambda: self._woken)
+                self._woken = False
                 if self._stopping:
                     break
             try:
-                self.tick()
+                idle = not self.tick()
             except Exception as error:  # a bug of ours: those concerned are told, and the thread lives on
                 log.exception("engine step failed")
                 self._end_all("error", EngineError(f"the engine failed: {error}"))
         self._end_all("cancelled")
+        if self._archive is not None:
+            self._archive.close()
 
-    def _sweep_cancelled(self) -> None:
+    def _look_around(self) -> None:
+        """Take in what came from other threads; end what is cancelled or overdue, or has to make room."""
+        with self._condition:
+            arrived, calls = list(self._inbox), list(self._calls)
+            self._inbox.clear()
+            self._calls.clear()
+        for function in calls:
+            function(self._memory)
+        if calls:
+            self._waiting.unblock()
+        self._background.extend(s for s in arrived if s.job.background)
+        arrived = [s for s in arrived if not s.job.background]
+        if arrived:
+            for sequence in [s for s in self._running.values() if s.job.background]:
+                sequence.cancelled = True
+        overdue = time.perf_counter() - self._time_limit_s if self._time_limit_s else None
         for sequence in [*self._waiting, *self._running.values()]:
             if sequence.cancelled:
-                self._finish(sequence, "cancelled")
+                self._end(sequence, "cancelled")
+            elif overdue is not None and sequence.submitted_s < overdue:
+                self._end(
+                    sequence, "error", TimeLimitError(
+                        f"the request ran for more than {self._time_limit_s:g} s (request_seconds)"
+                    )
+                )  # fmt: skip
+        self._waiting.join(s for s in arrived if s.resumes is None or self._take_up(s, s.resumes))
 
-    def _step(self, plan: StepPlan) -> None:
+    def _take_up(self, sequence: Sequence, ended: Sequence) -> bool:
+        """Let `sequence` go on where `ended` is; False if there is nothing to go on with."""
+        sequence.resumes = None
+        if ended.phase is not Phase.DONE:
+            self._end(ended, "cancelled", now=True)
+        sequence.ids, sequence.kept = ended.ids, ended.kept
+        for event in sequence.kept:
+            self._emit(sequence, event)
+        if ended.done is None or ended.done.reason == "cancelled":
+            return True
+        sequence.phase, sequence.done = Phase.DONE, ended.done
+        self._emit(sequence, ended.done)
+        return False
+
+    def _start_background(self) -> None:
+        while self._background and not self._waiting and not self._running:
+            sequence = self._background.popleft()
+            if sequence.cancelled or not self._memory.admit(sequence):
+                self._finish(sequence, "cancelled")
+            elif sequence.pending == 1 and not sequence.job.max_tokens:
+                sequence.phase, self._running[sequence.number] = Phase.RUNNING, sequence
+                self._finish(sequence, "length")  # all but the last token is known: as good as all of it
+            else:
+                sequence.phase, self._running[sequence.number] = Phase.RUNNING, sequence
+
+    # --- the journal ------------------------------------------------------------------------------
+
+    def _fetch(self, sequence: Sequence) -> None:
+        """Begin to read what of the prompt is on disk and not in memory."""
+        if self._archive is None or not sequence.job.reuse:
+            return
+        fetch = self._archive.find(sequence)
+        if fetch is not None:
+            self._memory.drop_partial(sequence)
+            self._memory.grow(sequence, fetch.tokens)
+            sequence.fetching = True
+            self._archive.read(
+                sequence, fetch, lambda tokens: self.call(lambda _: self._fetched(sequence, tokens))
+            )
+
+    def _fetched(self, sequence: Sequence, tokens: int) -> None:
+        sequence.fetching = False
+        if sequence.phase is Phase.RUNNING:
+            sequence.computed = sequence.cached_tokens = tokens
+            self._memory.publish(sequence)
+
+    def _keep(self, sequence: Sequence, *, last: bool = False) -> None:
+        """Offer what was published to the journal."""
+        if self._archive is not None and sequence.job.store:
+            self._archive.keep(sequence, self._memory, self.call, last=last)
+
+    # --- passes -----------------------------------------------------------------------------------
+
+    def _chunk_left(self) -> Chunk | None:
+        chunk = self._chunk
+        if chunk is None:
+            return None
+        numbers = frozenset(share.number for share in chunk.shares)
+        return Chunk(chunk.rows, self._runner.layers - chunk.layer, numbers)
+
+    def _run(self, shares: tuple[Share, ...]) -> None:
+        """A whole pass."""
+        begun = self._begin(shares)
+        if begun is not None:
+            self._advance(begun, self._runner.layers)
+
+    def _begin(self, shares: tuple[Share, ...]) -> Pass | None:
         started_s = time.perf_counter()
-        expert_bytes = self._meter.expert_bytes
         try:
-            for share in plan.shares:
+            for share in shares:
                 sequence = self._running[share.number]
                 sequence.started_s = sequence.started_s or started_s
                 self._memory.grow(sequence, sequence.computed + share.tokens)
-            result = self._runner.run(plan, self._running)
+            return self._runner.begin(shares, self._running)
         except Exception as error:
-            log.exception("a step of %d tokens failed", plan.tokens)
-            self.metrics.failed_steps += 1
-            for share in plan.shares:
-                self._fail(self._running[share.number], error)
-            return
-        decoding = sum(1 for share in plan.shares if self._running[share.number].decoding)
-        for share in plan.shares:
-            self._commit(self._running[share.number], share, result)
+            self._fail_pass(shares, error)
+            return None
+
+    def _advance(self, run: Pass, layers: int) -> bool:
+        """Some layers more; whether the pass is over: finished and committed, or failed."""
+        started_s = time.perf_counter()
+        expert_bytes = self._meter.expert_bytes
+        first = run.layer
+        result = None
+        try:
+            if self._runner.advance(run, layers):
+                result = self._runner.finish(run)
+        except Exception as error:
+            self._fail_pass(run.shares, error)
+            return True
+        run_layers = run.layer - first
+        self._cost.observe(list(run.rows), run_layers, (time.perf_counter() - started_s) * 1e6)
+        decoding = sum(1 for share in run.shares if self._running[share.number].decoding)
+        if result is not None:
+            for share in run.shares:
+                self._commit(self._running[share.number], share, result)
         read = self._meter.expert_bytes - expert_bytes
         self.metrics.step(
             StepRecord(
-                decode_tokens=decoding,
-                prefill_tokens=plan.tokens - decoding,
+                decode_tokens=decoding if result is not None else 0,
+                prefill_tokens=run.tokens - decoding if result is not None else 0,
                 ms=(time.perf_counter() - started_s) * 1e3,
-                bytes_read=self._meter.step_bytes + read,
+                bytes_read=self._meter.step_bytes * run_layers // self._runner.layers + read,
                 expert_bytes=read,
             )
         )
+        return result is not None
+
+    def _fail_pass(self, shares: Iterable[Share], error: Exception) -> None:
+        shares = list(shares)
+        log.exception("a pass over %d tokens failed", sum(share.tokens for share in shares))
+        self.metrics.failed_steps += 1
+        for share in shares:
+            self._fail(self._running[share.number], error)
 
     def _commit(self, sequence: Sequence, share: Share, result: StepResult) -> None:
         if share.number in result.failed:
@@ -234,15 +427,16 @@ class Engine:
                 sequence, ExpertReadError("an expert could not be read for this request; others go on")
             )
             return
-        if sequence.cancelled:
+        if sequence.cancelled or not share.last:
             sequence.computed += share.tokens
-            self._finish(sequence, "cancelled")
-            return
-        if not share.last:
-            sequence.computed += share.tokens
+            if sequence.cancelled:
+                self._finish(sequence, "cancelled")
             return
         job = sequence.job
-        first = not sequence.decoding
+        if not job.max_tokens:
+            sequence.computed += share.tokens
+            self._finish(sequence, "length")
+            return
         try:
             token, logprob = sequence.sampler.sample(result.logits[share.number], job.mask)
             ends = job.stop.push(token)
@@ -252,15 +446,41 @@ class Engine:
         sequence.computed += share.tokens
         sequence.ids.append(token)
         sequence.last_token_s = time.perf_counter()
-        if first:
+        if not sequence.first_token_s:
             sequence.first_token_s = sequence.last_token_s
             self._memory.publish(sequence)
             self._waiting.unblock()
-        self._emit(sequence, TokenEvent(token, logprob))
+        if sequence.computed % self._memory.page_tokens == 0 or sequence.generated == 1:
+            self._keep(sequence)
+        event = TokenEvent(token, logprob)
+        if job.resumable:
+            sequence.kept.append(event)
+        self._emit(sequence, event)
         if ends:
             self._finish(sequence, "stop")
         elif sequence.generated >= job.max_tokens:
             self._finish(sequence, "length")
+
+    # --- ends -------------------------------------------------------------------------------------
+
+    def _end(
+        self, sequence: Sequence, reason: ReasonCode, error: Exception | None = None, *, now: bool = False
+    ) -> None:
+        """Finish a sequence that may be part of the chunk, whose layers still write into its pages.
+
+        Then it goes with the chunk: at once if nobody else in it goes on (or with `now`: the others begin
+        anew), else when the chunk is through.
+        """
+        if sequence.fetching:
+            sequence.cancelled = True  # its pages are written to until `_fetched`
+            return
+        chunk = self._chunk
+        if chunk is not None and any(share.number == sequence.number for share in chunk.shares):
+            sequence.cancelled = True
+            if not now and not all(self._running[share.number].cancelled for share in chunk.shares):
+                return
+            self._chunk = None
+        self._finish(sequence, reason, error)
 
     def _fail(self, sequence: Sequence, error: Exception) -> None:
         """End with "error". Its pages are not offered to others: they may hold what made it fail."""
@@ -272,25 +492,33 @@ class Engine:
             try:
                 if reason != "error":
                     self._memory.publish(sequence)
+                    self._keep(sequence, last=True)
                 self._memory.leave(sequence)
             except Exception:  # a bug of ours; whoever waits for this request must still hear its end
                 log.exception("the pages of request %r could not be given back", sequence.job.request_id)
                 self.metrics.integrity_errors += 1
             self._runner.forget(sequence)
-        elif sequence.phase is Phase.WAITING:
+        elif sequence.phase is Phase.WAITING and sequence in self._waiting:
             self._waiting.leave(sequence)
         sequence.phase = Phase.DONE
         self._waiting.unblock()
         usage = sequence.usage()
-        self.metrics.request(reason, usage)
-        self._emit(sequence, DoneEvent(reason, usage, error))
+        if not sequence.job.background:
+            self.metrics.request(reason, usage)
+        sequence.done = DoneEvent(reason, usage, error)
+        self._emit(sequence, sequence.done)
 
     def _end_all(self, reason: ReasonCode, error: Exception | None = None) -> None:
         with self._condition:
-            self._waiting.join(self._inbox)
+            arrived = list(self._inbox)
             self._inbox.clear()
-        for sequence in [*self._waiting, *self._running.values()]:
-            self._finish(sequence, reason, error)
+        self._chunk = None
+        for sequence in [*self._waiting, *self._running.values(), *self._background, *arrived]:
+            if sequence.fetching and not self._stopping:
+                sequence.cancelled = True
+            else:
+                self._finish(sequence, reason, error)
+        self._background.clear()
 
     def _emit(self, sequence: Sequence, event: EngineEvent) -> None:
         try:
@@ -317,6 +545,6 @@ class Engine:
             self.metrics.integrity_errors += 1
             raise
 
-    def cached_prefix(self, ids: Seq[int]) -> int:
+    def cached_prefix(self, ids: Seq[int], scope: str = "") -> int:
         """How many of `ids` need no prefill now. Same threads as `check`."""
-        return self._memory.tree.match(ids)[1]
+        return self._memory.tree.match(ids, scope).tokens

@@ -4,18 +4,33 @@ Admission reserves pages for a request's prompt and all its possible output; the
 as tokens arrive, so that until then they may keep cached prefixes. The promise is one inequality:
 
     pages that are free or held by the prefix tree alone  ≥  Σ over running sequences (reserved − held)
+
+The left side is `total − held by sequences or pins`, and all of it can be had: a sequence holds the whole
+path of each page that it shares with the tree, and a page that is pinned without its path leaves the tree
+before it keeps what lies above it from being evicted. The inequality stays true because
+
+* `admit` and `pin`, which may hold pages that nobody held, compare first; the source of a copy counts as held
+  while it is copied, and where there is no room for it, nothing is copied;
+* `grow`, and the copy when it takes its page, lower both sides by as many;
+* `publish` exchanges own pages for the tree's: as many come back as are taken, except for those that others
+  hold too (pins); for these `publish` compares first, and ends before the one for which there is no room;
+* `leave` and `unpin` only give back.
+
+A sequence writes a page only while no other sequence holds it, and only behind the rows that the tree claims.
 """
 
 from __future__ import annotations
 
+import time
 from collections import Counter
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Protocol
 
-from k2hybrid.cache.prefix import PrefixTree
+from k2hybrid.cache.prefix import Match, Partial, PrefixTree
 from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.sequence import Sequence
-from k2hybrid.errors import EngineError
+from k2hybrid.errors import CapacityError, EngineError
 
 
 class PagePool(Protocol):
@@ -27,6 +42,7 @@ class PagePool(Protocol):
     def retain(self, pages: Seq[int], /) -> None: ...
     def release(self, pages: Seq[int], /) -> None: ...
     def refcount(self, page: int, /) -> int: ...
+    def copy_rows(self, src: int, dst: int, rows: int, /) -> None: ...
 
 
 class PageMemory:
@@ -41,8 +57,11 @@ class PageMemory:
         self.page_tokens = page_tokens
         self.total_pages = pool.free_pages
         self.tree = PrefixTree(pool, page_tokens)
+        self.now: Callable[[], float] = time.monotonic  # of leases
         self._pool = pool
-        self._holders: Counter[int] = Counter()  # page → sequences that hold it
+        self._running: set[Sequence] = set()
+        self._holders: Counter[int] = Counter()  # page → sequences and pins that hold it
+        self._pins: Counter[int] = Counter()  # page → pins
         self._owed = 0  # Σ (reserved − held)
 
     @property
@@ -58,14 +77,29 @@ class PageMemory:
     def admit(self, sequence: Sequence) -> bool:
         """Give `sequence` its longest cached prefix and reserve the rest; False if it must wait.
 
-        At most all tokens but one are taken from the cache: the last one's logits are needed.
+        At most all tokens but one are taken from the cache: the last one's logits are needed. A page that
+        agrees only in its first rows is continued in place if they are all that is claimed of it and no
+        sequence holds it; else the rows are copied to a fresh page.
         """
-        pages, tokens = self.tree.match(sequence.ids[: len(sequence.ids) - 1])
-        newly_held = sum(1 for page in pages if page not in self._holders)
-        if newly_held + sequence.reserved_pages - len(pages) > self.available_pages:
+        match = self._match(sequence)
+        pages, tokens, partial = match.pages, match.tokens, match.partial
+        if partial is not None and partial.whole and not self._sequences_on(partial.page):
+            pages, partial = [*pages, partial.page], None
+        owed = sequence.reserved_pages - len(pages)
+        if partial is not None and self._unheld([*pages, partial.page]) + owed > self.available_pages:
+            tokens, partial = tokens - partial.rows, None
+        if self._unheld(pages) + owed > self.available_pages:
             return False
         self._hold(pages)
-        self._owed += sequence.reserved_pages - len(pages)
+        self._owed += owed
+        if partial is not None:
+            try:
+                pages = [*pages, self._copy(partial)]
+            except BaseException:
+                self._owed -= owed
+                self._drop(pages)
+                raise
+        self._running.add(sequence)
         sequence.pages = pages
         sequence.pages_version += 1
         sequence.computed = sequence.cached_tokens = tokens
@@ -81,51 +115,164 @@ class PageMemory:
                 f"request {sequence.job.request_id!r} needs {len(sequence.pages) + missing} pages "
                 f"but reserved {sequence.reserved_pages}"
             )
-        shortage = missing - self._pool.free_pages
-        if shortage > 0:
-            self.tree.evict(shortage)
-        pages = self._pool.allocate(missing)
-        self._holders.update(pages)
-        self._owed -= missing
-        sequence.pages = [*sequence.pages, *pages]
+        sequence.pages = [*sequence.pages, *self._take(missing)]
         sequence.pages_version += 1
 
+    def drop_partial(self, sequence: Sequence) -> None:
+        """Let a newly admitted `sequence` do without the rows it has of a partly filled page."""
+        full, rows = divmod(sequence.computed, self.page_tokens)
+        if rows:
+            self._drop([sequence.pages[full]])
+            self._owed += 1
+            sequence.pages = sequence.pages[:full]
+            sequence.pages_version += 1
+            sequence.computed = sequence.cached_tokens = full * self.page_tokens
+
     def publish(self, sequence: Sequence) -> None:
-        """Enter the full pages computed so far into the tree, for later requests that begin with them."""
-        full = sequence.computed // self.page_tokens
-        own = sequence.pages[:full]
-        shared = self.tree.insert(sequence.ids[: full * self.page_tokens], own)
-        if shared != own:
-            self._hold(shared)
-            self._drop(own)
-            sequence.pages = [*shared, *sequence.pages[full:]]
+        """Enter all tokens computed so far into the tree, for later requests that begin with them."""
+        tokens = self._publishable(sequence)
+        own = sequence.pages[: pages_for(tokens, self.page_tokens)]
+        shared = self.tree.insert(sequence.ids[:tokens], own, sequence.job.scope)
+        changed = [(ours, theirs) for ours, theirs in zip(own, shared, strict=True) if ours != theirs]
+        if changed:
+            self._hold([theirs for _, theirs in changed])
+            self._drop([ours for ours, _ in changed])
+            sequence.pages = [*shared, *sequence.pages[len(shared) :]]
             sequence.pages_version += 1
 
     def leave(self, sequence: Sequence) -> None:
         """`sequence` gives back all it holds and all it reserved."""
+        self._running.discard(sequence)
         self._owed -= sequence.reserved_pages - len(sequence.pages)
         self._drop(sequence.pages)
         sequence.pages = []
         sequence.pages_version += 1
 
+    def lease(self, scope: str, ids: Seq[int], seconds: float) -> None:
+        """Keep the longest known prefix of `ids` for so long, unless running sequences need its pages."""
+        self.tree.lease(ids, self.now() + seconds, scope)
+
+    def pin(self, pages: Seq[int]) -> None:
+        """Hold pages for somebody who is no sequence and only reads the rows claimed now.
+
+        Raises:
+            CapacityError: pages that only the tree holds are promised to running sequences; none is pinned.
+                Pages that a sequence holds can always be pinned.
+            EngineError: a page is free.
+        """
+        free = [page for page in pages if self._pool.refcount(page) < 1]
+        if free:
+            raise EngineError(f"latent pages {free} are free and cannot be pinned")
+        unheld = self._unheld(pages)
+        if unheld > self.available_pages:
+            raise CapacityError(
+                f"{unheld} latent pages cannot be pinned: {self.available_pages} are not promised to running "
+                "sequences; try again when one has ended"
+            )
+        self._hold(pages)
+        self._pins.update(pages)
+
+    def unpin(self, pages: Seq[int]) -> None:
+        """Let go of pinned pages."""
+        missing = Counter(pages) - self._pins
+        if missing:
+            raise EngineError(f"latent pages {sorted(missing)} are unpinned more often than pinned")
+        self._pins.subtract(pages)
+        self._pins = +self._pins
+        self._drop(pages)
+
     def check(self) -> None:
-        """Prove that holders, tree and pool agree on every page.
+        """Prove that sequences, pins, tree and pool agree on every page, and that no written page is shared.
 
         Raises:
             EngineError: they do not; the message lists pages and counts.
         """
         wrong = []
-        for page in {*self._holders, *self.tree.pages()}:
-            expected = self._holders[page] + (page in self.tree)
-            if self._pool.refcount(page) != expected:
-                wrong.append(f"page {page}: {self._pool.refcount(page)} references, {expected} expected")
-        used = len(self._holders.keys() | set(self.tree.pages()))
-        if self._pool.free_pages + used != self.total_pages:
-            wrong.append(f"{self._pool.free_pages} free + {used} used ≠ {self.total_pages} pages")
+        expected = self._pins.copy()
+        for sequence in self._running:
+            expected.update(sequence.pages)
+        for page in {*expected, *self._holders}:
+            if self._holders[page] != expected[page]:
+                wrong.append(f"page {page}: {self._holders[page]} holders, {expected[page]} expected")
+        owed = sum(sequence.reserved_pages - len(sequence.pages) for sequence in self._running)
+        if self._owed != owed:
+            wrong.append(f"{self._owed} pages are owed, {owed} expected")
+        used = {*self._holders, *self.tree.pages()}
+        for page in used:
+            references = self._holders[page] + (page in self.tree)
+            if self._pool.refcount(page) != references:
+                wrong.append(f"page {page}: {self._pool.refcount(page)} references, {references} expected")
+        if self._pool.free_pages + len(used) != self.total_pages:
+            wrong.append(f"{self._pool.free_pages} free + {len(used)} used ≠ {self.total_pages} pages")
         if self.available_pages < 0:
             wrong.append(f"{-self.available_pages} pages more are promised than there are")
+        for sequence in self._running:
+            wrong += self._wrongly_written(sequence)
         if wrong:
             raise EngineError("latent pages do not add up: " + "; ".join(wrong[:20]))
+
+    def _wrongly_written(self, sequence: Sequence) -> list[str]:
+        """Pages that `sequence` is still to write and another one holds, or the tree claims too much of."""
+        wrong = []
+        first, rows = divmod(sequence.computed, self.page_tokens)
+        for page in sequence.pages[first:]:
+            holders = self._sequences_on(page)
+            if holders != 1:
+                wrong.append(f"page {page}: one sequence writes it and {holders} hold it")
+            if self.tree.rows(page) > rows:
+                wrong.append(f"page {page}: {self.tree.rows(page)} rows claimed, {rows} computed")
+            rows = 0
+        return wrong
+
+    def _match(self, sequence: Sequence) -> Match:
+        if not sequence.job.reuse:
+            return Match([], 0)
+        return self.tree.match(sequence.ids[: len(sequence.ids) - 1], sequence.job.scope)
+
+    def _publishable(self, sequence: Sequence) -> int:
+        """Computed tokens, up to a page that others hold too, if the tree's cannot be held beside it."""
+        room = self.available_pages
+        if room < len(sequence.pages):
+            known = self.tree.match(sequence.ids[: sequence.computed], sequence.job.scope).pages
+            for i, (ours, theirs) in enumerate(zip(sequence.pages, known, strict=False)):
+                if ours != theirs and self._holders[ours] > 1 and theirs not in self._holders:
+                    if room == 0:
+                        return i * self.page_tokens
+                    room -= 1
+        return sequence.computed
+
+    def _copy(self, partial: Partial) -> int:
+        """A fresh page, out of what is owed, with the rows of `partial`."""
+        source = [partial.page]
+        self._hold(source)  # so that it is not evicted to make room for its copy
+        try:
+            (page,) = self._take(1)
+            try:
+                self._pool.copy_rows(partial.page, page, partial.rows)
+            except BaseException:
+                self._owed += 1
+                self._drop([page])
+                raise
+        finally:
+            self._drop(source)
+        return page
+
+    def _take(self, count: int) -> list[int]:
+        """Fresh pages, out of what is owed."""
+        shortage = count - self._pool.free_pages
+        if shortage > 0:
+            self.tree.evict(shortage, self.now())
+        pages = self._pool.allocate(count)
+        self._holders.update(pages)
+        self._owed -= count
+        return pages
+
+    def _sequences_on(self, page: int) -> int:
+        return self._holders[page] - self._pins[page]
+
+    def _unheld(self, pages: Seq[int]) -> int:
+        """How many of `pages` neither a sequence nor a pin holds."""
+        return sum(1 for page in set(pages) if page not in self._holders)
 
     def _hold(self, pages: Seq[int]) -> None:
         self._pool.retain(pages)

@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from k2hybrid.types import Job, Usage
+from k2hybrid.cache.page_keys import PageKey
+from k2hybrid.types import DoneEvent, Job, TokenEvent, Usage
 
 if TYPE_CHECKING:
     from k2hybrid.model.sampler import Sampler
@@ -25,7 +26,7 @@ class Phase(enum.Enum):
 class Sequence:
     """A job and its progress. `ids[:computed]` have their latents in `pages`; the rest is still to be run.
 
-    Owned by the engine's thread, except `cancelled`, which any thread may set.
+    Owned by the engine's thread, except `cancelled`, which any thread may set. Once DONE it is left alone.
     """
 
     number: int  # order of arrival
@@ -39,7 +40,12 @@ class Sequence:
     cached_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     pages_version: int = 0  # changes with `pages`, so that a tensor of them can be kept
+    page_keys: list[PageKey] = field(default_factory=list)  # of its full pages, as the journal names them
+    fetching: bool = False  # its pages are being read from disk; it does not run meanwhile
     cancelled: bool = False
+    kept: list[TokenEvent] = field(default_factory=list)  # of a resumable job: all that was delivered
+    done: DoneEvent | None = None
+    resumes: Sequence | None = None  # whose progress it takes over before it waits
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0  # first prefill step
     first_token_s: float = 0.0
@@ -56,7 +62,8 @@ class Sequence:
 
     @property
     def decoding(self) -> bool:
-        return self.generated > 0
+        """Whether the next step gives the next token from one row; not while a resumed one is prefilled."""
+        return self.generated > 0 and self.pending == 1
 
     def usage(self) -> Usage:
         """Counts and times so far. Time in the queue belongs to neither prefill nor decode."""
@@ -64,7 +71,7 @@ class Sequence:
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.generated,
-            cached_tokens=self.cached_tokens,
+            cached_tokens=min(self.cached_tokens, self.prompt_tokens),
             prefill_ms=prefill_s * 1e3,
             decode_ms=(self.last_token_s - self.first_token_s) * 1e3,
         )

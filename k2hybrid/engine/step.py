@@ -1,4 +1,4 @@
-"""Runs one planned step through the model. Layer 4."""
+"""Runs planned rows through the model: at once, or some layers at a time. Layer 4."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from k2hybrid.engine.batch import BatchBuilder
-from k2hybrid.engine.scheduler import StepPlan
+from k2hybrid.engine.cost import LARGE_ROWS, Rows
+from k2hybrid.engine.scheduler import Share
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.model.batch import Batch
 
@@ -20,50 +21,77 @@ class StepModel(Protocol):
     def begin(self, batch: Batch, /) -> Any:
         """State before the first layer."""
 
-    def forward(self, state: Any, /) -> Any:
-        """Run the layers; afterwards `state.failed_rows` holds rows whose results are not to be used."""
+    def forward(self, state: Any, until: int, /) -> Any:
+        """Run layers up to, without, `until`; `state.failed_rows` holds rows not to be used any more.
+
+        Other states may run between two calls.
+        """
 
     def logits(self, state: Any, /) -> torch.Tensor:
-        """fp32 [R, vocab] for the batch's `logit_rows`."""
+        """fp32 [R, vocab] for the batch's `logit_rows`, after the last layer."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What a step gave, by sequence number."""
+    """What a pass gave, by sequence number."""
 
     logits: Mapping[int, torch.Tensor]  # fp32 [vocab], for shares marked `last`
     failed: frozenset[int]  # sequences with a lost row
 
 
-# From here on torch's own operations (attention, norms) gain by sharing a step's rows among threads. Below,
-# waking a second thread costs more than it does: milliseconds where another process keeps its core busy.
-PARALLEL_TOKENS = 64
+@dataclass(slots=True)
+class Pass:
+    """Rows on their way through the layers; `layer` runs next."""
+
+    shares: tuple[Share, ...]
+    rows: tuple[Rows, ...]
+    batch: Batch
+    state: Any
+    layer: int = 0
+
+    @property
+    def tokens(self) -> int:
+        return sum(share.tokens for share in self.shares)
 
 
 class StepRunner:
-    """Puts plans through `model`. Raises whatever the model raises.
+    """Puts rows through `model`. Raises whatever the model raises.
 
     Args:
-        torch_threads: threads of torch's own operations in large steps; small ones, as in decoding, use one.
+        layers: of the model.
+        torch_threads: threads of torch's own operations in large passes; small ones, as in decoding, use one:
+            waking a second costs more than it does, milliseconds where another process keeps its core busy.
     """
 
-    def __init__(self, model: StepModel, torch_threads: int = 1) -> None:
+    def __init__(self, model: StepModel, layers: int, torch_threads: int = 1) -> None:
+        self.layers = layers
         self._model = model
         self._torch_threads = torch_threads
         self._builder = BatchBuilder()
 
-    def run(self, plan: StepPlan, sequences: Mapping[int, Sequence]) -> StepResult:
-        """One whole pass over the rows of `plan`."""
-        torch.set_num_threads(self._torch_threads if plan.tokens >= PARALLEL_TOKENS else 1)
-        batch = self._builder.build(plan, sequences)
-        state = self._model.forward(self._model.begin(batch))
+    def begin(self, shares: tuple[Share, ...], sequences: Mapping[int, Sequence]) -> Pass:
+        """A pass before its first layer; the sequences' pages must cover it."""
+        batch = self._builder.build(shares, sequences)
+        rows = tuple(Rows(s.tokens, sequences[s.number].computed + s.tokens) for s in shares)
+        return Pass(shares, rows, batch, self._model.begin(batch))
+
+    def advance(self, run: Pass, layers: int) -> bool:
+        """Run so many layers more, as far as there are; whether it was the last."""
+        torch.set_num_threads(self._torch_threads if run.tokens >= LARGE_ROWS else 1)
+        until = min(self.layers, run.layer + layers)
+        run.state = self._model.forward(run.state, until)
+        run.layer = until
+        return until == self.layers
+
+    def finish(self, run: Pass) -> StepResult:
+        """Logits and losses, after the last layer."""
         failed = frozenset(
             share.number
-            for share, rows in zip(plan.shares, batch.row_slices(), strict=True)
-            if any(rows.start <= row < rows.stop for row in state.failed_rows)
+            for share, rows in zip(run.shares, run.batch.row_slices(), strict=True)
+            if any(rows.start <= row < rows.stop for row in run.state.failed_rows)
         )
-        wanted = [share.number for share in plan.shares if share.last]
-        rows = self._model.logits(state) if wanted else ()
+        wanted = [share.number for share in run.shares if share.last]
+        rows = self._model.logits(run.state) if wanted else ()
         return StepResult(dict(zip(wanted, rows, strict=True)), failed)
 
     def forget(self, sequence: Sequence) -> None:

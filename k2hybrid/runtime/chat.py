@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 
@@ -26,14 +26,30 @@ class ChatRun:
     """An answer under way. Iterate it once, by `for` or by `async for`; leaving the loop early cancels it.
 
     Tokens become events in the consumer's thread or task, microseconds each. `usage` and `finish_reason` are
-    valid after the end. Whoever never iterates must `cancel`.
+    valid after the end. Whoever never iterates must `cancel`, or `park`.
+
+    Args:
+        stream: makes the machine that reads the tokens.
+        ended: called once the last delta is out, before the loop ends.
+        parked: takes the run if its consumer is gone; None: then it is cancelled.
     """
 
-    def __init__(self, tokens: TokenRun, stream: ChatStream) -> None:
+    def __init__(
+        self,
+        tokens: TokenRun,
+        stream: Callable[[], ChatStream],
+        ended: Callable[[ChatRun], None] = lambda run: None,
+        parked: Callable[[ChatRun], None] | None = None,
+    ) -> None:
         self._tokens = tokens
-        self._stream = stream
+        self._new_stream = stream
+        self._stream = stream()
+        self._ended = ended
+        self._parked = parked
         self._reasoning_tokens = 0
         self.prompt_tokens = tokens.prompt_tokens
+        self.ids: list[int] = []  # generated so far, as far as the consumer came
+        self.events: list[Event] = []
 
     @property
     def usage(self) -> Usage:
@@ -50,6 +66,20 @@ class ChatRun:
         """End generation soon. From any thread, repeatedly, and after the end."""
         self._tokens.cancel()
 
+    def park(self) -> None:
+        """As `cancel`, for an answer that may be asked for again: what was generated is kept for a time."""
+        self.cancel()
+        if self._parked is not None and self.finish_reason != "error":
+            self._parked(self)
+
+    def resumed(self) -> ChatRun:
+        """The answer of a parked run once more, from its beginning to the end it would have had."""
+        return ChatRun(self._tokens.resumed(), self._new_stream, self._ended, self._parked)
+
+    def lease(self, seconds: float) -> None:
+        """Keep the answer's latents, and those of what it answers, for a time."""
+        self._tokens.lease(seconds)
+
     def __iter__(self) -> Generator[Delta, None, None]:
         """Deltas as they come.
 
@@ -59,19 +89,27 @@ class ChatRun:
         with closing(iter(self._tokens)) as tokens:
             for token in tokens:
                 yield self._delta(token)
-        if rest := self._stream.finish():
-            yield Delta(tuple(rest))
+        if rest := self._finish():
+            yield rest
 
     async def __aiter__(self) -> AsyncGenerator[Delta, None]:
         """As `__iter__`, never blocking the event loop."""
         async with aclosing(aiter(self._tokens)) as tokens:
             async for token in tokens:
                 yield self._delta(token)
-        if rest := self._stream.finish():
-            yield Delta(tuple(rest))
+        if rest := self._finish():
+            yield rest
 
     def _delta(self, event: TokenEvent) -> Delta:
         before = self._stream.in_reasoning
         events = self._stream.push(event.token)
         self._reasoning_tokens += before or self._stream.in_reasoning  # so `<think>` and `</think>` count too
+        self.ids.append(event.token)
+        self.events += events
         return Delta(tuple(events), event.logprob)
+
+    def _finish(self) -> Delta | None:
+        rest = self._stream.finish()
+        self.events += rest
+        self._ended(self)
+        return Delta(tuple(rest)) if rest else None

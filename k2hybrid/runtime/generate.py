@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator, Callable, Collection, Generator
 from k2hybrid.engine.engine import JobHandle
 from k2hybrid.errors import EngineError, K2Error
 from k2hybrid.runtime.mailbox import Mailbox
-from k2hybrid.types import EngineEvent, Job, ReasonCode, TokenEvent, Usage
+from k2hybrid.types import EngineEvent, ReasonCode, TokenEvent, Usage
 
 
 class StopTokens:
@@ -27,17 +27,28 @@ class TokenRun:
     `usage` and `finish_reason` are valid after the end. Whoever never iterates must `cancel`.
     """
 
-    def __init__(self, submit: Callable[[Job], JobHandle], job_for: Callable[[Mailbox], Job]) -> None:
+    def __init__(self, start: Callable[[Mailbox], JobHandle], prompt_tokens: int) -> None:
         self._mailbox = Mailbox()
-        job = job_for(self._mailbox)
-        self.prompt_tokens = len(job.ids)
+        self.prompt_tokens = prompt_tokens
         self.finish_reason: ReasonCode | None = None
-        self.usage = Usage(prompt_tokens=self.prompt_tokens)
-        self._handle = submit(job)
+        self.usage = Usage(prompt_tokens=prompt_tokens)
+        self._handle = start(self._mailbox)
 
     def cancel(self) -> None:
         """End generation soon. From any thread, repeatedly, and after the end."""
         self._handle.cancel()
+
+    def resumed(self) -> TokenRun:
+        """End this run and give its tokens again, from the first, and then those that it would have given.
+
+        Once, and only if its job is resumable; see `JobHandle.resume`.
+        """
+        self.cancel()
+        return TokenRun(lambda mailbox: self._handle.resume(mailbox.put), self.prompt_tokens)
+
+    def lease(self, seconds: float) -> None:
+        """See `JobHandle.lease`."""
+        self._handle.lease(seconds)
 
     def __iter__(self) -> Generator[TokenEvent, None, None]:
         """Tokens as they come.

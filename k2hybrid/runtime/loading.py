@@ -9,19 +9,27 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from k2hybrid.cache.journal import Journal
+from k2hybrid.cache.journal_writer import JournalWriter
 from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from k2hybrid.chat.exchanges import Exchanges
+from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.archive import Archive
 from k2hybrid.engine.engine import Engine
 from k2hybrid.engine.metrics import ByteMeter
 from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.errors import ConfigError, TokenizerError
 from k2hybrid.native import Machine
 from k2hybrid.runtime.assembly import assemble
+from k2hybrid.runtime.fingerprint import fingerprint
 from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
+from k2hybrid.runtime.sessions import Sessions, journal_limit
+from k2hybrid.runtime.sizes import network_sizes
 
 log = logging.getLogger(__name__)
 
@@ -72,14 +80,24 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
             ),
         )
         opened.callback(checkpoint.close)
+        journal, writer = _journal(config, pages, template.source)
+        archive = None
+        if journal is not None and writer is not None:
+            opened.callback(journal.close)
+            opened.callback(writer.close)
+            archive = Archive(journal, writer, pages, pages.PAGE_TOKENS)
+        exchanges = Exchanges(Markers.from_specials(tokenizer.specials), tokenizer)
+        sessions = Sessions(exchanges, pages.PAGE_TOKENS, journal, writer)
         engine = Engine(
             network,
             pages,
+            sizes=network_sizes(spec, meter.step_bytes, pages.format.row_bytes),
             vocab_size=spec.vocab_size,
             context_tokens=context_tokens,
             config=config,
             meter=meter,
             torch_threads=machine.threads if spec.num_heads * spec.v_head_dim >= WIDE_ATTENTION else 1,
+            archive=archive,
             on_start=machine.pin_caller,
         )
         runtime = Runtime(
@@ -89,11 +107,27 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
             tokenizer=tokenizer,
             template=template,
             engine=engine,
+            sessions=sessions,
             release=checkpoint.close,
         )
         engine.start()
         opened.pop_all()
         return runtime
+
+
+def _journal(
+    config: RuntimeConfig, pages: LatentPages, template: str | None
+) -> tuple[Journal | None, JournalWriter | None]:
+    if config.journal is None:
+        return None, None
+    journal = Journal(
+        config.journal,
+        fingerprint(config, pages, template),
+        pages.page_bytes,
+        max_bytes=journal_limit(config, config.journal),
+        max_age_s=config.journal_days * 86_400,
+    )
+    return journal, JournalWriter(journal)
 
 
 def _pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) -> LatentPages:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from types import TracebackType
 
+from k2hybrid.chat.exchanges import Exchanges, Recalled, gather
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.prompt import Prompt
 from k2hybrid.chat.stop import ChatStopRule
@@ -16,9 +18,12 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
 from k2hybrid.errors import ContextLengthError, EngineError, RequestError
+from k2hybrid.runtime.ahead import Ahead
 from k2hybrid.runtime.chat import ChatRun
 from k2hybrid.runtime.generate import StopTokens, TokenRun
 from k2hybrid.runtime.mask import ForbidTokens
+from k2hybrid.runtime.parking import Parking
+from k2hybrid.runtime.sessions import Sessions
 from k2hybrid.types import ChatRequest, Job, SamplingParams
 
 TOOL_CHOICES = ("auto", "none")
@@ -30,6 +35,7 @@ class Runtime:
     Args:
         name: what clients call the model.
         engine: started; stopped by `close`.
+        sessions: closed by `close`; None: they are kept in memory alone.
         release: gives back what lies under the engine, after it stopped.
     """
 
@@ -42,6 +48,7 @@ class Runtime:
         tokenizer: Tokenizer,
         template: ChatTemplate,
         engine: Engine,
+        sessions: Sessions | None = None,
         release: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
@@ -54,6 +61,10 @@ class Runtime:
         self._stop_ids = tokenizer.stop_ids | frozenset(spec.eos_token_ids)
         self._release = release
         self._closed = False
+        exchanges = Exchanges(self._markers, tokenizer)
+        self._sessions = sessions or Sessions(exchanges, engine.page_tokens)
+        self._parking: Parking[ChatRun] = Parking(ttl_s=config.retry_seconds)
+        self._ahead = Ahead(self._prompt_ids, engine.submit)
 
     @property
     def context_tokens(self) -> int:
@@ -82,7 +93,10 @@ class Runtime:
         stop = StopTokens(self._stop_ids if stop_ids is None else stop_ids)
         params = sampling or SamplingParams()
         return TokenRun(
-            self.engine.submit, lambda mail: Job(ids, params, limit, stop, mail.put, request_id=request_id)
+            lambda mailbox: self.engine.submit(
+                Job(ids, params, limit, stop, mailbox.put, request_id=request_id)
+            ),
+            len(ids),
         )
 
     def chat(self, request: ChatRequest) -> ChatRun:
@@ -107,18 +121,32 @@ class Runtime:
                 code="invalid_value",
             )
         self._require_open()
-        prompt = self.template.render(request.messages, request.tools)
+        key = request.retry_key
+        if key and (parked := self._parking.take(key)) is not None:
+            return parked.resumed()
+        recalled = self._sessions.exchanges.recall(request.scope, request.messages)
+        if not request.reuse:
+            recalled = Recalled(request.messages, context_key=recalled.context_key)
+        prompt = self.template.render(recalled.messages, request.tools)
+        prompt = replace(prompt, ids=self._sessions.exchanges.spliced(prompt.ids, recalled))
         limit = self._output_tokens(len(prompt.ids), request.max_tokens, "messages")
-        tokens = TokenRun(self.engine.submit, lambda mail: self._job(request, prompt, limit, mail.put))
-        stream = ChatStream(
-            self._markers,
-            self.tokenizer,
-            stop=request.stop,
-            tools=request.tools,
-            first_call_index=prompt.first_call_index,
-            in_reasoning=prompt.in_reasoning,
+        tokens = TokenRun(
+            lambda mailbox: self.engine.submit(self._job(request, prompt, limit, mailbox.put)),
+            len(prompt.ids),
         )
-        return ChatRun(tokens, stream)
+        return ChatRun(
+            tokens,
+            lambda: ChatStream(
+                self._markers,
+                self.tokenizer,
+                stop=request.stop,
+                tools=request.tools,
+                first_call_index=prompt.first_call_index,
+                in_reasoning=prompt.in_reasoning,
+            ),
+            ended=lambda run: self._ended(request, recalled, prompt, run),
+            parked=(lambda run: self._parking.put(key, run, ChatRun.cancel)) if key else None,
+        )
 
     async def start_chat(self, request: ChatRequest) -> ChatRun:
         """`chat` in a worker thread. If the caller is cancelled meanwhile, so is the answer."""
@@ -133,7 +161,10 @@ class Runtime:
         """End all requests with "cancelled" and let go of the checkpoint. Repeatedly."""
         if not self._closed:
             self._closed = True
+            self._parking.close()
+            self._ahead.close()
             self.engine.stop()
+            self._sessions.close()
             self.template.close()
             self._release()
 
@@ -162,7 +193,28 @@ class Runtime:
             sink=sink,
             mask=None if may_call else ForbidTokens(opening),
             request_id=request.request_id,
+            scope=request.scope,
+            store=request.store,
+            reuse=request.reuse,
+            resumable=bool(request.retry_key),
         )
+
+    def _ended(self, request: ChatRequest, recalled: Recalled, prompt: Prompt, run: ChatRun) -> None:
+        """An answer is out: remember it, and see to the next turn's latents."""
+        if run.finish_reason not in ("stop", "tool_calls", "length"):
+            return
+        answer = gather(run.events)
+        made = self._sessions.exchanges.made(request.scope, recalled, answer, run.ids, request.response_id)
+        self._sessions.remember(made, prompt.ids, store=request.store)
+        if run.finish_reason == "tool_calls":
+            run.lease(self.config.lease_seconds)
+        elif run.finish_reason == "stop" and self.config.idle_prefill and not self._closed:
+            self._ahead.prefill(replace(request, messages=(*recalled.messages, answer.message())))
+
+    def _prompt_ids(self, request: ChatRequest) -> list[int]:
+        recalled = self._sessions.exchanges.recall(request.scope, request.messages)
+        prompt = self.template.render(recalled.messages, request.tools)
+        return self._sessions.exchanges.spliced(prompt.ids, recalled)
 
     def _output_tokens(self, prompt_tokens: int, asked: int | None, param: str) -> int:
         most = self.context_tokens

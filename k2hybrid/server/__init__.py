@@ -7,7 +7,8 @@ tokenize: /tokenize and /detokenize
 guard: host check, API key, request ids, the last exception handler
 body, fields: hostile JSON → checked values
 failures: which error becomes which status, one table
-live: the answers being generated now
-sse, patient: streams and whole answers, kept alive, and ended when the client goes
-options, process, __main__: command line, socket, signals
+live: the requests inside and the answers being generated now; whether the server drains
+sse, patient: streams and whole answers, kept alive; when the client goes, the answer is parked
+retry: which request is a retry of which, and so takes a parked answer up again
+options, process, __main__: command line, socket, signals and how the server ends
 """

@@ -12,10 +12,12 @@ from k2hybrid.server.options import (
     Parser,
     add_model_options,
     add_server_options,
+    add_session_options,
     fail,
     model_path,
     read_api_keys,
     runtime_options,
+    session_options,
 )
 
 
@@ -23,6 +25,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     """Every option of `serve`."""
     add_model_options(parser)
     add_server_options(parser)
+    add_session_options(parser)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -33,11 +36,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def serve(args: argparse.Namespace) -> int:
-    """Serve as `args` say, until SIGINT or SIGTERM; the exit code. Failures end in one line."""
+    """Serve as `args` say, until SIGINT or SIGTERM; the exit code. Failures end in one line.
+
+    A second signal ends the process at once, with 130 or 143.
+    """
     program = "k2hybrid serve"
     try:
         keys = read_api_keys(args.api_key_file)
-        options = {"model": model_path(args), **runtime_options(args)}
+        options = {"model": model_path(args), **runtime_options(args), **session_options(args)}
         RuntimeConfig.from_mapping(options)
         # Heavy imports only now, the heaviest last: wrong options or a taken port are told at once.
         from k2hybrid.server.process import bind, hosts_for, print_table, run
@@ -57,7 +63,8 @@ def serve(args: argparse.Namespace) -> int:
                 print_table(model.config.table())
                 settings = Settings(args.served_model_name, keys, hosts)
                 live = LiveRuns()
-                run(create_app(model, settings, live), listener, live.end_all)
+                app = create_app(model, settings, live)
+                run(app, listener, live, drain_s=args.drain, on_stopped=model.close)
     except (K2Error, OSError) as error:
         return fail(program, error)
     except KeyboardInterrupt:

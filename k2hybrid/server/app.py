@@ -14,7 +14,13 @@ from starlette.types import ASGIApp
 
 from k2hybrid.errors import K2Error
 from k2hybrid.hardware.doctor import package_version
-from k2hybrid.server.failures import HttpError, classify, failure_response, json_response
+from k2hybrid.server.failures import (
+    RETRY_AFTER_S,
+    HttpError,
+    classify,
+    failure_response,
+    json_response,
+)
 from k2hybrid.server.guard import LOOPBACK_HOSTS, ApiKeys, Guard, log_unexpected, request_id
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.openai import OpenAI
@@ -32,16 +38,20 @@ class Settings:
 
 
 def create_app(model: ServedModel, settings: Settings | None = None, live: LiveRuns | None = None) -> ASGIApp:
-    """The ASGI application that serves `model`; `live` knows what it is generating."""
+    """The ASGI application that serves `model`; `live` knows what it is at, and whether it drains."""
     settings = settings or Settings()
+    live = live if live is not None else LiveRuns()
     name = settings.name or model.name
-    openai = OpenAI(model, name, live if live is not None else LiveRuns())
+    openai = OpenAI(model, name, live)
     tokenization = Tokenization(model)
 
     async def root(_request: Request) -> Response:
         return json_response({"name": "k2hybrid", "version": package_version(), "model": name})
 
     async def health(_request: Request) -> Response:
+        if live.draining:
+            headers = {"Retry-After": str(RETRY_AFTER_S)}
+            return json_response({"status": "draining", "model": name}, 503, headers)
         return json_response({"status": "ok", "model": name})
 
     app = Starlette(
@@ -61,7 +71,7 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
             Exception: _failed,
         },
     )
-    return Guard(app, keys=ApiKeys(settings.api_keys), hosts=settings.hosts)
+    return Guard(app, keys=ApiKeys(settings.api_keys), hosts=settings.hosts, live=live)
 
 
 async def _failed(request: Request, error: Exception) -> Response:

@@ -49,7 +49,7 @@ class ChatCall:
     include_usage: bool = False
 
 
-def parse_chat(body: Mapping[str, Any], request_id: str = "") -> ChatCall:
+def parse_chat(body: Mapping[str, Any]) -> ChatCall:
     """Parse a `/v1/chat/completions` body; RequestError names the field that is wrong."""
     fields = Fields(body)
     tools = parse_tools(fields)
@@ -64,7 +64,8 @@ def parse_chat(body: Mapping[str, Any], request_id: str = "") -> ChatCall:
         sampling=_sampling(fields),
         max_tokens=limit,
         stop=_stop(body.get("stop")),
-        request_id=request_id,
+        store=fields.flag("store", default=True),
+        reuse=fields.flag("cache_prompt", default=True),  # llama.cpp's word for it
     )
     stream = fields.flag("stream")
     return ChatCall(
@@ -101,11 +102,18 @@ def _message(fields: Fields, *, last: bool) -> Message:
         role=_ROLES[role],
         content=_content(fields),
         name=fields.text("name"),
+        response_id=_response_id(fields) if assistant else None,
         reasoning=(fields.text("reasoning_content") or fields.text("reasoning")) if assistant else None,
         tool_calls=tuple(_tool_call(call) for call in fields.objects("tool_calls")) if assistant else (),
         tool_call_id=fields.text("tool_call_id"),
         partial=partial and last,  # an earlier one was continued already: clients send their history back
     )
+
+
+def _response_id(fields: Fields) -> str | None:
+    """What some clients keep with a message. It only helps to find the answer again, so any other is none."""
+    value = fields.value.get("id")
+    return value if isinstance(value, str) and value else None
 
 
 def _content(fields: Fields) -> str | tuple[Mapping[str, Any], ...] | None:

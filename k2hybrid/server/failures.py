@@ -22,7 +22,8 @@ from k2hybrid.errors import (
     TemplateError,
 )
 
-# Seconds a client should wait when the queue is full: about one long prompt's prefill on a CPU.
+# Seconds a client should wait when the queue is full (about one long prompt's prefill on a CPU), or for
+# another server.
 RETRY_AFTER_S = 5
 
 
@@ -38,6 +39,10 @@ class HttpError(K2Error):
 
 class AnswerCancelledError(K2Error):
     """The server ended this answer because it is ending itself; another one may give it."""
+
+
+class ShuttingDownError(K2Error):
+    """The server is ending and takes nothing new; the next one at this address may."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +79,7 @@ _RULES: tuple[tuple[type[K2Error], _Rule], ...] = (
     (TemplateError, _Rule(500, "server_error", "template_error")),
     (CapacityError, _Rule(429, "rate_limit_error", "capacity_exceeded", retry=True)),
     (AnswerCancelledError, _Rule(503, "server_error", "shutting_down", retry=True)),
+    (ShuttingDownError, _Rule(503, "server_error", "shutting_down", retry=True)),
     (ExpertReadError, _Rule(500, "server_error", "expert_read_error", retry=True)),
     (EngineError, _Rule(500, "server_error", "engine_error")),
     (ConfigError, _Rule(500, "server_error", "config_error")),

@@ -14,18 +14,27 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from k2hybrid.errors import K2Error
-from k2hybrid.server.failures import HttpError, classify, failure_response
+from k2hybrid.server.failures import HttpError, ShuttingDownError, classify, failure_response
+from k2hybrid.server.live import LiveRuns
 
 _log = logging.getLogger("k2hybrid.server")
 
 # Needed before a client can show anything; they tell that a server is here, and the model's name.
 OPEN_PATHS = frozenset({"/", "/health", "/v1/models"})
+# Answered while the server ends: balancers and scripts ask there whether it does.
+DRAIN_PATHS = frozenset({"/health"})
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
+SCOPE_CHARS = 16  # of hexadecimal digits: enough to tell the keys of one file apart
 
 
 def request_id(scope: Scope) -> str:
     """The id under which the log knows this request; the client gets it as `x-request-id`."""
     return str(scope["state"]["request_id"])
+
+
+def key_scope(scope: Scope) -> str:
+    """The namespace of the API key that this request came with; "" where no key is asked for."""
+    return str(scope["state"].get("key_scope", ""))
 
 
 def log_unexpected(error: BaseException, scope: Scope) -> None:
@@ -39,25 +48,39 @@ def log_unexpected(error: BaseException, scope: Scope) -> None:
 
 
 class ApiKeys:
-    """The accepted keys; with none, everything is let in."""
+    """The accepted keys; with none, everything is let in, into one namespace."""
 
     def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key) for key in keys]
+        self._digests = {_digest(key): _scope_of(key) for key in keys}
 
-    def admit(self, headers: Headers) -> bool:
-        """Whether a key came as Bearer or as x-api-key. Takes the same time whichever byte differs."""
+    def scope(self, headers: Headers) -> str | None:
+        """The namespace of the key that came as Bearer or as x-api-key; None if no right one did.
+
+        Takes the same time whichever byte of a wrong key differs.
+        """
         if not self._digests:
-            return True
+            return ""
         scheme, _, bearer = headers.get("authorization", "").partition(" ")
         offered = [headers.get("x-api-key", "")]
         if scheme.lower() == "bearer":
             offered.append(bearer.strip())
         # No early exit: all pairs are compared.
-        return sum(hmac.compare_digest(_digest(key), known) for key in offered for known in self._digests) > 0
+        right = [
+            scope
+            for key in offered
+            for known, scope in self._digests.items()
+            if hmac.compare_digest(_digest(key), known)
+        ]
+        return right[-1] if right else None  # two right keys: the Bearer one
 
 
 def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode()).digest()
+
+
+def _scope_of(key: str) -> str:
+    """Another digest than the one compared: this one may come to lie on a disk."""
+    return hashlib.sha256(b"scope\0" + key.encode()).hexdigest()[:SCOPE_CHARS]
 
 
 class Guard:
@@ -66,12 +89,14 @@ class Guard:
     Args:
         hosts: the Host names answered, without port; None: any. A server on loopback must check, or a web
             page whose name is rebound to 127.0.0.1 could talk to it.
+        live: counts who is inside; while it drains, newcomers are refused.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, hosts: Collection[str] | None) -> None:
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, hosts: Collection[str] | None, live: LiveRuns) -> None:
         self._app = app
         self._keys = keys
         self._hosts = hosts
+        self._live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Refuse, or pass on; whatever comes up from below ends here."""
@@ -91,7 +116,8 @@ class Guard:
 
         try:
             self._check(scope)
-            await self._app(scope, receive, send_with_id)
+            with self._live.request():
+                await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:
             return  # the process ends; there is nobody left to hear about it
         except Exception as error:
@@ -111,13 +137,19 @@ class Guard:
                 kind="permission_error",
                 code="host_not_allowed",
             )
-        if scope["path"] not in OPEN_PATHS and not self._keys.admit(headers):
+        if self._live.draining and scope["path"] not in DRAIN_PATHS:
+            raise ShuttingDownError("the server is shutting down and takes no more requests; try again later")
+        if scope["path"] in OPEN_PATHS:
+            return
+        key_scope = self._keys.scope(headers)
+        if key_scope is None:
             raise HttpError(
                 401,
                 "missing or wrong API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'",
                 kind="authentication_error",
                 code="invalid_api_key",
             )
+        scope["state"]["key_scope"] = key_scope
 
 
 def host_name(header: str) -> str:

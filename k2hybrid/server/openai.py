@@ -21,9 +21,10 @@ from k2hybrid.server.body import read_object
 from k2hybrid.server.chat_reply import Choice, Head, usage
 from k2hybrid.server.chat_request import ChatCall, parse_chat
 from k2hybrid.server.failures import Failure, classify, json_response
-from k2hybrid.server.guard import log_unexpected, request_id
+from k2hybrid.server.guard import key_scope, log_unexpected, request_id
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.patient import PatientResponse
+from k2hybrid.server.retry import choice_key, retry_key
 from k2hybrid.server.served import ChatRun, Delta, ServedModel
 from k2hybrid.server.sse import DONE, EventStream, data_event
 
@@ -63,28 +64,42 @@ class OpenAI:
     async def chat_completions(self, request: Request) -> Response:
         """Parse, queue, and answer as a stream or as a whole."""
         body = await read_object(request)
-        call, runs = await run_in_threadpool(self._start, body, request_id(request.scope))
-        self._live.add(runs)
         head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self._name, self._fingerprint)
+        call, runs = await run_in_threadpool(self._start, body, request.scope, head.id)
+        self._live.add(runs)
+
+        def close(sent: bool) -> None:
+            self._live.end(runs, park=not sent and bool(call.request.retry_key))
+
         if call.stream:
-            events = self._events(call, runs, head, request.scope)
-            return EventStream(events, lambda: self._live.end(runs))
+            return EventStream(self._events(call, runs, head, request.scope), close)
         return PatientResponse(
-            self._completion(call, runs, head),
-            lambda error: self._failure(error, request.scope),
-            lambda: self._live.end(runs),
+            self._completion(call, runs, head), lambda error: self._failure(error, request.scope), close
         )
 
-    def _start(self, body: dict[str, Any], identity: str) -> tuple[ChatCall, list[ChatRun]]:
+    def _start(self, body: dict[str, Any], scope: Scope, response_id: str) -> tuple[ChatCall, list[ChatRun]]:
         """In a thread: parse, render, queue one run per choice. With a seed, each choice gets its own."""
-        call = parse_chat(body, identity)
+        call = parse_chat(body)
+        namespace = key_scope(scope)
+        request = dataclasses.replace(
+            call.request,
+            request_id=request_id(scope),
+            response_id=response_id,
+            scope=namespace,
+            # What is to be computed anew takes nothing up again either.
+            retry_key=retry_key(namespace, body) if call.request.reuse else "",
+        )
+        call = dataclasses.replace(call, request=request)
         runs: list[ChatRun] = []
         try:
             for i in range(call.choices):
-                sampling = call.request.sampling
+                sampling = request.sampling
                 if sampling.seed is not None:
                     sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
-                runs.append(self._model.chat(dataclasses.replace(call.request, sampling=sampling)))
+                one = dataclasses.replace(
+                    request, sampling=sampling, retry_key=choice_key(request.retry_key, i)
+                )
+                runs.append(self._model.chat(one))
         except BaseException:
             for run in runs:
                 run.cancel()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import os
+import re
 import sys
 from pathlib import Path
 from typing import Any, NoReturn
@@ -14,7 +16,8 @@ from k2hybrid.errors import ConfigError
 # Exit codes: 1, it could not be done; 2, the command line is wrong.
 FAILED = 1
 USAGE = 2
-MAX_LATENT_GB = 1 << 20  # more is a slip of the finger
+MAX_GB = 1 << 20  # more is a slip of the finger
+MAX_DRAIN_S = 86400.0
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,13 +78,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     """The RuntimeConfig fields that were given; the others keep their defaults."""
-    latent_bytes = None
-    if args.latent_gb is not None:
-        if not 0 < args.latent_gb <= MAX_LATENT_GB:
-            raise ConfigError(
-                f"--latent-gb must be above 0 and at most {MAX_LATENT_GB}, not {args.latent_gb:g}"
-            )
-        latent_bytes = int(args.latent_gb * (1 << 30))
+    latent_bytes = None if args.latent_gb is None else _bytes("--latent-gb", args.latent_gb)
     given = {
         "device": args.device,
         "threads": args.threads,
@@ -111,12 +108,96 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         "--api-key-file", type=Path, default=None, metavar="FILE", help="accepted keys, one a line"
     )
     group.add_argument("--served-model-name", default=None, metavar="NAME", help="name that clients see")
+    group.add_argument(
+        "--drain",
+        type=_seconds,
+        default=30.0,
+        metavar="SECONDS",
+        help="how long answers may go on after SIGTERM or Ctrl-C; a second one ends at once (default: 30)",
+    )
+
+
+def add_session_options(parser: argparse.ArgumentParser) -> None:
+    """Options of what stays between requests, and after a restart."""
+    group = parser.add_argument_group("sessions")
+    where = group.add_mutually_exclusive_group()
+    where.add_argument(
+        "--journal",
+        type=Path,
+        default=None,
+        metavar="DIR",
+        help="folder for sessions, for its owner's eyes only (default: k2hybrid/journal in the user's cache)",
+    )
+    where.add_argument("--no-journal", action="store_true", help="keep sessions in memory alone")
+    group.add_argument("--journal-gb", type=float, default=None, metavar="GB", help="disk for the journal")
+    group.add_argument(
+        "--journal-days",
+        type=float,
+        default=None,
+        metavar="DAYS",
+        help="delete what was not used for longer",
+    )
+    group.add_argument(
+        "--lease",
+        type=_seconds,
+        default=None,
+        metavar="SECONDS",
+        help="keep latents so long for a client that runs a tool (default: 900)",
+    )
+    group.add_argument(
+        "--request-limit",
+        type=_seconds,
+        default=None,
+        metavar="SECONDS",
+        help="end a request that takes longer (default: none)",
+    )
+    group.add_argument(
+        "--no-idle-prefill", action="store_true", help="compute nothing ahead of the next turn while idle"
+    )
+
+
+def session_options(args: argparse.Namespace) -> dict[str, Any]:
+    """The RuntimeConfig fields of `add_session_options`. The parents of a default journal are created."""
+    given: dict[str, Any] = {
+        "journal_bytes": None if args.journal_gb is None else _bytes("--journal-gb", args.journal_gb),
+        "journal_days": args.journal_days,
+        "lease_seconds": args.lease,
+        "request_seconds": args.request_limit,
+        "idle_prefill": False if args.no_idle_prefill else None,
+    }
+    if not args.no_journal:
+        given["journal"] = args.journal or _default_journal()
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _default_journal() -> Path:
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "k2hybrid"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"cannot create {folder} for the journal: {error.strerror}; use --journal DIR or --no-journal"
+        ) from None
+    return folder / "journal"
+
+
+def _bytes(option: str, gb: float) -> int:
+    if not 0 < gb <= MAX_GB:
+        raise ConfigError(f"{option} must be above 0 and at most {MAX_GB}, not {gb:g}")
+    return int(gb * (1 << 30))
 
 
 def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
+
+
+def _seconds(text: str) -> float:
+    number = re.fullmatch(r"(\d+(?:\.\d+)?)s?", text, re.ASCII)
+    if number is None or float(number[1]) > MAX_DRAIN_S:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of seconds (0 to {MAX_DRAIN_S:g})")
+    return float(number[1])
 
 
 def read_api_keys(path: Path | None) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ class PatientResponse(Response):
 
     Args:
         failed: the failure to report for an exception of `work`.
+        close: called with whether everything was sent, before `work` is cancelled.
     """
 
     media_type = "application/json"
@@ -31,7 +32,7 @@ class PatientResponse(Response):
         self,
         work: Coroutine[Any, Any, dict[str, Any]],
         failed: Callable[[Exception], Failure],
-        close: Callable[[], None],
+        close: Callable[[bool], None],
     ) -> None:
         super().__init__()
         del self.headers["content-length"]
@@ -44,7 +45,7 @@ class PatientResponse(Response):
         task = asyncio.ensure_future(self._work)
         gone = asyncio.ensure_future(sse.wait_gone(receive))
         waiting: set[asyncio.Future[Any]] = {task, gone}
-        started = False
+        started = sent = False
         try:
             while not task.done():
                 await asyncio.wait(waiting, timeout=sse.KEEP_ALIVE_S, return_when=asyncio.FIRST_COMPLETED)
@@ -58,10 +59,11 @@ class PatientResponse(Response):
                         )
                     await send({"type": "http.response.body", "body": b" ", "more_body": True})
             await self._finish(task, started, scope, receive, send)
+            sent = True
         finally:
+            self._close(sent)
             await sse.end_task(task)
             await sse.end_task(gone)
-            self._close()
 
     async def _finish(
         self, task: asyncio.Future[dict[str, Any]], started: bool, scope: Scope, receive: Receive, send: Send

@@ -6,23 +6,27 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Callable, Generator, Sequence
+from types import FrameType
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from k2hybrid.errors import ConfigError
 from k2hybrid.server.guard import LOOPBACK_HOSTS
+from k2hybrid.server.live import LiveRuns
+
+_log = logging.getLogger("k2hybrid.server")
 
 BACKLOG = 2048
-# After a signal, answers under way get this long to finish; then they are cancelled, and their clients told.
-# Ctrl-C a second time ends everything at once.
-GRACE_S = 5
-# For the cancelled ones to say so.
-FAREWELL_S = 3
+# For cancelled answers to tell their clients: the engine first finishes the step it is in.
+FAREWELL_S = 10
+TICK_S = 0.05
 # Clients keep connections between turns, while their tools run.
 IDLE_CONNECTION_S = 120
 
@@ -72,9 +76,13 @@ def print_table(rows: Sequence[tuple[str, str]]) -> None:
 
 
 class _Server(uvicorn.Server):
-    def __init__(self, config: uvicorn.Config, end_answers: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, live: LiveRuns, drain_s: float, on_stopped: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._end_answers = end_answers
+        self._live = live
+        self._drain_s = drain_s
+        self._on_stopped = on_stopped
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Say where we are once connections are accepted; scripts wait for this line."""
@@ -85,16 +93,36 @@ class _Server(uvicorn.Server):
             print(f"Listening on http://{shown}:{port}", flush=True)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Take no more requests, and end those that take too long."""
-        timer = asyncio.get_running_loop().call_later(GRACE_S, self._end_answers)
+        """Let those inside finish while newcomers are refused; end those that take too long; close.
+
+        Idle connections count for nothing, and are closed.
+        """
+        self._live.drain()
+        if self._live.requests:
+            _log.info(
+                "ending: waiting up to %g s for %d requests; a second signal ends at once",
+                self._drain_s,
+                self._live.requests,
+            )
+        until = time.monotonic() + self._drain_s
+        while self._live.requests and time.monotonic() < until:
+            await asyncio.sleep(TICK_S)
+        self._live.end_all()
         await super().shutdown(sockets)
-        timer.cancel()
+        # In a thread, so that a second signal finds the main one at leisure.
+        await asyncio.to_thread(self._on_stopped)
+
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self.should_exit:
+            os._exit(128 + number)  # as shells have it; nothing that may block
+        self._live.drain()
+        self.should_exit = True
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
-        """Signals end the server, not the process: the caller has a model to close, and exits with 0."""
+        """A signal ends the server, not the process, which then exits with 0; a second one ends both."""
         signals = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, self.handle_exit) for number in signals}
+        before = {number: signal.signal(number, self._on_signal) for number in signals}
         try:
             yield
         finally:
@@ -102,10 +130,23 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def run(app: ASGIApp, listener: socket.socket, end_answers: Callable[[], None]) -> None:
-    """Answer on `listener` until SIGINT or SIGTERM; `end_answers` cancels those that then take too long.
+def run(
+    app: ASGIApp,
+    listener: socket.socket,
+    live: LiveRuns,
+    *,
+    drain_s: float,
+    on_stopped: Callable[[], None] = lambda: None,
+) -> None:
+    """Answer on `listener` until SIGINT or SIGTERM, and then in order to an end.
 
-    Raises ConfigError if it cannot listen.
+    Args:
+        live: the one that `app` was created with.
+        drain_s: seconds that answers under way may then go on; those that take longer are cancelled.
+        on_stopped: called in a thread when nothing is answered any more; what it raises is raised here.
+
+    Raises:
+        ConfigError: it cannot listen.
     """
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("k2hybrid").setLevel(logging.INFO)
@@ -127,6 +168,6 @@ def run(app: ASGIApp, listener: socket.socket, end_answers: Callable[[], None]) 
         proxy_headers=False,
         backlog=BACKLOG,
         timeout_keep_alive=IDLE_CONNECTION_S,
-        timeout_graceful_shutdown=GRACE_S + FAREWELL_S,
+        timeout_graceful_shutdown=FAREWELL_S,
     )
-    _Server(config, end_answers).run(sockets=[listener])
+    _Server(config, live, drain_s, on_stopped).run(sockets=[listener])

@@ -30,6 +30,12 @@ class ChatRun(Protocol):
     def cancel(self) -> None:
         """End generation soon; may be called from any thread, twice, and after the end."""
 
+    def park(self) -> None:
+        """As `cancel`, but what was generated is kept: `chat` with the same retry_key takes it up again.
+
+        Also after the end: an answer may be finished and not have arrived. A later `cancel` changes nothing.
+        """
+
 
 class Tokenizer(Protocol):
     """Text to ids and back."""
@@ -74,4 +80,7 @@ class ServedModel(Protocol):
     @property
     def template(self) -> Template: ...
     def chat(self, request: ChatRequest) -> ChatRun:
-        """Validate, render and queue. Takes as long as rendering does: call it in a thread."""
+        """Validate, render and queue. Takes as long as rendering does: call it in a thread.
+
+        With the retry_key of a parked run, that one's deltas come again from the beginning, and then go on.
+        """

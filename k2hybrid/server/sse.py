@@ -29,12 +29,14 @@ async def wait_gone(receive: Receive) -> None:
 class EventStream(Response):
     """Sends what `events` yields as it comes, until it ends or the client goes; then calls `close`, always.
 
-    `events` must not raise: it turns its errors into events.
+    Args:
+        events: must not raise: it turns its errors into events.
+        close: called with whether everything was sent, before `events` is closed.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[], None]) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[bool], None]) -> None:
         # Proxies must neither store nor collect the stream.
         super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
@@ -45,6 +47,7 @@ class EventStream(Response):
         """Headers at once, events as they come, a comment after every KEEP_ALIVE_S without one."""
         gone = asyncio.ensure_future(wait_gone(receive))
         item: asyncio.Future[bytes] | None = None
+        sent = False
         try:
             await send(
                 {"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers}
@@ -66,12 +69,15 @@ class EventStream(Response):
                     item = None
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
             await send({"type": "http.response.body", "body": b"", "more_body": False})
+            sent = True
         finally:
+            # Not left to the generator, for one that never began runs none of its code; and before its end,
+            # which cancels what it was reading.
+            self._close(sent)
             await end_task(gone)
             if item is not None:
                 await end_task(item)
             await self._events.aclose()
-            self._close()  # not left to the generator: one that never began runs none of its code
 
 
 async def end_task(task: asyncio.Future[Any]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import itertools
 import threading
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
@@ -35,12 +37,30 @@ class Script:
 
 @dataclass
 class ScriptedRun:
+    """`replay` comes first, at once: what another run generated before it was parked; then `script`'s steps.
+
+    `cancelled`: generation was told to end, by `cancel` or `park`. `generated` counts its own tokens.
+    """
+
     script: Script
     prompt_tokens: int
+    retry_key: str = ""
+    parked: dict[str, list[ScriptedRun]] = field(default_factory=dict)
+    replay: list[Step] = field(default_factory=list)
     cancelled: threading.Event = field(default_factory=threading.Event)
     cancelled_at: float = 0.0
-    played: int = 0
+    generated: int = 0
     finish_reason: str | None = None
+
+    def __post_init__(self) -> None:
+        self.past = list(self.replay)
+        self.ahead = iter(self.script.steps)
+        self.next = next(self.ahead, None)
+
+    @property
+    def played(self) -> int:
+        """Tokens of the answer so far."""
+        return len(self.past)
 
     @property
     def usage(self) -> Usage:
@@ -52,7 +72,9 @@ class ScriptedRun:
         )
 
     async def __aiter__(self) -> AsyncIterator[Step]:
-        for step in self.script.steps:
+        for step in self.replay:
+            yield step
+        while (step := self.next) is not None:
             ready = time.monotonic() + step.delay_s
             while not self.cancelled.is_set() and (left := ready - time.monotonic()) > 0:
                 await asyncio.sleep(min(left, 0.02))
@@ -61,7 +83,9 @@ class ScriptedRun:
                 return
             if step.error is not None:
                 raise step.error
-            self.played += 1
+            self.generated += 1
+            self.past.append(step)
+            self.next = next(self.ahead, None)
             yield step
         self.finish_reason = self.script.finish
 
@@ -69,6 +93,17 @@ class ScriptedRun:
         if not self.cancelled.is_set():
             self.cancelled_at = time.monotonic()
             self.cancelled.set()
+
+    def park(self) -> None:
+        if not self.cancelled.is_set():
+            self.cancel()
+            self.parked.setdefault(self.retry_key, []).append(self)
+
+    def again(self) -> ScriptedRun:
+        """What takes this parked run up."""
+        rest = itertools.chain([] if self.next is None else [self.next], self.ahead)
+        script = dataclasses.replace(self.script, steps=rest)
+        return ScriptedRun(script, self.prompt_tokens, self.retry_key, self.parked, list(self.past))
 
 
 @dataclass
@@ -136,6 +171,7 @@ class ScriptedModel:
         self.template = PlainTemplate(self.tokenizer)
         self.requests: list[ChatRequest] = []
         self.runs: list[ScriptedRun] = []
+        self.parked: dict[str, list[ScriptedRun]] = {}
         self._scripts = list(scripts)
         self._lock = threading.Lock()
 
@@ -144,9 +180,18 @@ class ScriptedModel:
         self._scripts = list(scripts)
         self.requests.clear()
         self.runs.clear()
+        self.parked.clear()
+
+    def play_next(self, *scripts: Script | Exception) -> None:
+        """What comes next; the past, and what is parked, stays."""
+        self._scripts = list(scripts)
 
     def chat(self, request: ChatRequest) -> ScriptedRun:
         with self._lock:
+            if request.retry_key and (parked := self.parked.get(request.retry_key)):
+                self.requests.append(request)
+                self.runs.append(parked.pop(0).again())
+                return self.runs[-1]
             script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
             self.requests.append(request)
             if isinstance(script, Exception):
@@ -154,6 +199,6 @@ class ScriptedModel:
             length = len(self.template.render(request.messages, request.tools).ids)
             if length >= self.context_tokens:
                 raise ContextLengthError(f"the prompt has {length} tokens; the context {self.context_tokens}")
-            run = ScriptedRun(script, length)
+            run = ScriptedRun(script, length, request.retry_key, self.parked)
             self.runs.append(run)
             return run

@@ -51,6 +51,10 @@ def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], argv: list[str]) 
         (["serve", "--port", "65536"], "not a port"),
         (["serve", "--port", "\u00b2"], "not a port"),  # a digit, but no number
         (["serve", "--api-key", "x"], "did you mean --api-key-file?"),
+        (["serve", "--drain", "-1"], "--drain"),
+        (["serve", "--drain=nan"], "'nan' is not a number of seconds"),
+        (["serve", "--drain=1m"], "not a number of seconds"),
+        (["serve", "--drain=86401"], "not a number of seconds"),
         (["serve", "--ctx", "many"], "invalid int value"),
         (["synth", "out", "--layer", "3"], "did you mean --layers?"),
         (["serve", "extra"], "unknown argument extra"),
@@ -78,6 +82,13 @@ def test_options_become_a_configuration() -> None:
     for wrong in ("0", "-1", "nan", "inf", "1e300"):
         with pytest.raises(ConfigError, match="--latent-gb"):
             runtime_options(build_parser().parse_args(["serve", f"--latent-gb={wrong}"]))
+
+
+@pytest.mark.parametrize(
+    ("given", "seconds"), [([], 30), (["--drain", "5"], 5), (["--drain=0.5s"], 0.5), (["--drain=0"], 0)]
+)
+def test_the_drain_time_is_in_seconds(given: list[str], seconds: float) -> None:
+    assert build_parser().parse_args(["serve", *given]).drain == seconds
 
 
 def test_key_files(tmp_path: Path) -> None:

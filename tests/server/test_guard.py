@@ -10,6 +10,7 @@ import pytest
 
 from k2hybrid.server.app import Settings
 from k2hybrid.server.guard import host_name
+from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.process import hosts_for
 from k2hybrid.types import Content
 from tests.server.conftest import Served, serving
@@ -58,6 +59,26 @@ def test_anything_else_is_401(locked: Served, headers: dict[str, str]) -> None:
         assert response.status_code == 401
         assert response.json()["error"]["code"] == "invalid_api_key"
         assert response.headers["www-authenticate"] == "Bearer"
+
+
+def test_each_key_is_a_namespace_of_its_own(locked: Served) -> None:
+    def scope(**headers: str) -> str:
+        locked.post(
+            "/v1/chat/completions", json=CHAT, headers={k.replace("_", "-"): v for k, v in headers.items()}
+        )
+        return locked.model.requests[-1].scope
+
+    one, two = scope(authorization="Bearer key-one"), scope(x_api_key="key-two")
+    assert one != two
+    assert scope(x_api_key="key-one") == one
+    assert scope(authorization="Bearer key-two", x_api_key="key-one") == two
+    assert all(len(found) == 16 and int(found, 16) >= 0 for found in (one, two))
+
+
+def test_without_keys_there_is_one_namespace(server: Served) -> None:
+    for headers in ({}, {"authorization": "Bearer anything"}):
+        server.post("/v1/chat/completions", json=CHAT, headers=headers)
+    assert [request.scope for request in server.model.requests] == ["", ""]
 
 
 def test_the_sdk_sees_an_authentication_error(locked: Served) -> None:
@@ -122,6 +143,26 @@ def test_beyond_loopback_any_name_is_answered() -> None:
 def test_no_page_of_another_origin_may_read_answers(server: Served) -> None:
     response = server.post("/v1/chat/completions", json=CHAT, headers={"origin": "http://evil.example"})
     assert not [name for name in response.headers if name.startswith("access-control")]
+
+
+def test_a_server_that_drains_refuses_newcomers_and_says_so() -> None:
+    live = LiveRuns()
+    with serving(ScriptedModel(Script([])), live=live) as served:
+        live.drain()
+        health = httpx.get(f"{served.url}/health")
+        assert health.status_code == 503
+        assert health.json() == {"status": "draining", "model": "scripted"}
+        assert int(health.headers["retry-after"]) > 0
+        refused = served.chat()
+        assert refused.status_code == 503
+        assert refused.json()["error"]["code"] == "shutting_down"
+        assert "shutting down" in refused.json()["error"]["message"]
+        assert int(refused.headers["retry-after"]) > 0
+        assert "x-should-retry" not in refused.headers
+        assert httpx.get(f"{served.url}/v1/models").status_code == 503
+        with pytest.raises(openai.InternalServerError):
+            served.openai().chat.completions.create(model="m", messages=CHAT["messages"])
+        assert not served.model.requests
 
 
 def test_host_header_forms() -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import signal
 import socket
 import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -35,24 +38,28 @@ def test_it_says_where_it_listens_answers_and_ends_on_a_signal(tiny_model: Path,
         assert "Traceback" not in errors
 
 
-def test_a_signal_in_the_middle_of_an_answer_ends_it_within_the_grace_period(tiny_model: Path) -> None:
+@contextmanager
+def endless_answer(url: str) -> Iterator[Iterator[str]]:
+    """A stream of which the first chunk has come."""
+    body = {
+        "messages": [{"role": "user", "content": "hi"}],
+        "stream": True,
+        "logit_bias": {str(token): -100 for token in range(344, 600)},  # no control token: it never ends
+    }
     with (
-        started("--model", tiny_model) as (process, url, _),
         httpx.Client(timeout=60) as client,
-        client.stream(
-            "POST",
-            f"{url}/v1/chat/completions",
-            json={
-                "messages": [{"role": "user", "content": "hi"}],
-                "stream": True,
-                "logit_bias": {
-                    str(token): -100 for token in range(344, 600)
-                },  # no control token: it never ends
-            },
-        ) as response,
+        client.stream("POST", f"{url}/v1/chat/completions", json=body) as response,
     ):
         text = response.iter_text()
         next(text)
+        yield text
+
+
+def test_a_signal_in_the_middle_of_an_answer_ends_it_after_the_drain_time(tiny_model: Path) -> None:
+    with (
+        started("--model", tiny_model, "--drain", "1s") as (process, url, _),
+        endless_answer(url) as text,
+    ):
         process.send_signal(signal.SIGTERM)
         last = "".join(text)
         assert '"code":"shutting_down"' in last
@@ -60,6 +67,16 @@ def test_a_signal_in_the_middle_of_an_answer_ends_it_within_the_grace_period(tin
         assert process.wait(60) == 0
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
+
+
+def test_a_second_signal_in_the_middle_of_an_answer_ends_the_process_at_once(tiny_model: Path) -> None:
+    with started("--model", tiny_model, "--drain", "600") as (process, url, _), endless_answer(url):
+        process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 60
+        while httpx.get(f"{url}/health", timeout=60).status_code != 503:
+            assert time.monotonic() < deadline
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
 
 
 def refused(*argv: object) -> tuple[int, str]:

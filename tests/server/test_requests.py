@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from k2hybrid.errors import RequestError
 from k2hybrid.server.chat_request import parse_chat
 from k2hybrid.types import Message, SamplingParams, ToolCall
 from tests.server.conftest import Served
@@ -91,7 +92,7 @@ def test_null_means_default() -> None:
     names = (
         "temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty logit_bias "
         "logprobs top_logprobs max_tokens max_completion_tokens stop tools tool_choice n stream "
-        "stream_options response_format"
+        "stream_options response_format store cache_prompt"
     )
     assert parse_chat({"messages": [USER], **dict.fromkeys(names.split())}) == parse_chat(
         {"messages": [USER]}
@@ -134,6 +135,32 @@ def test_tools_pass_verbatim_and_foreign_kinds_are_dropped() -> None:
 )
 def test_tool_choice(choice: Any, expected: str) -> None:
     assert parsed(tools=[TOOL], tool_choice=choice).tool_choice == expected
+
+
+def test_what_may_be_stored_and_reused() -> None:
+    assert (parsed().store, parsed().reuse) == (True, True)
+    assert (parsed(store=False).store, parsed(store=True).store) == (False, True)
+    assert (parsed(cache_prompt=False).reuse, parsed(cache_prompt=True).reuse) == (False, True)
+    for wrong in ({"store": 0}, {"cache_prompt": "no"}):
+        with pytest.raises(RequestError, match="must be a boolean"):
+            parsed(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("identity", "expected"), [("chatcmpl-1", "chatcmpl-1"), ("", None), (None, None), (5, None), ({}, None)]
+)
+def test_an_assistant_message_may_say_which_response_it_was(identity: Any, expected: str | None) -> None:
+    assert message(role="assistant", content="x", id=identity).response_id == expected
+    assert message(role="user", content="x", id=identity).response_id is None
+
+
+def test_the_runtime_learns_how_a_request_is_known_elsewhere(server: Served) -> None:
+    response = server.chat(store=False)
+    (request,) = server.model.requests
+    assert request.response_id == response.json()["id"]
+    assert request.request_id == response.headers["x-request-id"]
+    assert request.store is False
+    assert request.retry_key
 
 
 def test_unknown_fields_are_ignored(server: Served) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from k2hybrid.runtime import Runtime, load
@@ -45,6 +46,24 @@ def test_the_engine_stops_when_the_client_goes(real: Served, runtime: Runtime, s
     wait_for_running(runtime, 2, 10)
     connection.close()
     wait_for_running(runtime, 0, WITHIN_S)
+
+
+def test_a_retry_goes_on_where_the_client_left(real: Served, runtime: Runtime) -> None:
+    # Without a seed: only the very same answer begins with the same words.
+    body = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 400, "stream": True, **ENDLESS}
+    with httpx.stream("POST", f"{real.url}/v1/chat/completions", json=body, timeout=60) as response:
+        seen = ""
+        for text in response.iter_text():
+            seen += text
+            if seen.count("\n\n") > 20:
+                break
+    wait_for_running(runtime, 0, 10)
+    complete = seen[: seen.rindex("\n\n")]
+    *chunks, last = events(real.chat(**body).text)[:-1]
+    assert last["choices"][0]["finish_reason"] == "length"
+    assert last["choices"][0]["usage"]["completion_tokens"] == 400
+    before = [chunk["choices"][0]["delta"] for chunk in events(complete)]
+    assert before == [chunk["choices"][0]["delta"] for chunk in chunks[: len(before)]]
 
 
 def test_a_seed_gives_the_same_answer_whole_or_streamed_alone_or_in_a_crowd(real: Served) -> None:

@@ -93,3 +93,30 @@ def test_fp32_rows_keep_every_bit() -> None:
     written = torch.randn(10, 5, generator=torch.Generator().manual_seed(0))
     pages.write(0, torch.tensor([0]), 3, written)
     assert torch.equal(pages.gather(0, torch.tensor([0]), 3, 13), written)
+
+
+def test_copy_rows_copies_the_first_rows_of_every_layer_and_nothing_else() -> None:
+    pages = LatentPages(3, 4, Bf16Rows(6))
+    pages.allocate(4)
+    written = [rows(128).roll(layer, 0) for layer in range(3)]
+    for layer in range(3):
+        pages.write(layer, torch.tensor([2, 1]), 0, written[layer])
+        pages.write(layer, torch.tensor([0, 3]), 0, torch.full((128, 6), -1.0))
+    pages.copy_rows(2, 3, 30)
+    for layer in range(3):
+        assert torch.equal(pages.gather(layer, torch.tensor([2, 1]), 0, 128), written[layer])
+        copied = pages.gather(layer, torch.tensor([3]), 0, 64)
+        assert torch.equal(copied[:30], written[layer][:30])
+        assert (copied[30:] == -1).all()
+        assert (pages.gather(layer, torch.tensor([0]), 0, 64) == -1).all()
+
+
+def test_copy_rows_wants_held_pages_and_no_more_rows_than_there_are() -> None:
+    pages = LatentPages(1, 3, Bf16Rows(6))
+    pages.allocate(2)
+    pages.copy_rows(0, 1, 64)
+    for src, dst in ((0, 2), (2, 0)):
+        with pytest.raises(EngineError, match="page 2 is free"):
+            pages.copy_rows(src, dst, 1)
+    with pytest.raises(EngineError, match="65 rows"):
+        pages.copy_rows(0, 1, 65)

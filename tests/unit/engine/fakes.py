@@ -13,12 +13,19 @@ from dataclasses import dataclass, field
 
 import torch
 
+from k2hybrid.engine.cost import NetworkSizes
 from k2hybrid.errors import CapacityError, EngineError
 from k2hybrid.model.batch import Batch
 from k2hybrid.types import DoneEvent, EngineEvent, Job, SamplingParams, TokenEvent
 
 VOCAB = 97
 GREEDY = SamplingParams(temperature=0.0)
+LAYERS = 3
+# Every row costs the same, whatever is read: a chunk of 15 rows takes as long as 15 decode steps.
+SIZES = NetworkSizes(
+    layers=LAYERS, moe_layers=0, dense_bytes=0, expert_bytes=0, experts=0, top_k=0, row_ops=3_000_000,
+    context_ops=0, latent_bytes=0,
+)  # fmt: skip
 
 
 def next_token(context: Sequence[int]) -> int:
@@ -76,11 +83,17 @@ class FakePages:
             if not self._counts[page]:
                 self._free.append(page)
 
+    def copy_rows(self, src: int, dst: int, rows: int) -> None:
+        if min(self._counts[src], self._counts[dst]) < 1:
+            raise EngineError(f"rows are copied from {src} to {dst}, of which one is free")
+        self.tokens[dst][:rows] = self.tokens[src][:rows]
+
 
 @dataclass
 class FakeState:
     batch: Batch
     failed_rows: set[int] = field(default_factory=set)
+    layer: int = 0
 
 
 class FakeModel:
@@ -89,6 +102,7 @@ class FakeModel:
     def __init__(self, pages: FakePages) -> None:
         self.pages = pages
         self.batches: list[Batch] = []
+        self.slices: list[int] = []  # layers of each call
         self.before_step: Callable[[FakeState], None] = lambda state: None
         self.poison: Callable[[list[int]], bool] = lambda context: False  # contexts whose logits are NaN
 
@@ -99,9 +113,16 @@ class FakeModel:
     def begin(self, batch: Batch) -> FakeState:
         return FakeState(batch)
 
-    def forward(self, state: FakeState) -> FakeState:
-        self.before_step(state)
-        self.batches.append(state.batch)
+    def forward(self, state: FakeState, until: int) -> FakeState:
+        if state.layer == 0:
+            self.before_step(state)
+            self.batches.append(state.batch)
+        if until <= state.layer:
+            raise EngineError("a pass must go forward")
+        self.slices.append(until - state.layer)
+        state.layer = until
+        if until < LAYERS:
+            return state
         ids = state.batch.ids.tolist()
         for span, rows in zip(state.batch.spans, state.batch.row_slices(), strict=True):
             for row in range(rows.start, rows.stop):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -15,9 +16,12 @@ from k2hybrid.errors import (
     EngineError,
     ExpertReadError,
     RequestError,
+    TimeLimitError,
 )
 from k2hybrid.types import EngineEvent, SamplingParams, TokenEvent
 from tests.unit.engine.fakes import (
+    LAYERS,
+    SIZES,
     VOCAB,
     Collector,
     FakeModel,
@@ -35,7 +39,7 @@ def build(
 ) -> tuple[Engine, FakeModel]:
     model = FakeModel(FakePages(pages))
     config = RuntimeConfig(max_step_tokens=max_step_tokens, max_running=max_running, max_queue=max_queue)
-    engine = Engine(model, model.pages, vocab_size=VOCAB, context_tokens=CONTEXT, config=config)
+    engine = Engine(model, model.pages, sizes=SIZES, vocab_size=VOCAB, context_tokens=CONTEXT, config=config)
     return engine, model
 
 
@@ -94,20 +98,21 @@ def test_requests_run_together_as_each_would_alone() -> None:
     assert max(sizes) == 4
 
 
-def test_decoding_goes_on_during_a_long_prefill() -> None:
+def test_decoding_goes_on_between_the_layers_of_a_long_prefill() -> None:
     engine, model = build(pages=200)
     first, second = Collector(), Collector()
-    engine.submit(job([1, 2], first, 12))
-    engine.tick()
+    engine.submit(job([1, 2], first, 40))
+    while not first.tokens:
+        engine.tick()
     engine.submit(job(list(range(60)), second, 2))
     before = len(first.tokens)
     while not second.tokens:
         engine.tick()
-    assert len(first.tokens) - before == 4  # 60 tokens took 4 steps of 15, each with one decode token
+    assert len(first.tokens) - before == 4 * LAYERS  # 60 tokens in 4 chunks, a layer after each decode step
     drain(engine)
-    assert first.tokens == expected_tokens([1, 2], 12)
+    assert first.tokens == expected_tokens([1, 2], 40)
     assert second.tokens == expected_tokens(list(range(60)), 2)
-    assert len(model.batches[1].spans) == 2
+    assert set(model.slices) == {1, LAYERS}
 
 
 def test_a_known_prefix_is_not_run_again() -> None:
@@ -117,12 +122,12 @@ def test_a_known_prefix_is_not_run_again() -> None:
     ran = model.tokens_run
     # The next turn of a conversation: the history and something new.
     history = prompt + first.tokens
-    assert engine.cached_prefix(history) == 32  # 35 tokens computed: 8 full pages of 4
+    assert engine.cached_prefix(history) == 35  # all but the last, whose latents nobody needed yet
     second = run(engine, [*history, 50, 51], 3)
     assert second.tokens == expected_tokens([*history, 50, 51], 3)
     assert second.done is not None
-    assert second.done.usage.cached_tokens == 32
-    assert model.tokens_run - ran == 38 - 32 + 2
+    assert second.done.usage.cached_tokens == 35
+    assert model.tokens_run - ran == 38 - 35 + 2
 
 
 def test_an_identical_prompt_still_runs_its_last_token() -> None:
@@ -133,8 +138,8 @@ def test_an_identical_prompt_still_runs_its_last_token() -> None:
     again = run(engine, prompt, 1)
     assert again.tokens == expected_tokens(prompt, 1)
     assert again.done is not None
-    assert again.done.usage.cached_tokens == 28
-    assert model.tokens_run - ran == 4
+    assert again.done.usage.cached_tokens == 31
+    assert model.tokens_run - ran == 1
 
 
 def test_equal_prompts_submitted_together_are_prefilled_once() -> None:
@@ -146,7 +151,7 @@ def test_equal_prompts_submitted_together_are_prefilled_once() -> None:
     drain(engine)
     assert all(sink.tokens == expected_tokens(prompt, 3) for sink in sinks)
     assert model.tokens_run <= 40 + 3 * 4 + 4 * 2
-    assert [s.done.usage.cached_tokens for s in sinks if s.done] == [0, 36, 36, 36]
+    assert [s.done.usage.cached_tokens for s in sinks if s.done] == [0, 39, 39, 39]
 
 
 def test_pages_are_evicted_when_needed_and_results_stay_right() -> None:
@@ -156,7 +161,7 @@ def test_pages_are_evicted_when_needed_and_results_stay_right() -> None:
         assert run(engine, prompt, 9).tokens == expected_tokens(prompt, 9)
     again = run(engine, [11] * 20 + [5, 11], 9)
     assert again.done is not None
-    assert again.done.usage.cached_tokens == 20
+    assert again.done.usage.cached_tokens == 21
     assert model.pages.free_pages < 12
 
 
@@ -210,10 +215,12 @@ def test_a_full_queue_is_refused() -> None:
 def test_cancel_while_waiting_prefilling_and_decoding_frees_everything() -> None:
     engine, model = build(pages=40, max_running=2, max_step_tokens=8)
     sinks = [Collector() for _ in range(3)]
-    handles = [engine.submit(job([n + 1] * 24, sinks[n], 20)) for n in range(3)]
-    for _ in range(4):
+    handles = [engine.submit(job([1] * 24, sinks[0], 20))]
+    while not sinks[0].tokens:
         engine.tick()
-    assert sinks[0].tokens
+    handles += [engine.submit(job([n + 1] * 24, sinks[n], 20)) for n in (1, 2)]
+    engine.tick()
+    assert model.slices[-1] == 1  # a chunk of the second is between two layers; the third waits for a row
     assert not sinks[1].tokens
     for handle in handles:
         handle.cancel()
@@ -224,6 +231,122 @@ def test_cancel_while_waiting_prefilling_and_decoding_frees_everything() -> None
     assert held == len([page for page in range(40) if model.pages.refcount(page)])
     assert engine.cached_prefix([1] * 24) == 24  # what was computed is kept for later
     assert engine.metrics.running == 0
+
+
+def test_a_request_that_is_cancelled_in_a_shared_chunk_leaves_with_it() -> None:
+    engine, model = build(pages=60, max_step_tokens=8)
+    decoding, stays, leaves = Collector(), Collector(), Collector()
+    engine.submit(job([9], decoding, 60))
+    engine.tick()
+    engine.submit(job([1] * 24, stays, 3))
+    handle = engine.submit(job([2] * 24, leaves, 3))
+    engine.tick()
+    assert [len(batch.spans) for batch in model.batches][-1] == 2
+    handle.cancel()
+    engine.tick()
+    assert leaves.done is None  # the layers to come still write into its pages
+    drain(engine)
+    assert ended(leaves) == "cancelled"
+    assert stays.tokens == expected_tokens([1] * 24, 3)
+    assert decoding.tokens == expected_tokens([9], 60)
+
+
+def test_a_cancelled_resumable_job_goes_on_where_it_was() -> None:
+    engine, model = build()
+    before, after = Collector(), Collector()
+    sampling = SamplingParams(temperature=1.5, seed=3, frequency_penalty=0.5)
+    alone = Collector()
+    engine.submit(job([1, 2, 3], alone, 12, sampling=sampling))
+    drain(engine)
+    handle = engine.submit(replace(job([1, 2, 3], before, 12, sampling=sampling), resumable=True))
+    while len(before.tokens) < 5:
+        engine.tick()
+    handle.cancel()
+    engine.tick()
+    ran = model.tokens_run
+    again = handle.resume(after)
+    drain(engine)
+    assert after.tokens == alone.tokens
+    assert ended(before) == "cancelled"
+    assert ended(after) == "length"
+    assert model.tokens_run - ran == 12 - 5  # nothing is computed twice
+    assert after.done is not None
+    assert (after.done.usage.prompt_tokens, after.done.usage.completion_tokens) == (3, 12)
+    finished = Collector()
+    again.resume(finished)
+    drain(engine)
+    assert finished.tokens == alone.tokens  # what has ended is given again, without running anything
+    assert ended(finished) == "length"
+    assert model.tokens_run - ran == 12 - 5
+
+
+def test_a_job_can_be_resumed_before_its_cancellation_was_noticed() -> None:
+    engine, _ = build()
+    before, after = Collector(), Collector()
+    handle = engine.submit(replace(job([5, 6], before, 9), resumable=True))
+    while len(before.tokens) < 3:
+        engine.tick()
+    handle.cancel()
+    handle.resume(after)
+    drain(engine)
+    assert ended(before) == "cancelled"
+    assert after.tokens == expected_tokens([5, 6], 9)
+
+
+def test_only_resumable_jobs_can_be_resumed() -> None:
+    engine, _ = build()
+    handle = engine.submit(job([5, 6], Collector(), 9))
+    with pytest.raises(EngineError, match="cannot be resumed"):
+        handle.resume(Collector())
+
+
+def test_a_background_job_runs_when_nothing_else_does_and_leaves_at_once() -> None:
+    engine, _ = build(max_step_tokens=8)
+    quiet, loud = Collector(), Collector()
+    prefill = replace(job(list(range(40)), quiet, 0), background=True)
+    engine.submit(prefill)
+    engine.submit(job([1, 2, 3], loud, 4))
+    while not loud.done:
+        engine.tick()
+    assert quiet.done is None
+    assert engine.cached_prefix(list(range(40))) == 0
+    engine.tick()  # idle again: a chunk of the background job
+    assert engine.cached_prefix(list(range(40))) == 0
+    late = Collector()
+    engine.submit(job([7, 8], late, 4))
+    drain(engine)
+    assert ended(quiet) == "cancelled"
+    assert late.tokens == expected_tokens([7, 8], 4)
+    engine.submit(replace(prefill, sink=(done := Collector())))
+    drain(engine)
+    assert ended(done) == "length"
+    assert not done.tokens
+    assert engine.cached_prefix(list(range(40))) == 40
+    assert engine.metrics.finished == {"length": 2}  # requests, not what the machine did by itself
+
+
+def test_nothing_is_shared_between_scopes_or_with_who_asks_for_no_reuse() -> None:
+    engine, _ = build()
+    prompt = list(range(20))
+    for scope, reuse, cached in (("a", True, 0), ("b", True, 0), ("a", True, 19), ("a", False, 0)):
+        sink = Collector()
+        engine.submit(replace(job(prompt, sink, 3), scope=scope, reuse=reuse))
+        drain(engine)
+        assert sink.tokens == expected_tokens(prompt, 3)
+        assert sink.done is not None
+        assert sink.done.usage.cached_tokens == cached
+
+
+def test_a_request_that_takes_too_long_ends_with_a_named_error() -> None:
+    model = FakeModel(FakePages(64))
+    config = RuntimeConfig(max_step_tokens=16, request_seconds=1e-6)
+    engine = Engine(model, model.pages, sizes=SIZES, vocab_size=VOCAB, context_tokens=CONTEXT, config=config)
+    sink = Collector()
+    engine.submit(job([1, 2], sink, 100))
+    drain(engine)
+    assert ended(sink) == "error"
+    assert sink.done is not None
+    assert isinstance(sink.done.error, TimeLimitError)
 
 
 def test_a_step_that_fails_ends_its_requests_and_no_others() -> None:
@@ -331,12 +454,12 @@ def test_usage_counts_what_ran_and_what_did_not() -> None:
     sink = run(engine, list(range(16)), 4)
     assert sink.done is not None
     usage = sink.done.usage
-    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (16, 4, 12)
+    assert (usage.prompt_tokens, usage.completion_tokens, usage.cached_tokens) == (16, 4, 15)
     assert usage.prefill_ms > 0
     assert usage.decode_ms > 0
     snapshot = engine.metrics.snapshot()
     assert snapshot["finished"] == {"length": 2}
-    assert snapshot["cached_tokens"] == 12
+    assert snapshot["cached_tokens"] == 15
 
 
 class TestThread:

@@ -1,16 +1,233 @@
-"""Any order of submits, cancels, failures, steps: results stay right, every job ends once, pages add up."""
+"""Any order of submits, cancels, failures, steps: results stay right, every job ends once, pages add up.
+
+First the page memory alone, with rows that say which prefix they were computed for; then the whole engine.
+"""
 
 from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine, JobHandle
+from k2hybrid.engine.memory import PageMemory
+from k2hybrid.engine.scheduler import pages_for
+from k2hybrid.engine.sequence import Sequence
 from k2hybrid.errors import CapacityError
-from tests.unit.engine.fakes import VOCAB, Collector, FakeModel, FakePages, FakeState, expected_tokens, job
+from tests.unit.engine.fakes import (
+    SIZES,
+    VOCAB,
+    Collector,
+    FakeModel,
+    FakePages,
+    FakeState,
+    expected_tokens,
+    job,
+)
+
+Row = tuple[str, tuple[int, ...]]  # scope, and the tokens up to the row's own
+SIZE = 4
+POOL = 14
+
+
+class RowPages(FakePages):
+    """Holds, where a real page holds a latent, all that the latent depends on; None: anything."""
+
+    def __init__(self, pages: int) -> None:
+        super().__init__(pages, SIZE)
+        self.rows: list[list[Row | None]] = [[None] * SIZE for _ in range(pages)]
+
+    def allocate(self, count: int) -> list[int]:
+        pages = super().allocate(count)
+        for page in pages:
+            self.rows[page] = [None] * SIZE
+        return pages
+
+    def copy_rows(self, src: int, dst: int, rows: int) -> None:
+        assert min(self.refcount(src), self.refcount(dst)) >= 1
+        assert None not in self.rows[src][:rows]
+        self.rows[dst][:rows] = self.rows[src][:rows]
+
+
+class MemoryHistories(RuleBasedStateMachine):
+    """Sequences compute, fail, publish, leave; leases end; pages are pinned with or without their path."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = RowPages(POOL)
+        self.memory = PageMemory(self.pool, SIZE)
+        self.clock = 0.0
+        self.memory.now = lambda: self.clock
+        self.running: list[Sequence] = []
+        self.histories: list[list[int]] = [[]]  # of all that were ever run
+        self.pinned: list[tuple[int, list[Row | None]]] = []  # page, and the rows claimed when it was pinned
+
+    @rule(
+        data=st.data(),
+        ids=st.lists(st.integers(0, 1), min_size=1, max_size=9),
+        output=st.integers(0, 10),
+        scope=st.sampled_from(["", "", "x"]),
+        reuse=st.sampled_from([True, True, True, False]),
+    )
+    def admit(self, data: st.DataObject, ids: list[int], output: int, scope: str, reuse: bool) -> None:
+        """Often what begins as an earlier one did, or goes on where it ended."""
+        begin = data.draw(st.sampled_from(self.histories))
+        ids = [*begin[: data.draw(st.integers(0, len(begin)))], *ids][:24]
+        sequence = Sequence(
+            number=0,
+            job=cast(Any, SimpleNamespace(scope=scope, reuse=reuse, request_id="test")),
+            sampler=cast(Any, None),
+            ids=list(ids),
+            prompt_tokens=len(ids),
+            reserved_pages=pages_for(len(ids) + output, SIZE),
+        )
+        known = {row for page in self.memory.tree.pages() for row in self._claimed(page)}
+        longest = 0
+        while reuse and longest < len(ids) - 1 and (scope, tuple(ids[: longest + 1])) in known:
+            longest += 1
+        available = self.memory.available_pages
+        if not self.memory.admit(sequence):
+            assert self.memory.available_pages == available
+            assert sequence.pages == []
+            return
+        self.running.append(sequence)
+        self.histories.append(sequence.ids)
+        if sequence.computed != longest:  # there was no room to hold a page and its copy
+            assert sequence.computed == longest // SIZE * SIZE
+            assert self.memory.available_pages == 0
+        assert len(sequence.pages) == pages_for(sequence.computed, SIZE)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), tokens=st.integers(1, 9), fails=st.sampled_from([False, False, False, True]))
+    def step(self, data: st.DataObject, tokens: int, fails: bool) -> None:
+        """Compute rows; a step that fails has written them, but they do not count."""
+        sequence = self._draw(data)
+        room = sequence.reserved_pages * SIZE
+        while len(sequence.ids) < min(sequence.computed + tokens, room):
+            sequence.ids.append(data.draw(st.integers(0, 1)))
+        stop = min(sequence.computed + tokens, len(sequence.ids))
+        self.memory.grow(sequence, stop)
+        for t in range(sequence.computed, stop):
+            page, row = sequence.pages[t // SIZE], t % SIZE
+            assert row >= self.memory.tree.rows(page)
+            assert not any(page in other.pages for other in self.running if other is not sequence)
+            self.pool.rows[page][row] = None if fails else (sequence.job.scope, tuple(sequence.ids[: t + 1]))
+        if not fails:
+            sequence.computed = stop
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def publish(self, data: st.DataObject) -> None:
+        sequence = self._draw(data)
+        self.memory.publish(sequence)
+        if self.memory.available_pages or not self.pinned:
+            match = self.memory.tree.match(sequence.ids[: sequence.computed], sequence.job.scope)
+            assert match.tokens == sequence.computed
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data(), publish=st.booleans())
+    def leave(self, data: st.DataObject, publish: bool) -> None:
+        sequence = self._draw(data)
+        if publish:
+            self.memory.publish(sequence)
+        self.memory.leave(sequence)
+        self.running.remove(sequence)
+
+    @rule(ids=st.lists(st.integers(0, 1), max_size=12), seconds=st.integers(0, 9))
+    def lease(self, ids: list[int], seconds: int) -> None:
+        self.memory.lease("", ids, seconds)
+
+    @rule(seconds=st.integers(1, 9))
+    def wait(self, seconds: int) -> None:
+        self.clock += seconds
+
+    @rule(pages=st.integers(1, 4))
+    def evict(self, pages: int) -> None:
+        alone = [page for page in self.memory.tree.pages() if self.pool.refcount(page) == 1]
+        assert self.memory.tree.evict(pages, self.clock) == min(pages, len(alone))
+
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        pages = sorted({*self.memory.tree.pages(), *(p for s in self.running for p in s.pages)})
+        if pages:
+            chosen = data.draw(st.lists(st.sampled_from(pages), min_size=1, max_size=3))
+            try:
+                self.memory.pin(chosen)
+            except CapacityError:
+                return
+            self.pinned += [(page, self._claimed(page)) for page in chosen]
+
+    @precondition(lambda self: self.pinned)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        page, rows = self.pinned.pop(data.draw(st.integers(0, len(self.pinned) - 1)))
+        assert self.pool.rows[page][: len(rows)] == rows
+        self.memory.unpin([page])
+
+    @invariant()
+    def pages_add_up(self) -> None:
+        self.memory.check()
+
+    @invariant()
+    def every_row_belongs_to_its_prefix(self) -> None:
+        for sequence in self.running:
+            for t in range(sequence.computed):
+                row = self.pool.rows[sequence.pages[t // SIZE]][t % SIZE]
+                assert row == (sequence.job.scope, tuple(sequence.ids[: t + 1]))
+        tree = self.memory.tree
+        seen = 0
+        for scope, root in tree._roots.items():
+            assert root.children
+            nodes = [(child, ()) for child in root.children]
+            while nodes:
+                node, before = nodes.pop()
+                seen += 1
+                path = before + node.chunk
+                assert 0 < len(node.chunk) <= SIZE
+                for row, content in enumerate(self._claimed(node.page)):
+                    assert content == (scope, path[: len(before) + row + 1])
+                assert not node.children or len(node.chunk) == SIZE
+                assert node.queued or node.children
+                assert all(child.until <= node.until or child.until <= self.clock for child in node.children)
+                chunks = [child.chunk for child in node.children]
+                assert chunks == sorted(set(chunks))
+                nodes += [(child, path) for child in node.children]
+        assert seen == len(tree)
+
+    @invariant()
+    def sequences_hold_whole_paths(self) -> None:
+        for sequence in self.running:
+            for page in sequence.pages:
+                node = self.memory.tree._pages.get(page)
+                above = node.parent if node else None
+                assert above is None or above.page < 0 or above.page in sequence.pages
+
+    def teardown(self) -> None:
+        # The promise: all can run to the end of what they reserved, pins or not.
+        for sequence in self.running:
+            self.memory.grow(sequence, sequence.reserved_pages * SIZE)
+        self.memory.check()
+        for sequence in self.running:
+            self.memory.leave(sequence)
+        self.memory.unpin([page for page, _ in self.pinned])
+        self.memory.check()
+        self.memory.tree.clear()
+        assert self.pool.free_pages == POOL
+
+    def _draw(self, data: st.DataObject) -> Sequence:
+        return data.draw(st.sampled_from(self.running))
+
+    def _claimed(self, page: int) -> list[Row | None]:
+        return self.pool.rows[page][: self.memory.tree.rows(page)]
+
+
+TestMemoryHistories = MemoryHistories.TestCase
+TestMemoryHistories.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
 
 
 class Histories(RuleBasedStateMachine):
@@ -20,7 +237,9 @@ class Histories(RuleBasedStateMachine):
         super().__init__()
         self.model = FakeModel(FakePages(14))
         config = RuntimeConfig(max_step_tokens=6, max_running=3, max_queue=8)
-        self.engine = Engine(self.model, self.model.pages, vocab_size=VOCAB, context_tokens=64, config=config)
+        self.engine = Engine(
+            self.model, self.model.pages, sizes=SIZES, vocab_size=VOCAB, context_tokens=64, config=config
+        )
         self.jobs: list[tuple[list[int], int, Collector, JobHandle]] = []
 
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=24), max_tokens=st.integers(1, 16))

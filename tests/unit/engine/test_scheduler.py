@@ -1,94 +1,165 @@
-"""The scheduler over integers: budget, order, turns."""
+"""The scheduler over integers: time, order, turns, and a chunk that gives way."""
 
 from __future__ import annotations
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2hybrid.engine.scheduler import Candidate, Scheduler, Share, pages_for
+from k2hybrid.engine.cost import Rows
+from k2hybrid.engine.scheduler import ALONE_US, Candidate, Chunk, Scheduler, Share, TickPlan, pages_for
+
+LAYERS = 10
+
+
+def per_row(us: int) -> Scheduler:
+    return Scheduler(512, LAYERS, lambda rows: us * sum(r.count for r in rows))
 
 
 def decode(number: int) -> Candidate:
-    return Candidate(number, 1, True)
+    return Candidate(number, 1, True, 100)
 
 
 def prefill(number: int, pending: int) -> Candidate:
     return Candidate(number, pending, False)
 
 
+def flat(us: int, rows_free: int = 0, per: int = 0) -> Scheduler:
+    """A pass costs `us`, and `per` for each row beyond `rows_free`."""
+    return Scheduler(
+        512, LAYERS, lambda rows: us + per * max(0, sum(r.count for r in rows) - rows_free) if rows else 0
+    )
+
+
 def test_nothing_runs() -> None:
-    assert Scheduler(8).plan([]).shares == ()
+    assert not per_row(10).plan([])
+    assert per_row(10).plan([]) == TickPlan()
 
 
-def test_decodes_run_together_and_prefill_fills_the_rest() -> None:
-    plan = Scheduler(8).plan([prefill(2, 100), decode(0), decode(1), prefill(3, 5)])
-    assert plan.shares == (Share(0, 1, True), Share(1, 1, True), Share(2, 6, False))
-    assert plan.tokens == 8
+def test_decodes_run_together() -> None:
+    assert per_row(10).plan([decode(1), decode(0)]).shares == (Share(0, 1, True), Share(1, 1, True))
 
 
-def test_the_oldest_prefill_goes_first_and_the_next_takes_what_is_left() -> None:
-    plan = Scheduler(16).plan([prefill(5, 30), prefill(4, 10)])
-    assert plan.shares == (Share(4, 10, True), Share(5, 6, False))
+def test_a_small_prefill_rides_along_with_decodes() -> None:
+    # 8 rows cost what one does; 60 more cost half as much again.
+    plan = flat(1000, 8, 10).plan([decode(0), prefill(1, 57)])
+    assert plan == TickPlan((Share(0, 1, True), Share(1, 57, True)))
+
+
+def test_a_larger_one_becomes_a_chunk_that_takes_as_long_as_the_decodes() -> None:
+    # A chunk of 401 rows costs 4,930 µs, 493 a layer: two layers beside a decode step of 1,000 µs.
+    plan = flat(1000, 8, 10).plan([decode(0), prefill(1, 401)])
+    assert plan == TickPlan((Share(0, 1, True),), (Share(1, 401, True),), 2)
+
+
+def test_a_layer_longer_than_the_decodes_still_advances() -> None:
+    plan = per_row(10).plan([decode(0), prefill(1, 400)])
+    assert plan == TickPlan((Share(0, 1, True),), (Share(1, 400, True),), 1)
+
+
+def test_a_chunk_under_way_goes_on_and_its_sequences_wait() -> None:
+    chunk = Chunk((Rows(512, 512),), 3, frozenset({1}))
+    plan = per_row(10).plan([decode(0), prefill(1, 9000), prefill(2, 9000)], chunk)
+    assert plan == TickPlan((Share(0, 1, True),), (), 1)
+    assert per_row(10).plan([prefill(1, 9000)], chunk) == TickPlan((), (), 3)  # alone, to its end
+
+
+def test_alone_a_chunk_advances_for_a_moment() -> None:
+    layer_us = ALONE_US // 4
+    scheduler = Scheduler(512, LAYERS, lambda rows: LAYERS * layer_us if rows else 0)
+    assert scheduler.plan([prefill(0, 5000)]) == TickPlan((), (Share(0, 512, False),), 4)
+
+
+def test_prefills_share_a_chunk_evenly_and_short_ones_leave_their_rest() -> None:
+    plan = per_row(1).plan([prefill(3, 5000), prefill(4, 12), prefill(5, 5000)])
+    assert plan.begin == (Share(3, 250, False), Share(4, 12, True), Share(5, 250, False))
+
+
+def test_what_cannot_be_dealt_evenly_is_dealt_anyway() -> None:
+    scheduler = Scheduler(4, LAYERS, lambda rows: 1)
+    plan = scheduler.plan([prefill(n, 50) for n in range(6)])
+    assert sum(share.tokens for share in plan.begin) == 4
+
+
+def test_a_short_prompt_is_answered_after_one_chunk_beside_long_ones() -> None:
+    plan = per_row(1000).plan([*(prefill(n, 30_000) for n in range(10)), prefill(99, 40)])
+    assert Share(99, 40, True) in plan.begin
 
 
 def test_a_fully_cached_prompt_runs_its_last_token() -> None:
-    assert Scheduler(16).plan([prefill(1, 1)]).shares == (Share(1, 1, True),)
+    assert per_row(1).plan([prefill(1, 1)]).begin == (Share(1, 1, True),)
 
 
 def test_more_decodes_than_rows_take_turns() -> None:
-    scheduler = Scheduler(3)
+    scheduler = Scheduler(3, LAYERS, lambda rows: 1)
     running = [decode(n) for n in range(7)]
     seen = [share.number for _ in range(7) for share in scheduler.plan(running).shares]
     assert sorted(seen) == sorted(list(range(7)) * 3)
 
 
-def test_decodes_leave_room_for_a_prefill() -> None:
-    plan = Scheduler(16).plan([*(decode(n) for n in range(40)), prefill(99, 50)])
-    assert plan.shares[-1] == Share(99, 2, False)
-    assert plan.tokens == 16
-
-
-def test_a_step_of_one_row_still_serves_everybody_in_turn() -> None:
-    scheduler = Scheduler(1)
-    assert scheduler.plan([prefill(0, 3)]).shares == (Share(0, 1, False),)
-    assert scheduler.plan([decode(0), decode(1)]).shares == (Share(0, 1, True),)
-    assert scheduler.plan([decode(0), decode(1)]).shares == (Share(1, 1, True),)
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     st.integers(1, 20),
-    st.lists(st.tuples(st.booleans(), st.integers(1, 50)), max_size=30),
-    st.integers(1, 60),
+    st.integers(0, 300),
+    st.integers(0, 30),
+    st.lists(st.tuples(st.booleans(), st.integers(1, 50)), max_size=20),
+    st.integers(1, 30),
 )
-def test_plans_are_within_budget_and_complete_everything(
-    budget: int, kinds: list[tuple[bool, int]], output: int
+def test_every_plan_is_within_bounds_and_everything_is_completed(
+    max_rows: int, base_us: int, row_us: int, kinds: list[tuple[bool, int]], output: int
 ) -> None:
-    scheduler = Scheduler(budget)
-    left = {
-        n: (1, output) if is_decode else (pending, output) for n, (is_decode, pending) in enumerate(kinds)
-    }
-    decoding = {n for n, (is_decode, _) in enumerate(kinds) if is_decode}
-    bound = sum(pending + out for pending, out in left.values()) + len(left) + 1
-    for _ in range(bound):
+    def cost(rows: list[Rows]) -> int:
+        return base_us + row_us * sum(r.count for r in rows) if rows else 0
+
+    scheduler = Scheduler(max_rows, LAYERS, cost)
+    left = {n: (1 if decodes else pending, output) for n, (decodes, pending) in enumerate(kinds)}
+    decoding = {n for n, (decodes, _) in enumerate(kinds) if decodes}
+    chunk: tuple[tuple[Share, ...], Chunk] | None = None
+    last_decoded = dict.fromkeys(decoding, 0)
+
+    def commit(share: Share) -> None:
+        pending, out = left[share.number]
+        assert 1 <= share.tokens <= pending
+        assert share.last == (share.tokens == pending)
+        if not share.last:
+            left[share.number] = (pending - share.tokens, out)
+        elif out == 1:
+            del left[share.number]
+        else:
+            decoding.add(share.number)
+            left[share.number] = (1, out - 1)
+
+    bound = (sum(pending + out for pending, out in left.values()) + 1) * (LAYERS + 1) + 1
+    for tick in range(bound):
         running = [Candidate(n, pending, n in decoding) for n, (pending, _) in left.items()]
-        plan = scheduler.plan(running)
+        plan = scheduler.plan(running, chunk[1] if chunk else None)
         if not running:
-            assert plan.shares == ()
+            assert not plan
             break
-        assert 1 <= plan.tokens <= budget
-        assert len({share.number for share in plan.shares}) == len(plan.shares)
+        assert plan, "something runs, and nothing is planned"
+        assert sum(s.tokens for s in plan.shares) <= max_rows
+        assert sum(s.tokens for s in plan.begin) <= max_rows
+        taken = chunk[1].numbers if chunk else frozenset()
+        assert not (plan.begin and chunk)
+        numbers = [s.number for s in (*plan.shares, *plan.begin)]
+        assert len(set(numbers)) == len(numbers)
+        assert not taken & set(numbers)
+        decodes = sorted(decoding & left.keys())
+        for n in decodes[:max_rows] if len(decodes) <= max_rows else []:
+            assert n in numbers, "a decode waits though there is room"
         for share in plan.shares:
-            pending, out = left[share.number]
-            assert 1 <= share.tokens <= pending
-            assert share.last == (share.tokens == pending)
-            if share.last:
-                decoding.add(share.number)
-                left[share.number] = (1, out - 1)
-                if out == 1:
-                    del left[share.number]
-            else:
-                left[share.number] = (pending - share.tokens, out)
+            last_decoded[share.number] = tick
+            commit(share)
+        if plan.begin:
+            rows = tuple(Rows(s.tokens, s.tokens) for s in plan.begin)
+            chunk = (plan.begin, Chunk(rows, LAYERS, frozenset(s.number for s in plan.begin)))
+        if chunk:
+            layers = chunk[1].layers_left - plan.advance
+            assert 1 <= plan.advance <= chunk[1].layers_left
+            chunk = (chunk[0], Chunk(chunk[1].rows, layers, chunk[1].numbers))
+            if not layers:
+                for share in chunk[0]:
+                    commit(share)
+                chunk = None
     assert not left
 
 

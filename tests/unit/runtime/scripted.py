@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
 from k2hybrid.model.batch import Batch
 from k2hybrid.runtime import Runtime
+from k2hybrid.runtime.sizes import network_sizes
 
 
 @dataclass
@@ -42,7 +43,7 @@ class ScriptedModel:
     def begin(self, batch: Batch) -> State:
         return State(batch)
 
-    def forward(self, state: State) -> State:
+    def forward(self, state: State, until: int) -> State:
         self.before_step()
         return state
 
@@ -58,14 +59,21 @@ class ScriptedModel:
         return logits
 
 
-def scripted_runtime(checkpoint: Path) -> tuple[Runtime, ScriptedModel]:
+def scripted_runtime(checkpoint: Path, *, idle_prefill: bool = False) -> tuple[Runtime, ScriptedModel]:
     """A started runtime with 1,024 tokens of context."""
     tokenizer = Tokenizer.load(checkpoint)
     spec = read_spec(checkpoint)
-    config = RuntimeConfig(model=checkpoint, max_step_tokens=64)
+    config = RuntimeConfig(model=checkpoint, max_step_tokens=64, idle_prefill=idle_prefill)
     model = ScriptedModel(spec.vocab_size, tokenizer.encode("x")[0])
     pages = LatentPages(1, 32, Fp32Rows(1))
-    engine = Engine(model, pages, vocab_size=spec.vocab_size, context_tokens=1024, config=config)
+    engine = Engine(
+        model,
+        pages,
+        sizes=replace(network_sizes(spec, 0, 1), layers=1),
+        vocab_size=spec.vocab_size,
+        context_tokens=1024,
+        config=config,
+    )
     engine.start()
     template = ChatTemplate(tokenizer)  # the built-in rendering: no process to start
     runtime = Runtime(

@@ -1,0 +1,287 @@
+"""The journal: sessions' answers and latent pages on disk, from which a restarted server goes on.
+
+    DIR/lock      DIR/<fingerprint>/pages/…      DIR/<fingerprint>/sessions/…
+
+A fingerprint binds what pages depend on: checkpoint, page format, template. The folders of other fingerprints
+are never read; limits of size and age hold for all of them together. Whatever happens to the files later,
+requests go on: what cannot be read counts as absent, and after a failed write nothing is written any more.
+"""
+
+from __future__ import annotations
+
+import heapq
+import logging
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from k2hybrid.cache.journal_folder import (
+    FolderLock,
+    Foreign,
+    check_folder,
+    fingerprints,
+    is_fingerprint,
+    measure_foreign,
+)
+from k2hybrid.cache.journal_index import Found, SessionInfo, Victim
+from k2hybrid.cache.journal_store import Store
+from k2hybrid.cache.page_files import Damaged, PageFile
+from k2hybrid.cache.page_keys import ID_BYTES, next_key, pack_ids, root_key, unpack_ids
+from k2hybrid.cache.private_files import Bytes
+from k2hybrid.cache.session_log import Exchange
+from k2hybrid.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+_TOUCH_SECONDS = 60.0  # a use is noted on disk if the last note is older
+_SLACK = 20  # when full, one part in so many is freed at once
+
+
+class Journal:
+    """Opens and locks `folder`, and keeps to the limits at once. All methods may be called from any thread.
+
+    Args:
+        folder: created with mode 0700 if it is not there; its parents are not.
+        fingerprint: 8 to 128 hex digits.
+        page_bytes: bytes of a full page's payload.
+        max_bytes: of all files in `folder`; None: no limit.
+        max_age_s: what was not used for so long is deleted; None: nothing is.
+
+    Raises:
+        ConfigError: the folder is open to others, in use by another process, or cannot be written.
+
+    Attributes:
+        failed: why nothing is written any more; empty while all is well.
+        page_bytes: as given.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        fingerprint: str,
+        page_bytes: int,
+        max_bytes: int | None = None,
+        max_age_s: float | None = None,
+    ) -> None:
+        if not is_fingerprint(fingerprint):
+            raise ValueError(f"a fingerprint has 8 to 128 hex digits, unlike {fingerprint!r}")
+        self.page_bytes = page_bytes
+        self.failed = ""
+        self._max_bytes = max_bytes
+        self._max_age_s = max_age_s
+        # Guards the index and every change of names on disk. `has` and reading go without it: a dict's lookup
+        # is atomic, and a file that is deleted while it is read stays whole for its reader.
+        self._guard = threading.Lock()
+        check_folder(folder, create=True)
+        self._lock = FolderLock(folder)
+        try:
+            self._store = Store(folder / fingerprint, page_bytes, repair=True)
+            others = [folder / name for name in fingerprints(folder) if name != fingerprint]
+            self._foreign = [measure_foreign(path, time.time()) for path in others]
+        except OSError as error:
+            self._lock.release()
+            raise ConfigError(f"cannot write in the journal {folder}: {error.strerror or error}") from None
+        self.sweep(time.time())
+
+    # --- reading ----------------------------------------------------------------------------------
+
+    def exchanges(self) -> list[Exchange]:
+        """All answers of this fingerprint, oldest first."""
+        with self._guard:
+            return self._store.exchanges()
+
+    def sessions(self) -> list[SessionInfo]:
+        """All sessions of this fingerprint, least recently used first."""
+        with self._guard:
+            return self._store.index.sessions()
+
+    @property
+    def size(self) -> int:
+        """Bytes of all files, those of other fingerprints included."""
+        return self._store.index.size + sum(foreign.size for foreign in self._foreign)
+
+    @property
+    def damaged(self) -> int:
+        """Files that proved to be no good so far."""
+        return self._store.damaged
+
+    def has(self, key: bytes) -> bool:
+        """Whether a page is on disk."""
+        return key in self._store.index.pages
+
+    def match(self, scope: str, ids: Sequence[int], page_tokens: int) -> list[Found]:
+        """Pages on disk with the longest known prefix of `ids`, first to last; the last may agree in part."""
+        packed = pack_ids(ids)
+        parent = root_key(scope)
+        found: list[Found] = []
+        for start in range(0, len(packed), page_tokens * ID_BYTES):
+            chunk = packed[start : start + page_tokens * ID_BYTES]
+            key = next_key(parent, chunk)
+            if not self.has(key):
+                with self._guard:
+                    closest = self._store.index.closest(parent, chunk)
+                return found if closest is None else [*found, closest]
+            found.append(Found(key, parent, unpack_ids(chunk), len(chunk) // ID_BYTES))
+            parent = key
+        return found
+
+    def read_page(self, key: bytes, parent: bytes, ids: Sequence[int], out: Bytes | Sequence[Bytes]) -> bool:
+        """Fill `out`, one buffer or several in the order of the payload, if the page is there and whole.
+
+        The payload must be as long as `out`. On False, what `out` holds is undefined; a page that was no good
+        is deleted.
+        """
+        page = self._store.index.pages.get(key)
+        if page is None:
+            return False
+        try:
+            self._store.pages.read(key, parent, pack_ids(ids), out)
+        except (Damaged, OSError) as error:
+            with self._guard:
+                # Unless the page went, or was written anew, in the meantime.
+                if self._store.index.pages.get(key) is page:
+                    self._discard(key, str(error))
+            return False
+        self._touch_page(key, page)
+        return True
+
+    def touch(self, session: str) -> None:
+        """Note that a session is in use: it goes last when room is needed. Unknown sessions are ignored."""
+        with self._guard:
+            known = self._store.index.touch_session(session, time.time())
+        if known:
+            try:
+                self._store.logs.touch(session)
+            except OSError as error:
+                log.debug("journal: use of session %s not noted: %s", session, error)
+
+    # --- writing ----------------------------------------------------------------------------------
+
+    def write_page(
+        self, key: bytes, parent: bytes, ids: Sequence[int], payload: Bytes | Sequence[Bytes]
+    ) -> bool:
+        """Write a page of one buffer or several; whether it is on disk now.
+
+        False also if there is no room beside the pages before it. ValueError if `key` is not the key of `ids`
+        after `parent`, or the payload is longer than `page_bytes`. The payload must not change meanwhile.
+        """
+        packed = pack_ids(ids)
+        if next_key(parent, packed) != key:
+            raise ValueError("the key is not that of these tokens after this parent")
+        if self.has(key):
+            return True
+        if self.failed:
+            return False
+        try:
+            size = self._store.pages.stored_bytes(packed, payload)
+            if not self._make_room(size, parent):
+                return False
+            prepared = self._store.pages.prepare(key, parent, packed, payload)
+            with self._guard:
+                self._store.pages.publish(prepared, key)
+                self._store.index.add_page(key, PageFile(parent, packed, size, time.time()))
+        except OSError as error:
+            self._fail(error)
+            return False
+        return True
+
+    def append(self, exchange: Exchange, chain: Sequence[bytes] = ()) -> bool:
+        """Add an answer to its session's log; whether it is on disk now.
+
+        Args:
+            exchange: the answer.
+            chain: the keys of all pages of prompt and answer, first to last. With them `last_page` is taken
+                from what is on disk: a page that was not written leaves those before it reachable.
+        """
+        if self.failed:
+            return False
+        try:
+            with self._guard:
+                index = self._store.index
+                if chain:
+                    fields = {name: getattr(exchange, name) for name in Exchange.__slots__}
+                    exchange = Exchange(**{**fields, "last_page": index.deepest(chain).hex()})
+                index.add_exchange(exchange, self._store.logs.append(exchange), time.time())
+        except OSError as error:
+            self._fail(error)
+            return False
+        return True
+
+    def delete(self, session: str) -> bool:
+        """Delete a session and its pages, except those that others reach; False if it is unknown or stays.
+
+        What waits in a `JournalWriter` is written later: flush it before.
+        """
+        with self._guard:
+            if session not in self._store.index:
+                return False
+            try:
+                self._store.remove(self._store.index.alone(session))
+            except OSError as error:
+                self._fail(error)
+                return False
+        return True
+
+    def sweep(self, now: float) -> None:
+        """Delete superseded pages, what is too old, and what was used least recently until the rest fits."""
+        with self._guard:
+            try:
+                self._store.remove(Victim(now, None, tuple(self._store.index.superseded())))
+                self._shrink(now, self._max_bytes, set())
+            except OSError as error:
+                self._fail(error)
+
+    def close(self) -> None:
+        """Write nothing more, and let other processes have the folder."""
+        self.failed = self.failed or "it is closed"
+        self._lock.release()
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _make_room(self, size: int, parent: bytes) -> bool:
+        """Have room for a file of `size` bytes, without touching the pages before it; whether there is."""
+        limit = self._max_bytes
+        if limit is None or self.size + size <= limit:
+            return True
+        if size > limit:
+            return False
+        with self._guard:
+            # More than is needed: choosing looks at all pages, and should not happen for each one written.
+            self._shrink(time.time(), limit - max(size, limit // _SLACK), self._store.index.ancestors(parent))
+        return self.size + size <= limit
+
+    def _shrink(self, now: float, limit: int | None, keep: set[bytes]) -> None:
+        """Delete what is too old, and the least recently used down to `limit` bytes; but not `keep`."""
+        oldest = float("-inf") if self._max_age_s is None else now - self._max_age_s
+        own: Iterator[Victim | Foreign] = self._store.index.victims(keep)
+        other = sorted(self._foreign, key=lambda foreign: foreign.used)
+        for victim in heapq.merge(own, other, key=lambda victim: victim.used):
+            if victim.used >= oldest and (limit is None or self.size <= limit):
+                break
+            if isinstance(victim, Foreign):
+                self._foreign.remove(victim)
+                victim.remove()
+            else:
+                self._store.remove(victim)
+
+    def _touch_page(self, key: bytes, page: PageFile) -> None:
+        now = time.time()
+        if now - page.used < _TOUCH_SECONDS:
+            return
+        page.used = now
+        try:
+            self._store.pages.touch(key)
+        except OSError as error:
+            log.debug("journal: use of page %s not noted: %s", key.hex(), error)
+
+    def _discard(self, key: bytes, reason: str) -> None:
+        try:
+            self._store.discard(key, reason)
+        except OSError as error:
+            self._fail(error)
+
+    def _fail(self, error: OSError) -> None:
+        if not self.failed:
+            self.failed = error.strerror or str(error)
+            log.warning("journal: nothing is written any more: %s; requests go on without it", error)

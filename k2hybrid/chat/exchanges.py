@@ -1,0 +1,254 @@
+"""What the model said, kept as token ids, and found again in a client's history by its meaning.
+
+Clients do not echo an answer token by token: they drop the reasoning, rename tool-call ids, re-serialise
+arguments, trim white space. An exchange is therefore known by what such clients keep: the meaning of the
+messages before it (a digest chain) and of its own visible part. A history is then completed and, once
+rendered, spliced: where a rendered assistant message means what was generated, the generated ids take its
+place, so that the cached latents fit to the last token. Where the template changed it (reasoning is dropped
+after a finished run) or the client did (other reasoning), the rendered ids stand.
+
+Pure; imports only layer 0 and this room. Thread-safe.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from k2hybrid.chat.conversation import text_of
+from k2hybrid.chat.markers import Markers
+from k2hybrid.chat.stream import ChatStream
+from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.types import Content, Event, Message, Reasoning, ToolCall, ToolCallArguments, ToolCallStart
+
+MAX_TOKENS = 16 << 20  # of all exchanges together: at 4 bytes each, 64 MiB
+
+
+@dataclass(frozen=True, slots=True)
+class Exchange:
+    """One answer: `ids` as generated, the stop token included if there was one."""
+
+    scope: str
+    context_key: str  # the meaning of the messages before it
+    message_key: str  # the meaning of its visible part
+    response_id: str
+    session: str  # the response id of the first answer of its history
+    reasoning: str
+    ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """A history whose known answers are completed. `known` maps message positions to exchanges."""
+
+    messages: tuple[Message, ...]
+    known: Mapping[int, Exchange] = field(default_factory=dict)
+    context_key: str = ""  # of all messages
+
+    @property
+    def session(self) -> str:
+        """Of the latest known answer; empty if none is known."""
+        return self.known[max(self.known)].session if self.known else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a stream of events says, in one piece."""
+
+    reasoning: str
+    content: str
+    calls: tuple[tuple[str, str], ...]  # name, arguments
+
+    def message(self) -> Message:
+        """The answer as a message of the history."""
+        calls = tuple(ToolCall(f"call_{i}", name, text) for i, (name, text) in enumerate(self.calls))
+        return Message("assistant", self.content, reasoning=self.reasoning or None, tool_calls=calls)
+
+    def same_as(self, other: Answer) -> bool:
+        """Whether both mean the same, reasoning included."""
+        mine, others = self.message(), other.message()
+        return _words(self.reasoning) == _words(other.reasoning) and _meaning(mine) == _meaning(others)
+
+
+def gather(events: Sequence[Event]) -> Answer:
+    """Join the events of an answer."""
+    reasoning, content, calls = [], [], list[tuple[str, list[str]]]()
+    for event in events:
+        match event:
+            case Reasoning(text):
+                reasoning.append(text)
+            case Content(text):
+                content.append(text)
+            case ToolCallStart(name=name):
+                calls.append((name, []))
+            case ToolCallArguments(text=text):
+                calls[-1][1].append(text)
+            case _:
+                pass
+    return Answer("".join(reasoning), "".join(content), tuple((n, "".join(parts)) for n, parts in calls))
+
+
+class Exchanges:
+    """Answers of the recent past, least recently used out first.
+
+    Args:
+        max_tokens: ids kept, of all exchanges together.
+    """
+
+    def __init__(self, markers: Markers, tokenizer: Tokenizer, max_tokens: int = MAX_TOKENS) -> None:
+        self._markers = markers
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
+        self._tokens = 0
+        self._lock = threading.Lock()
+        # (scope, context, message) → response id → exchange, oldest first in both.
+        self._kept: OrderedDict[tuple[str, str, str], dict[str, Exchange]] = OrderedDict()
+
+    def __len__(self) -> int:
+        with self._lock:
+            return sum(map(len, self._kept.values()))
+
+    def add(self, exchange: Exchange) -> None:
+        """Keep `exchange`; one with its response id is replaced."""
+        key = (exchange.scope, exchange.context_key, exchange.message_key)
+        with self._lock:
+            among = self._kept.setdefault(key, {})
+            self._kept.move_to_end(key)
+            former = among.pop(exchange.response_id, None)
+            among[exchange.response_id] = exchange
+            self._tokens += len(exchange.ids) - (len(former.ids) if former else 0)
+            while self._tokens > self._max_tokens and len(self._kept) > 1:
+                _, dropped = self._kept.popitem(last=False)
+                self._tokens -= sum(len(e.ids) for e in dropped.values())
+
+    def made(
+        self, scope: str, before: Recalled, answer: Answer, ids: Sequence[int], response_id: str
+    ) -> Exchange:
+        """The exchange of `answer`, generated as `ids` after the messages of `before`."""
+        return Exchange(
+            scope=scope,
+            context_key=before.context_key,
+            message_key=_digest("", _meaning(answer.message())),
+            response_id=response_id,
+            session=before.session or response_id,
+            reasoning=answer.reasoning,
+            ids=tuple(ids),
+        )
+
+    def recall(self, scope: str, messages: Sequence[Message]) -> Recalled:
+        """Find the answers in `messages`, and give those without reasoning theirs back."""
+        chain = ""
+        result: list[Message] = []
+        known: dict[int, Exchange] = {}
+        for at, message in enumerate(messages):
+            meaning = _meaning(message)
+            if message.role == "assistant" and not message.partial:
+                found = self._find((scope, chain, _digest("", meaning)), message)
+                if found is not None:
+                    known[at] = found
+                    message = replace(message, reasoning=found.reasoning or message.reasoning)
+            result.append(message)
+            chain = _digest(chain, meaning)
+        return Recalled(tuple(result), known, chain)
+
+    def spliced(self, ids: list[int], recalled: Recalled) -> list[int]:
+        """Rendered `ids` with the known answers as they were generated, where they mean the same.
+
+        Left alone if the template does not write one assistant header for each assistant message.
+        """
+        if not recalled.known:
+            return ids
+        positions = [i for i, m in enumerate(recalled.messages) if m.role == "assistant" and not m.partial]
+        spans = _assistant_spans(ids, self._markers)
+        if len(spans) < len(positions):
+            return ids
+        result: list[int] = []
+        done = 0
+        for position, (start, stop) in zip(positions, spans, strict=False):
+            exchange = recalled.known.get(position)
+            if exchange is None or not self._stands_for(exchange, ids[start:stop]):
+                continue
+            result += ids[done:start]
+            result += exchange.ids
+            done = stop
+        return result + ids[done:]
+
+    def _find(self, key: tuple[str, str, str], message: Message) -> Exchange | None:
+        with self._lock:
+            among = self._kept.get(key)
+            if among is None:
+                return None
+            self._kept.move_to_end(key)
+            candidates = list(among.values())
+        if given := _words(message.reasoning or ""):
+            candidates = [e for e in candidates if _words(e.reasoning) == given]
+        named = [e for e in candidates if e.response_id == message.response_id]
+        return next(reversed(named or candidates), None)
+
+    def _stands_for(self, exchange: Exchange, rendered: list[int]) -> bool:
+        # Without its end token an answer was cut off; what closes it is the template's to say.
+        if not exchange.ids or exchange.ids[-1] != rendered[-1]:
+            return False
+        if list(exchange.ids) == rendered:
+            return False  # as it is already
+        return self._read(exchange.ids).same_as(self._read(rendered))
+
+    def _read(self, ids: Sequence[int]) -> Answer:
+        stream = ChatStream(self._markers, self._tokenizer)
+        events: list[Event] = []
+        for token in ids:
+            events += stream.push(token)
+        return gather([*events, *stream.finish()])
+
+
+def _assistant_spans(ids: Sequence[int], markers: Markers) -> list[tuple[int, int]]:
+    """From behind each assistant header to behind its end token. Control tokens are the template's alone."""
+    spans = []
+    start = None
+    in_header = False
+    for at, token in enumerate(ids):
+        if token == markers.im_assistant:
+            in_header = True
+        elif token == markers.im_middle and in_header:
+            start, in_header = at + 1, False
+        elif token == markers.im_end and start is not None:
+            spans.append((start, at + 1))
+            start = None
+    return spans
+
+
+def _meaning(message: Message) -> Any:
+    """What of a message a client keeps: role, words, calls by name and value. No reasoning, no ids."""
+    calls = [[call.name, _value(call.arguments)] for call in message.tool_calls]
+    return [message.role, _words(_text(message.content)), calls]
+
+
+def _text(content: Any) -> str:
+    if content is None or isinstance(content, str):
+        return content or ""
+    if all(isinstance(part, str) or (isinstance(part, Mapping) and "text" in part) for part in content):
+        return text_of(content)
+    return json.dumps(list(content), sort_keys=True, default=str)
+
+
+def _words(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _value(arguments: str) -> Any:
+    if not arguments.strip():
+        return {}
+    try:
+        return json.loads(arguments)
+    except (ValueError, RecursionError):
+        return arguments.strip()
+
+
+def _digest(chain: str, meaning: Any) -> str:
+    text = json.dumps(meaning, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.blake2b(f"{chain}\n{text}".encode(), digest_size=16).hexdigest()

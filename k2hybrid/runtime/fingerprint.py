@@ -1,0 +1,34 @@
+"""What journaled pages depend on, as one digest: checkpoint, page format, template. Layer 5."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.config import RuntimeConfig
+
+# Raised when latents come out differently from the same files, or their rows lie differently.
+PAGES_VERSION = 1
+_READ = ("config.json", "model.safetensors.index.json", "tiktoken.model", "tokenizer_config.json")
+
+
+def fingerprint(config: RuntimeConfig, pages: LatentPages, template: str | None) -> str:
+    """Hex digest. Weights count by their files' names, sizes and times of change: reading all takes minutes.
+
+    So a copied checkpoint may get another fingerprint, but a changed one never keeps its own.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+
+    def add(*values: object) -> None:
+        digest.update(repr(values).encode())
+
+    add(PAGES_VERSION, type(pages.format).__name__, pages.page_bytes, pages.PAGE_TOKENS)
+    add(config.latent_norm_eps, config.device, template)
+    for name in _READ:
+        path = config.model / name
+        add(name, path.read_bytes() if path.exists() else None)
+    for path in sorted(Path(config.model).glob("*.safetensors")):
+        status = path.stat()
+        add(path.name, status.st_size, status.st_mtime_ns)
+    return digest.hexdigest()

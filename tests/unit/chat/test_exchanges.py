@@ -1,0 +1,230 @@
+"""Answers found again in what clients make of them: the ids of a continued history are those generated."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from k2hybrid.chat.exchanges import Exchanges, gather
+from k2hybrid.chat.markers import Markers
+from k2hybrid.chat.stream import ChatStream
+from k2hybrid.chat.template import ChatTemplate
+from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.types import Message, ToolCall
+
+SB, SE = "<|tool_calls_section_begin|>", "<|tool_calls_section_end|>"
+CB, AB, CE = "<|tool_call_begin|>", "<|tool_call_argument_begin|>", "<|tool_call_end|>"
+END = "<|im_end|>"
+
+Client = Callable[[Message, int], Message]
+
+
+@pytest.fixture(scope="module")
+def template(golden: Path, tokenizer: Tokenizer) -> Iterator[ChatTemplate]:
+    loaded = ChatTemplate.load(golden, tokenizer)
+    yield loaded
+    loaded.close()
+
+
+class Chat:
+    """A server that remembers, and a client that keeps what `client` leaves of each answer."""
+
+    def __init__(
+        self, template: ChatTemplate, markers: Markers, tokenizer: Tokenizer, client: Client, scope: str = ""
+    ) -> None:
+        self.template, self.markers, self.tokenizer = template, markers, tokenizer
+        self.exchanges = Exchanges(markers, tokenizer)
+        self.client = client
+        self.scope = scope
+        self.messages: list[Message] = []
+        self.answers = 0
+
+    def spelled(self, text: str) -> list[int]:
+        """Ids of `text`, of whose tokens the plain ones are single bytes: as no tokenizer would cut them."""
+        ids: list[int] = []
+        for token in self.tokenizer.encode_with_specials(text):
+            if token < self.tokenizer.num_ranks:
+                for byte in self.tokenizer.token_bytes(token):
+                    ids += self.tokenizer.encode(chr(byte))
+            else:
+                ids.append(token)
+        return ids
+
+    def prompt(self) -> list[int]:
+        recalled = self.exchanges.recall(self.scope, self.messages)
+        return self.exchanges.spliced(self.template.render(recalled.messages).ids, recalled)
+
+    def answer(self, text: str, ids: Sequence[int] | None = None) -> list[int]:
+        """Generate `text`; returns prompt and answer as the cache holds them."""
+        prompt = self.prompt()
+        generated = list(ids if ids is not None else self.spelled(text))
+        stream = ChatStream(self.markers, self.tokenizer)
+        events = [event for token in generated for event in stream.push(token)] + stream.finish()
+        before = self.exchanges.recall(self.scope, self.messages)
+        said = gather(events)
+        name = f"chatcmpl-{self.answers}"
+        self.exchanges.add(self.exchanges.made(self.scope, before, said, generated, name))
+        message = replace(said.message(), response_id=name)
+        self.messages.append(self.client(message, self.answers))
+        self.answers += 1
+        return prompt + generated
+
+    def results(self, *contents: str) -> None:
+        calls = self.messages[-1].tool_calls
+        for call, content in zip(calls, contents, strict=True):
+            self.messages.append(Message("tool", content, tool_call_id=call.id))
+
+
+def call(name: str, arguments: str, index: int) -> str:
+    return f"{CB}functions.{name}:{index}{AB}{arguments}{CE}"
+
+
+def echo(message: Message, _: int) -> Message:
+    return message
+
+
+def without_reasoning(message: Message, _: int) -> Message:
+    return replace(message, reasoning=None, response_id=None)
+
+
+def other_ids(message: Message, n: int) -> Message:
+    calls = tuple(replace(c, id=f"toolu_{n}_{i}") for i, c in enumerate(message.tool_calls))
+    return replace(message, tool_calls=calls, reasoning=None, response_id=None)
+
+
+def other_json(message: Message, _: int) -> Message:
+    calls = tuple(
+        ToolCall(c.id, c.name, json.dumps(dict(reversed(json.loads(c.arguments).items())), indent=1))
+        for c in message.tool_calls
+    )
+    return replace(message, tool_calls=calls, reasoning="", response_id=None)
+
+
+def trimmed(message: Message, _: int) -> Message:
+    text = message.content
+    assert text is None or isinstance(text, str)
+    parts = ({"type": "text", "text": (text or "").strip()},)
+    return replace(message, content=parts, reasoning=None, response_id=None)
+
+
+CLIENTS = [echo, without_reasoning, other_ids, other_json, trimmed]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_a_run_of_tool_calls_continues_to_the_token(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer, client: Client
+) -> None:
+    chat = Chat(template, markers, tokenizer, client)
+    chat.messages.append(Message("user", "Weather in Ulm and Bonn, then mail it."))
+    known = chat.answer(
+        f"<think>Two places, two calls.</think>I look.\n\n{SB}"
+        + call("weather", '{"place": "Ulm", "days": 2}', 0)
+        + call("weather", '{"place":"Bonn","days":2}', 1)
+        + SE
+        + END
+    )
+    chat.results("rain", "sun")
+    prompt = chat.prompt()
+    assert prompt[: len(known)] == known
+    known = chat.answer(
+        f"<think>Now the mail.\n</think>{SB}" + call("mail", '{"text": "rain; sun"}', 2) + SE + END
+    )
+    chat.results("sent")
+    assert chat.prompt()[: len(known)] == known
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+def test_after_a_finished_run_the_template_drops_the_reasoning_and_wins(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer, client: Client
+) -> None:
+    chat = Chat(template, markers, tokenizer, client)
+    chat.messages.append(Message("user", "Weather in Ulm?"))
+    chat.answer(f"<think>A secret thought.</think>{SB}" + call("weather", '{"place": "Ulm"}', 0) + SE + END)
+    chat.results("rain")
+    chat.answer(f"<think>Another secret.</think>It rains.{END}")
+    chat.messages.append(Message("user", "Thanks."))
+    text = tokenizer.decode(chat.prompt())
+    assert "secret" not in text
+    assert "It rains." in text
+
+
+def test_a_client_that_sends_other_reasoning_is_obeyed(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer
+) -> None:
+    chat = Chat(template, markers, tokenizer, lambda m, _: replace(m, reasoning="I was told to."))
+    chat.messages.append(Message("user", "Weather in Ulm?"))
+    chat.answer(f"<think>Mine.</think>{SB}" + call("weather", "{}", 0) + SE + END)
+    chat.results("rain")
+    text = tokenizer.decode(chat.prompt())
+    assert "I was told to." in text
+    assert "Mine." not in text
+
+
+@pytest.mark.parametrize(("carried", "expected"), [("chatcmpl-0", 0), ("chatcmpl-1", 1), (None, 1), ("x", 1)])
+def test_of_several_answers_the_carried_id_wins_else_the_latest(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer, carried: str | None, expected: int
+) -> None:
+    chat = Chat(template, markers, tokenizer, lambda m, _: replace(m, reasoning=None, response_id=carried))
+    question = Message("user", "Weather in Ulm?")
+    known = []
+    for thought in ("First.", "Second."):
+        chat.messages = [question]
+        known.append(chat.answer(f"<think>{thought}</think>{SB}" + call("weather", "{}", 0) + SE + END))
+    chat.results("rain")
+    assert chat.prompt()[: len(known[expected])] == known[expected]
+
+
+def test_a_cut_off_answer_keeps_its_reasoning_but_the_template_closes_it(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer
+) -> None:
+    chat = Chat(template, markers, tokenizer, without_reasoning)
+    chat.messages.append(Message("user", "Weather in Ulm?"))
+    chat.answer("<think>Long thoughts</think>It ra")  # max_tokens came first
+    chat.messages.append(Message("tool", "?", tool_call_id="x"))
+    text = tokenizer.decode(chat.prompt())
+    assert f"It ra{END}" in text
+
+
+def test_nothing_is_found_in_another_scope_or_after_another_history(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer
+) -> None:
+    chat = Chat(template, markers, tokenizer, without_reasoning, scope="a")
+    chat.messages.append(Message("user", "Weather in Ulm?"))
+    chat.answer(f"<think>Mine.</think>{SB}" + call("weather", "{}", 0) + SE + END)
+    assert chat.exchanges.recall("a", chat.messages).known
+    assert not chat.exchanges.recall("b", chat.messages).known
+    other = [Message("user", "Weather in Bonn?"), *chat.messages[1:]]
+    assert not chat.exchanges.recall("a", other).known
+
+
+def test_a_template_without_kimis_headers_is_left_alone(markers: Markers, tokenizer: Tokenizer) -> None:
+    exchanges = Exchanges(markers, tokenizer)
+    messages = [Message("user", "Hi"), Message("assistant", "Hello")]
+    ids = tokenizer.encode_with_specials(f"Hello{END}")
+    said = gather([])
+    exchanges.add(
+        exchanges.made("", exchanges.recall("", messages[:1]), replace(said, content="Hello"), ids, "r")
+    )
+    recalled = exchanges.recall("", messages)
+    assert recalled.known
+    rendered = tokenizer.encode("USER Hi BOT Hello")
+    assert exchanges.spliced(rendered, recalled) == rendered
+
+
+def test_the_oldest_are_forgotten_first(markers: Markers, tokenizer: Tokenizer) -> None:
+    exchanges = Exchanges(markers, tokenizer, max_tokens=100)
+    histories = [[Message("user", f"question {n}")] for n in range(10)]
+    for n, history in enumerate(histories):
+        before = exchanges.recall("", history)
+        said = replace(gather([]), content=f"answer {n}")
+        exchanges.add(exchanges.made("", before, said, [n] * 30, f"r{n}"))
+    assert len(exchanges) == 3
+    known = [
+        bool(exchanges.recall("", [*history, Message("assistant", f"answer {n}")]).known)
+        for n, history in enumerate(histories)
+    ]
+    assert known == [False] * 7 + [True] * 3
