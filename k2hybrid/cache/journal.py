@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from k2hybrid.cache.journal_folder import (
@@ -36,6 +37,7 @@ log = logging.getLogger(__name__)
 
 _TOUCH_SECONDS = 60.0  # a use is noted on disk if the last note is older
 _SLACK = 20  # when full, one part in so many is freed at once
+_MAX_REFUSED = 1 << 16
 
 
 class Journal:
@@ -45,7 +47,7 @@ class Journal:
         folder: created with mode 0700 if it is not there; its parents are not.
         fingerprint: 8 to 128 hex digits.
         page_bytes: bytes of a full page's payload.
-        max_bytes: of all files in `folder`; None: no limit.
+        max_bytes: of all files in `folder`; None: no limit. Answers may exceed it until the next sweep.
         max_age_s: what was not used for so long is deleted; None: nothing is.
 
     Raises:
@@ -68,8 +70,10 @@ class Journal:
             raise ValueError(f"a fingerprint has 8 to 128 hex digits, unlike {fingerprint!r}")
         self.page_bytes = page_bytes
         self.failed = ""
+        self._closed = False
         self._max_bytes = max_bytes
         self._max_age_s = max_age_s
+        self._refused: set[bytes] = set()  # keys of pages that found no room
         # Guards the index and every change of names on disk. `has` and reading go without it: a dict's lookup
         # is atomic, and a file that is deleted while it is read stays whole for its reader.
         self._guard = threading.Lock()
@@ -140,7 +144,7 @@ class Journal:
         except (Damaged, OSError) as error:
             with self._guard:
                 # Unless the page went, or was written anew, in the meantime.
-                if self._store.index.pages.get(key) is page:
+                if self._store.index.pages.get(key) is page and not self._closed:
                     self._discard(key, str(error))
             return False
         self._touch_page(key, page)
@@ -175,10 +179,13 @@ class Journal:
             return False
         try:
             size = self._store.pages.stored_bytes(packed, payload)
-            if not self._make_room(size, parent):
+            if not self._make_room(key, size, parent):
                 return False
             prepared = self._store.pages.prepare(key, parent, packed, payload)
             with self._guard:
+                if self._closed:
+                    prepared.unlink(missing_ok=True)
+                    return False
                 self._store.pages.publish(prepared, key)
                 self._store.index.add_page(key, PageFile(parent, packed, size, time.time()))
         except OSError as error:
@@ -198,11 +205,9 @@ class Journal:
             return False
         try:
             with self._guard:
-                index = self._store.index
                 if chain:
-                    fields = {name: getattr(exchange, name) for name in Exchange.__slots__}
-                    exchange = Exchange(**{**fields, "last_page": index.deepest(chain).hex()})
-                index.add_exchange(exchange, self._store.logs.append(exchange), time.time())
+                    exchange = replace(exchange, last_page=self._store.index.deepest(chain).hex())
+                self._store.append(exchange)
         except OSError as error:
             self._fail(error)
             return False
@@ -214,7 +219,7 @@ class Journal:
         What waits in a `JournalWriter` is written later: flush it before.
         """
         with self._guard:
-            if session not in self._store.index:
+            if self._closed or session not in self._store.index:
                 return False
             try:
                 self._store.remove(self._store.index.alone(session))
@@ -226,6 +231,8 @@ class Journal:
     def sweep(self, now: float) -> None:
         """Delete superseded pages, what is too old, and what was used least recently until the rest fits."""
         with self._guard:
+            if self._closed:
+                return
             try:
                 self._store.remove(Victim(now, None, tuple(self._store.index.superseded())))
                 self._shrink(now, self._max_bytes, set())
@@ -233,23 +240,32 @@ class Journal:
                 self._fail(error)
 
     def close(self) -> None:
-        """Write nothing more, and let other processes have the folder."""
-        self.failed = self.failed or "it is closed"
-        self._lock.release()
+        """Change nothing more, and let other processes have the folder."""
+        with self._guard:
+            self._closed = True
+            self.failed = self.failed or "it is closed"
+            self._lock.release()
 
     # --- inside -----------------------------------------------------------------------------------
 
-    def _make_room(self, size: int, parent: bytes) -> bool:
-        """Have room for a file of `size` bytes, without touching the pages before it; whether there is."""
+    def _make_room(self, key: bytes, size: int, parent: bytes) -> bool:
+        """Have room for a page's file of `size` bytes beside the pages before it; whether there is."""
         limit = self._max_bytes
-        if limit is None or self.size + size <= limit:
+        if limit is None:
             return True
-        if size > limit:
+        # What follows a page that found no room is of no use, and must not drive out what comes before.
+        if parent not in self._refused and size <= limit < self.size + size:
+            with self._guard:
+                # More than is needed: choosing looks at all pages, too much for each one written.
+                keep = self._store.index.ancestors(parent)
+                self._shrink(time.time(), limit - max(size, limit // _SLACK), keep)
+        if parent in self._refused or self.size + size > limit:
+            if len(self._refused) >= _MAX_REFUSED:
+                self._refused.clear()
+            self._refused.add(key)
             return False
-        with self._guard:
-            # More than is needed: choosing looks at all pages, and should not happen for each one written.
-            self._shrink(time.time(), limit - max(size, limit // _SLACK), self._store.index.ancestors(parent))
-        return self.size + size <= limit
+        self._refused.discard(key)
+        return True
 
     def _shrink(self, now: float, limit: int | None, keep: set[bytes]) -> None:
         """Delete what is too old, and the least recently used down to `limit` bytes; but not `keep`."""

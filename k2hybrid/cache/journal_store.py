@@ -41,7 +41,7 @@ class Store:
         self._load_logs(now)
 
     def exchanges(self) -> list[Exchange]:
-        """All answers on disk, oldest first. Those that opening found are handed over, not kept."""
+        """All answers on disk, oldest first. What opening found is handed over once, not kept."""
         found, self._found = self._found, None
         if found is None:
             contents = []
@@ -52,6 +52,11 @@ class Store:
                     log.warning("journal: session %s cannot be read: %s", session, error)
             found = _oldest_first(contents)
         return [exchange for exchange in found if exchange.session in self.index]
+
+    def append(self, exchange: Exchange) -> None:
+        """Add an answer to its session's log."""
+        self._found = None
+        self.index.add_exchange(exchange, self.logs.append(exchange), time.time())
 
     def discard(self, key: bytes, reason: str) -> None:
         """Delete a page that proved to be no good."""

@@ -18,6 +18,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 from k2hybrid.chat.conversation import text_of
@@ -105,6 +106,7 @@ class Exchanges:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._tokens = 0
+        self._read = lru_cache(2048)(self._read_anew)  # the same answers come back with every turn
         self._lock = threading.Lock()
         # (scope, context, message) → response id → exchange, oldest first in both.
         self._kept: OrderedDict[tuple[str, str, str], dict[str, Exchange]] = OrderedDict()
@@ -133,7 +135,7 @@ class Exchanges:
         return Exchange(
             scope=scope,
             context_key=before.context_key,
-            message_key=_digest("", _meaning(answer.message())),
+            message_key=_key(answer.message()),
             response_id=response_id,
             session=before.session or response_id,
             reasoning=answer.reasoning,
@@ -146,14 +148,14 @@ class Exchanges:
         result: list[Message] = []
         known: dict[int, Exchange] = {}
         for at, message in enumerate(messages):
-            meaning = _meaning(message)
+            key = _key(message)
             if message.role == "assistant" and not message.partial:
-                found = self._find((scope, chain, _digest("", meaning)), message)
+                found = self._find((scope, chain, key), message)
                 if found is not None:
                     known[at] = found
                     message = replace(message, reasoning=found.reasoning or message.reasoning)
             result.append(message)
-            chain = _digest(chain, meaning)
+            chain = _chained(chain, key)
         return Recalled(tuple(result), known, chain)
 
     def spliced(self, ids: list[int], recalled: Recalled) -> list[int]:
@@ -196,9 +198,9 @@ class Exchanges:
             return False
         if list(exchange.ids) == rendered:
             return False  # as it is already
-        return self._read(exchange.ids).same_as(self._read(rendered))
+        return self._read(exchange.ids).same_as(self._read(tuple(rendered)))
 
-    def _read(self, ids: Sequence[int]) -> Answer:
+    def _read_anew(self, ids: Sequence[int]) -> Answer:
         stream = ChatStream(self._markers, self._tokenizer)
         events: list[Event] = []
         for token in ids:
@@ -206,26 +208,36 @@ class Exchanges:
         return gather([*events, *stream.finish()])
 
 
-def _assistant_spans(ids: Sequence[int], markers: Markers) -> list[tuple[int, int]]:
+def _assistant_spans(ids: list[int], markers: Markers) -> list[tuple[int, int]]:
     """From behind each assistant header to behind its end token. Control tokens are the template's alone."""
     spans = []
-    start = None
-    in_header = False
-    for at, token in enumerate(ids):
-        if token == markers.im_assistant:
-            in_header = True
-        elif token == markers.im_middle and in_header:
-            start, in_header = at + 1, False
-        elif token == markers.im_end and start is not None:
-            spans.append((start, at + 1))
-            start = None
-    return spans
+    at = 0
+    try:
+        while True:
+            start = ids.index(markers.im_middle, ids.index(markers.im_assistant, at)) + 1
+            at = ids.index(markers.im_end, start) + 1
+            spans.append((start, at))
+    except ValueError:  # no further header, or the open one of the answer to come
+        return spans
 
 
 def _meaning(message: Message) -> Any:
     """What of a message a client keeps: role, words, calls by name and value. No reasoning, no ids."""
     calls = [[call.name, _value(call.arguments)] for call in message.tool_calls]
     return [message.role, _words(_text(message.content)), calls]
+
+
+def _key(message: Message) -> str:
+    """Digest of what a message means."""
+    calls = tuple((call.name, call.arguments) for call in message.tool_calls)
+    return _key_of(message.role, _text(message.content), calls)
+
+
+@lru_cache(16_384)  # a history comes back with every turn
+def _key_of(role: str, text: str, calls: tuple[tuple[str, str], ...]) -> str:
+    message = Message(role, text, tool_calls=tuple(ToolCall("", *call) for call in calls))
+    meaning = json.dumps(_meaning(message), sort_keys=True, separators=(",", ":"))
+    return hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
 
 
 def _text(content: Any) -> str:
@@ -249,6 +261,5 @@ def _value(arguments: str) -> Any:
         return arguments.strip()
 
 
-def _digest(chain: str, meaning: Any) -> str:
-    text = json.dumps(meaning, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
-    return hashlib.blake2b(f"{chain}\n{text}".encode(), digest_size=16).hexdigest()
+def _chained(chain: str, key: str) -> str:
+    return hashlib.blake2b(f"{chain}{key}".encode(), digest_size=16).hexdigest()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from k2hybrid.chat.tokenizer import Tokenizer
@@ -43,15 +45,49 @@ def merged(pieces: Iterable[Piece]) -> list[Piece]:
     return result
 
 
+class PieceCache:
+    """Ids of recently seen pieces: a conversation comes back with every turn, and only its end is new.
+
+    Thread-safe. Holds `max_chars` of text, least recently used out first.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, max_chars: int = 16 << 20) -> None:
+        self._tokenizer = tokenizer
+        self._left = max_chars
+        self._lock = threading.Lock()
+        self._ids: OrderedDict[str, list[int]] = OrderedDict()
+
+    def encode(self, text: str) -> list[int]:
+        """As `Tokenizer.encode`. The list is shared: not to be changed."""
+        with self._lock:
+            ids = self._ids.get(text)
+            if ids is not None:
+                self._ids.move_to_end(text)
+                return ids
+        ids = self._tokenizer.encode(text)
+        with self._lock:
+            if text not in self._ids:
+                self._ids[text] = ids
+                self._left -= len(text)
+                while self._left < 0:
+                    dropped, _ = self._ids.popitem(last=False)
+                    self._left += len(dropped)
+        return ids
+
+
 def assemble(
-    pieces: Iterable[Piece], tokenizer: Tokenizer, first_call_index: int, in_reasoning: bool
+    pieces: Iterable[Piece],
+    tokenizer: Tokenizer,
+    encode: Callable[[str], list[int]],
+    first_call_index: int,
+    in_reasoning: bool,
 ) -> Prompt:
-    """Tokenize the plain pieces and put the control tokens between them."""
+    """Tokenize the plain pieces with `encode` and put the control tokens between them."""
     ids: list[int] = []
     texts: list[str] = []
     for piece in merged(pieces):
         if isinstance(piece, str):
-            ids += tokenizer.encode(piece)
+            ids += encode(piece)
             texts.append(piece)
         else:
             ids.append(piece)

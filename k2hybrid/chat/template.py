@@ -15,7 +15,7 @@ from k2hybrid.chat.builtin import BuiltinRenderer
 from k2hybrid.chat.conversation import Conversation, prepare, text_of
 from k2hybrid.chat.jinja import JinjaRenderer
 from k2hybrid.chat.markers import Markers
-from k2hybrid.chat.prompt import Piece, Prompt, assemble, merged
+from k2hybrid.chat.prompt import Piece, PieceCache, Prompt, assemble, merged
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.errors import TemplateError
 from k2hybrid.types import Message
@@ -40,6 +40,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, *, timeout_s: float = 10.0) -> None:
         self.source = source
         self._tokenizer = tokenizer
+        self._cache = PieceCache(tokenizer)
         self._markers = Markers.from_specials(tokenizer.specials)
         self._jinja = None if source is None else JinjaRenderer(source, tokenizer, timeout_s=timeout_s)
         self._renderer: Renderer = BuiltinRenderer(tokenizer) if self._jinja is None else self._jinja
@@ -78,7 +79,7 @@ class ChatTemplate:
             pieces, in_reasoning = continuation(partial, merged(pieces), self._markers)
         elif add_generation_prompt:
             in_reasoning = bool(pieces) and merged(pieces)[-1:] == [self._markers.think_begin]
-        return assemble(pieces, self._tokenizer, conversation.calls, in_reasoning)
+        return assemble(pieces, self._tokenizer, self._cache.encode, conversation.calls, in_reasoning)
 
     def close(self) -> None:
         """End the rendering process, if one runs. The next `render` starts another."""

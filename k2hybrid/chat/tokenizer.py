@@ -110,7 +110,7 @@ class Tokenizer:
 
 def replace_surrogates(text: str) -> str:
     r"""`text` with lone surrogates (JSON's \ud800) as U+FFFD, so that it has a UTF-8 form."""
-    return _SURROGATE.sub("\ufffd", text)
+    return text if text.isascii() else _SURROGATE.sub("\ufffd", text)
 
 
 def _bounded_runs(text: str) -> Iterator[str]:

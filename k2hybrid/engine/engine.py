@@ -15,7 +15,7 @@ from typing import Protocol
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
 from k2hybrid.engine.archive import Archive
-from k2hybrid.engine.cost import CostModel, NetworkSizes
+from k2hybrid.engine.cost import CostModel, NetworkSizes, Rows
 from k2hybrid.engine.memory import PageMemory, PagePool
 from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
 from k2hybrid.engine.scheduler import Candidate, Chunk, Scheduler, Share, pages_for
@@ -56,7 +56,6 @@ class JobHandle:
         A job that ended otherwise gives its end again. Once; afterwards this handle is spent.
 
         Raises:
-            CapacityError: the queue is full.
             EngineError: the job is not resumable, or the engine is stopped.
         """
         return self._engine.resume(self._sequence, sink)
@@ -139,6 +138,10 @@ class Engine:
         """Tokens of a latent page."""
         return self._memory.page_tokens
 
+    def predicted_layer_us(self, rows: list[Rows]) -> int:
+        """Microseconds that one layer over `rows` takes, as far as is known by now."""
+        return self._cost.layer_us(rows)
+
     def start(self) -> None:
         """Start the engine's thread."""
         with self._condition:
@@ -217,7 +220,8 @@ class Engine:
         with self._condition:
             if self._stopping:
                 raise EngineError("the engine is stopped")
-            if len(self._inbox) + len(self._waiting) >= self._max_queue:
+            full = len(self._inbox) + len(self._waiting) >= self._max_queue
+            if full and sequence.resumes is None:  # what was let in once comes back
                 raise CapacityError(
                     f"{self._max_queue} requests are waiting already (max_queue); try again later"
                 )

@@ -6,8 +6,9 @@ advances some layers per tick, so that decoding goes on between its layers. What
 time, not tokens: at true size a chunk of 512 tokens reads all experts, as many bytes as 48 decode steps.
 
 * A prefill rides along if the pass then takes at most half as long again.
-* Otherwise the chunk takes as long in each tick as the pass does, but a layer at least: running decodes keep
-  half of their speed, and no gap between two of their tokens exceeds two decode steps, or one and a layer.
+* Otherwise the chunk is owed as much time as the passes take, and gets it in whole layers: running decodes keep
+  half of their speed, and no gap between two of their tokens exceeds two decode steps, or one and a layer. The
+  chunk has so few rows that a layer takes no longer than a decode step, or a fifth of a second.
 * With nothing to decode the chunk advances for a moment, so that newcomers are seen soon.
 * Prefills share a chunk evenly; what the short ones leave goes to the others. So a short prompt is answered
   after one chunk, however long the prompts beside it are.
@@ -22,6 +23,9 @@ from k2hybrid.engine.cost import Rows
 
 # Longest slice with nothing to decode, in microseconds: what a newcomer waits for at most, or one layer.
 ALONE_US = 50_000
+# A layer of a chunk beside decodes takes so long at most, or as long as a decode step, if few rows can.
+GAP_US = 200_000
+LEAST_CHUNK = 32  # rows: smaller ones are not worth the reading of weights
 
 PassCost = Callable[[list[Rows]], int]
 
@@ -67,11 +71,11 @@ class TickPlan:
     advance: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.shares or self.advance)
+        return bool(self.shares or self.begin or self.advance)
 
 
 class Scheduler:
-    """Deals time to decodes and prefills. Remembers only whose turn it is.
+    """Deals time to decodes and prefills. Remembers whose turn it is, and what the chunk is owed.
 
     Args:
         max_rows: rows of one pass, and of one chunk, at most.
@@ -84,6 +88,7 @@ class Scheduler:
         self._layers = layers
         self._cost = cost
         self._last_decoded = -1  # the number after which the next round of decoding begins
+        self._owed_us = 0  # what passes took since the chunk last advanced, beyond what it took
 
     def plan(self, running: Sequence[Candidate], chunk: Chunk | None = None) -> TickPlan:
         """The next tick for `running`, of whom those in `chunk` wait for it; empty if nothing runs."""
@@ -94,20 +99,18 @@ class Scheduler:
         )
         turns = self._turns(decodes)
         rows = [c.rows(1) for c in turns]
-        budget = self._cost(rows) if rows else ALONE_US
+        decode_us = self._cost(rows)
         shares = [Share(c.number, 1, True) for c in turns]
         begin: tuple[Share, ...] = ()
         if turns:
-            riding = self._riding(prefills, rows, budget)
+            riding = self._riding(prefills, rows, decode_us)
             shares += riding
             gone = {share.number for share in riding}
             prefills = [c for c in prefills if c.number not in gone]
         if chunk is None and prefills:
-            begin = tuple(_deal(prefills, self._max_rows))
-            known = {c.number: c for c in prefills}
-            chunk_rows = tuple(known[share.number].rows(share.tokens) for share in begin)
+            begin, chunk_rows = self._chunk(prefills, max(decode_us, GAP_US) if turns else None)
             chunk = Chunk(chunk_rows, self._layers, frozenset(share.number for share in begin))
-        return TickPlan(tuple(shares), begin, self._slice(chunk, budget) if chunk else 0)
+        return TickPlan(tuple(shares), begin, self._slice(chunk, decode_us))
 
     def _riding(self, prefills: list[Candidate], rows: list[Rows], decode_us: int) -> list[Share]:
         """Prefills that the pass over `rows` takes along whole, shortest first."""
@@ -125,10 +128,34 @@ class Scheduler:
             shares.append(Share(candidate.number, candidate.pending, True))
         return shares
 
-    def _slice(self, chunk: Chunk, budget_us: int) -> int:
-        """Layers of `chunk` that take about `budget_us`: one at least."""
-        layer_us = max(1, self._cost(list(chunk.rows)) // self._layers)
-        return min(chunk.layers_left, max(1, budget_us // layer_us))
+    def _chunk(
+        self, prefills: list[Candidate], layer_us: int | None
+    ) -> tuple[tuple[Share, ...], tuple[Rows, ...]]:
+        """Shares of a new chunk and their rows; a layer of it takes `layer_us` at most, if few rows can."""
+        known = {c.number: c for c in prefills}
+        room = self._max_rows
+        while True:
+            shares = tuple(_deal(prefills, room))
+            rows = tuple(known[share.number].rows(share.tokens) for share in shares)
+            if layer_us is None or room <= LEAST_CHUNK or self._layer_us(rows) <= layer_us:
+                return shares, rows
+            room //= 2
+
+    def _layer_us(self, rows: Sequence[Rows]) -> int:
+        return max(1, self._cost(list(rows)) // self._layers)
+
+    def _slice(self, chunk: Chunk | None, decode_us: int) -> int:
+        """Layers that `chunk` advances beside a pass over the decodes."""
+        if chunk is None:
+            self._owed_us = 0
+            return 0
+        layer_us = self._layer_us(chunk.rows)
+        if not decode_us:
+            return min(chunk.layers_left, max(1, ALONE_US // layer_us))
+        self._owed_us += decode_us
+        layers = min(chunk.layers_left, self._owed_us // layer_us)
+        self._owed_us -= layers * layer_us
+        return layers
 
     def _turns(self, decodes: list[Candidate]) -> list[Candidate]:
         room = self._max_rows

@@ -26,6 +26,7 @@ def served(model: Path, threads: int | None = None) -> Iterator[str]:
     EvaluationError, with what the server said last, if it does not come up.
     """
     command = [sys.executable, "-m", "k2hybrid.server", "--port", "0", "--model", str(model)]
+    command += ["--no-journal", "--no-idle-prefill", "--drain", "0"]
     if threads is not None:
         command += ["--threads", str(threads)]
     with _ended_in_order(), tempfile.TemporaryFile("w+") as complaints:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from k2hybrid.chat.stream import ChatStream
 from k2hybrid.runtime.generate import TokenRun
-from k2hybrid.types import Event, ReasonCode, TokenEvent, TokenLogprob, Usage
+from k2hybrid.types import ChatRequest, Event, ReasonCode, TokenEvent, TokenLogprob, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +29,21 @@ class ChatRun:
     valid after the end. Whoever never iterates must `cancel`, or `park`.
 
     Args:
+        request: what is answered.
         stream: makes the machine that reads the tokens.
-        ended: called once the last delta is out, before the loop ends.
+        ended: called once the last delta is out, before the loop ends; again if the run is resumed later.
         parked: takes the run if its consumer is gone; None: then it is cancelled.
     """
 
     def __init__(
         self,
+        request: ChatRequest,
         tokens: TokenRun,
         stream: Callable[[], ChatStream],
         ended: Callable[[ChatRun], None] = lambda run: None,
         parked: Callable[[ChatRun], None] | None = None,
     ) -> None:
+        self.request = request
         self._tokens = tokens
         self._new_stream = stream
         self._stream = stream()
@@ -72,9 +75,12 @@ class ChatRun:
         if self._parked is not None and self.finish_reason != "error":
             self._parked(self)
 
-    def resumed(self) -> ChatRun:
-        """The answer of a parked run once more, from its beginning to the end it would have had."""
-        return ChatRun(self._tokens.resumed(), self._new_stream, self._ended, self._parked)
+    def resumed(self, request: ChatRequest) -> ChatRun:
+        """The answer of a parked run once more, from its beginning to the end it would have had.
+
+        `request` asks for the same, and may name the response otherwise.
+        """
+        return ChatRun(request, self._tokens.resumed(), self._new_stream, self._ended, self._parked)
 
     def lease(self, seconds: float) -> None:
         """Keep the answer's latents, and those of what it answers, for a time."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from k2hybrid.engine.archive import Archive
 from k2hybrid.engine.engine import Engine
 from k2hybrid.engine.metrics import ByteMeter
 from k2hybrid.engine.scheduler import pages_for
+from k2hybrid.engine.step import StepModel
 from k2hybrid.errors import ConfigError, TokenizerError
 from k2hybrid.native import Machine
 from k2hybrid.runtime.assembly import assemble
@@ -53,7 +54,13 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
         NativeError: the extension is missing, or the CPU lacks the instruction set asked for.
     """
     given: Mapping[str, Any] = options if model is None else {**options, "model": model}
-    config = RuntimeConfig.from_mapping(given)
+    return open_runtime(RuntimeConfig.from_mapping(given))
+
+
+def open_runtime(
+    config: RuntimeConfig, *, wrapped: Callable[[StepModel], StepModel] = lambda model: model
+) -> Runtime:
+    """As `load`. `wrapped` may put something around the model, e.g. to record or to replay it."""
     with ExitStack() as opened:  # undoes what was done if a later part fails
         spec = read_spec(config.model)
         tokenizer = Tokenizer.load(config.model)
@@ -89,7 +96,7 @@ def load(model: str | Path | None = None, **options: Any) -> Runtime:
         exchanges = Exchanges(Markers.from_specials(tokenizer.specials), tokenizer)
         sessions = Sessions(exchanges, pages.PAGE_TOKENS, journal, writer)
         engine = Engine(
-            network,
+            wrapped(network),
             pages,
             sizes=network_sizes(spec, meter.step_bytes, pages.format.row_bytes),
             vocab_size=spec.vocab_size,

@@ -123,7 +123,7 @@ class Runtime:
         self._require_open()
         key = request.retry_key
         if key and (parked := self._parking.take(key)) is not None:
-            return parked.resumed()
+            return parked.resumed(request)
         recalled = self._sessions.exchanges.recall(request.scope, request.messages)
         if not request.reuse:
             recalled = Recalled(request.messages, context_key=recalled.context_key)
@@ -135,6 +135,7 @@ class Runtime:
             len(prompt.ids),
         )
         return ChatRun(
+            request,
             tokens,
             lambda: ChatStream(
                 self._markers,
@@ -144,7 +145,7 @@ class Runtime:
                 first_call_index=prompt.first_call_index,
                 in_reasoning=prompt.in_reasoning,
             ),
-            ended=lambda run: self._ended(request, recalled, prompt, run),
+            ended=lambda run: self._ended(recalled, prompt, run),
             parked=(lambda run: self._parking.put(key, run, ChatRun.cancel)) if key else None,
         )
 
@@ -199,8 +200,9 @@ class Runtime:
             resumable=bool(request.retry_key),
         )
 
-    def _ended(self, request: ChatRequest, recalled: Recalled, prompt: Prompt, run: ChatRun) -> None:
+    def _ended(self, recalled: Recalled, prompt: Prompt, run: ChatRun) -> None:
         """An answer is out: remember it, and see to the next turn's latents."""
+        request = run.request
         if run.finish_reason not in ("stop", "tool_calls", "length"):
             return
         answer = gather(run.events)

@@ -135,12 +135,17 @@ def test_errors_of_the_callers_do_not_end_the_thread(bench: Bench) -> None:
     assert bench.offer(1, fails)
     assert bench.offer(2, lambda: bytes(PAGE_BYTES + 1))
     (page,) = page_keys("s", [9], 4)
-    assert bench.writer.offer(page.key, page.parent, [9], lambda: b"x", fails)
+
+    def done_fails() -> None:
+        raise RuntimeError("the pool is gone")
+
+    assert bench.writer.offer(page.key, page.parent, [9], lambda: b"x", done_fails)
     assert bench.writer.flush(10)
     assert bench.offer(3)
     assert bench.writer.flush(10)
     assert bench.done == Counter([1, 2, 3])
     assert [bench.read(n) is not None for n in (1, 2, 3)] == [False, False, True]
+    bench.done.clear()
     assert bench.offer(1), "it can be tried again"
     assert bench.journal.failed == ""
 

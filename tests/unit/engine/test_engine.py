@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 
 from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.cost import CostModel
 from k2hybrid.engine.engine import Engine, JobHandle
 from k2hybrid.errors import (
     CapacityError,
@@ -98,19 +99,21 @@ def test_requests_run_together_as_each_would_alone() -> None:
     assert max(sizes) == 4
 
 
-def test_decoding_goes_on_between_the_layers_of_a_long_prefill() -> None:
+def test_decoding_goes_on_between_the_layers_of_a_long_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CostModel, "observe", lambda *_: None)  # the fake takes no time worth learning from
     engine, model = build(pages=200)
     first, second = Collector(), Collector()
-    engine.submit(job([1, 2], first, 40))
+    engine.submit(job([1, 2], first, 100))
     while not first.tokens:
         engine.tick()
     engine.submit(job(list(range(60)), second, 2))
     before = len(first.tokens)
     while not second.tokens:
         engine.tick()
-    assert len(first.tokens) - before == 4 * LAYERS  # 60 tokens in 4 chunks, a layer after each decode step
+    # Each row costs the same, and prefill gets as much time as decoding: 60 steps for 60 tokens.
+    assert abs(len(first.tokens) - before - 60) <= 6
     drain(engine)
-    assert first.tokens == expected_tokens([1, 2], 40)
+    assert first.tokens == expected_tokens([1, 2], 100)
     assert second.tokens == expected_tokens(list(range(60)), 2)
     assert set(model.slices) == {1, LAYERS}
 
@@ -219,8 +222,8 @@ def test_cancel_while_waiting_prefilling_and_decoding_frees_everything() -> None
     while not sinks[0].tokens:
         engine.tick()
     handles += [engine.submit(job([n + 1] * 24, sinks[n], 20)) for n in (1, 2)]
-    engine.tick()
-    assert model.slices[-1] == 1  # a chunk of the second is between two layers; the third waits for a row
+    while model.slices[-1] != 1:  # a chunk of the second is between two layers; the third waits for a row
+        engine.tick()
     assert not sinks[1].tokens
     for handle in handles:
         handle.cancel()
@@ -240,8 +243,8 @@ def test_a_request_that_is_cancelled_in_a_shared_chunk_leaves_with_it() -> None:
     engine.tick()
     engine.submit(job([1] * 24, stays, 3))
     handle = engine.submit(job([2] * 24, leaves, 3))
-    engine.tick()
-    assert [len(batch.spans) for batch in model.batches][-1] == 2
+    while len(model.batches[-1].spans) != 2:
+        engine.tick()
     handle.cancel()
     engine.tick()
     assert leaves.done is None  # the layers to come still write into its pages

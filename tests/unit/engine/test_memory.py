@@ -218,11 +218,12 @@ def test_neither_the_source_nor_the_matched_pages_make_room_for_the_copy() -> No
     sequence = desk.admit([9], 1)
     desk.run(sequence)
     assert desk.pool.free_pages == 0
-    desk.memory.tree.match([8, 8, 8, 8])  # the used page goes, for the others are held
+    desk.memory.lease("", [8, 8, 8, 8], 60.0)  # it goes nevertheless, for the others are held
     copying = desk.admit([1, 2, 3, 4, 5, 6, 9], 1)
     assert copying.pages == [pages[0], old[0]]
     assert desk.pool.copies == [(pages[1], old[0], 2)]
     assert desk.reads(copying) == [1, 2, 3, 4, 5, 6]
+    assert desk.memory.tree.broken_leases == 1
 
 
 def test_who_must_wait_changes_nothing() -> None:

@@ -13,6 +13,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from k2hybrid.cache.prefix import _Node
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine, JobHandle
 from k2hybrid.engine.memory import PageMemory
@@ -32,7 +33,7 @@ from tests.unit.engine.fakes import (
 
 Row = tuple[str, tuple[int, ...]]  # scope, and the tokens up to the row's own
 SIZE = 4
-POOL = 14
+POOL = 7
 
 
 class RowPages(FakePages):
@@ -69,15 +70,16 @@ class MemoryHistories(RuleBasedStateMachine):
 
     @rule(
         data=st.data(),
-        ids=st.lists(st.integers(0, 1), min_size=1, max_size=9),
-        output=st.integers(0, 10),
-        scope=st.sampled_from(["", "", "x"]),
-        reuse=st.sampled_from([True, True, True, False]),
+        ids=st.lists(st.integers(0, 1), min_size=1, max_size=5),
+        output=st.integers(0, 8),
+        scope=st.sampled_from(["", "", "", "x"]),
+        reuse=st.sampled_from([True] * 7 + [False]),
     )
     def admit(self, data: st.DataObject, ids: list[int], output: int, scope: str, reuse: bool) -> None:
         """Often what begins as an earlier one did, or goes on where it ended."""
         begin = data.draw(st.sampled_from(self.histories))
-        ids = [*begin[: data.draw(st.integers(0, len(begin)))], *ids][:24]
+        cut = data.draw(st.just(len(begin)) | st.integers(0, len(begin)))
+        ids = [*begin[:cut], *ids][:20]
         sequence = Sequence(
             number=0,
             job=cast(Any, SimpleNamespace(scope=scope, reuse=reuse, request_id="test")),
@@ -110,33 +112,26 @@ class MemoryHistories(RuleBasedStateMachine):
         room = sequence.reserved_pages * SIZE
         while len(sequence.ids) < min(sequence.computed + tokens, room):
             sequence.ids.append(data.draw(st.integers(0, 1)))
-        stop = min(sequence.computed + tokens, len(sequence.ids))
-        self.memory.grow(sequence, stop)
-        for t in range(sequence.computed, stop):
-            page, row = sequence.pages[t // SIZE], t % SIZE
-            assert row >= self.memory.tree.rows(page)
-            assert not any(page in other.pages for other in self.running if other is not sequence)
-            self.pool.rows[page][row] = None if fails else (sequence.job.scope, tuple(sequence.ids[: t + 1]))
-        if not fails:
-            sequence.computed = stop
+        self._compute(sequence, min(sequence.computed + tokens, len(sequence.ids)), fails)
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def complete(self, data: st.DataObject) -> None:
+        """Compute all there is, and end."""
+        sequence = self._draw(data)
+        self._compute(sequence, len(sequence.ids))
+        self._publish(sequence)
+        self._leave(sequence)
 
     @precondition(lambda self: self.running)
     @rule(data=st.data())
     def publish(self, data: st.DataObject) -> None:
-        sequence = self._draw(data)
-        self.memory.publish(sequence)
-        if self.memory.available_pages or not self.pinned:
-            match = self.memory.tree.match(sequence.ids[: sequence.computed], sequence.job.scope)
-            assert match.tokens == sequence.computed
+        self._publish(self._draw(data))
 
     @precondition(lambda self: self.running)
-    @rule(data=st.data(), publish=st.booleans())
-    def leave(self, data: st.DataObject, publish: bool) -> None:
-        sequence = self._draw(data)
-        if publish:
-            self.memory.publish(sequence)
-        self.memory.leave(sequence)
-        self.running.remove(sequence)
+    @rule(data=st.data())
+    def give_up(self, data: st.DataObject) -> None:
+        self._leave(self._draw(data))
 
     @rule(ids=st.lists(st.integers(0, 1), max_size=12), seconds=st.integers(0, 9))
     def lease(self, ids: list[int], seconds: int) -> None:
@@ -183,14 +178,14 @@ class MemoryHistories(RuleBasedStateMachine):
         seen = 0
         for scope, root in tree._roots.items():
             assert root.children
-            nodes = [(child, ()) for child in root.children]
+            nodes: list[tuple[_Node, tuple[int, ...]]] = [(child, ()) for child in root.children]
             while nodes:
                 node, before = nodes.pop()
                 seen += 1
                 path = before + node.chunk
                 assert 0 < len(node.chunk) <= SIZE
-                for row, content in enumerate(self._claimed(node.page)):
-                    assert content == (scope, path[: len(before) + row + 1])
+                for at, content in enumerate(self._claimed(node.page), len(before) + 1):
+                    assert content == (scope, path[:at])
                 assert not node.children or len(node.chunk) == SIZE
                 assert node.queued or node.children
                 assert all(child.until <= node.until or child.until <= self.clock for child in node.children)
@@ -222,12 +217,33 @@ class MemoryHistories(RuleBasedStateMachine):
     def _draw(self, data: st.DataObject) -> Sequence:
         return data.draw(st.sampled_from(self.running))
 
+    def _compute(self, sequence: Sequence, stop: int, fails: bool = False) -> None:
+        self.memory.grow(sequence, stop)
+        for t in range(sequence.computed, stop):
+            page, row = sequence.pages[t // SIZE], t % SIZE
+            assert row >= self.memory.tree.rows(page)
+            assert not any(page in other.pages for other in self.running if other is not sequence)
+            self.pool.rows[page][row] = None if fails else (sequence.job.scope, tuple(sequence.ids[: t + 1]))
+        if not fails:
+            sequence.computed = stop
+
+    def _publish(self, sequence: Sequence) -> None:
+        room = self.memory.available_pages
+        self.memory.publish(sequence)
+        if room or not self.pinned:
+            match = self.memory.tree.match(sequence.ids[: sequence.computed], sequence.job.scope)
+            assert match.tokens == sequence.computed
+
+    def _leave(self, sequence: Sequence) -> None:
+        self.memory.leave(sequence)
+        self.running.remove(sequence)
+
     def _claimed(self, page: int) -> list[Row | None]:
         return self.pool.rows[page][: self.memory.tree.rows(page)]
 
 
 TestMemoryHistories = MemoryHistories.TestCase
-TestMemoryHistories.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)
+TestMemoryHistories.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
 
 class Histories(RuleBasedStateMachine):

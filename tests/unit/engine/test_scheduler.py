@@ -6,7 +6,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2hybrid.engine.cost import Rows
-from k2hybrid.engine.scheduler import ALONE_US, Candidate, Chunk, Scheduler, Share, TickPlan, pages_for
+from k2hybrid.engine.scheduler import (
+    ALONE_US,
+    GAP_US,
+    LEAST_CHUNK,
+    Candidate,
+    Chunk,
+    Scheduler,
+    Share,
+    TickPlan,
+    pages_for,
+)
 
 LAYERS = 10
 
@@ -51,13 +61,29 @@ def test_a_larger_one_becomes_a_chunk_that_takes_as_long_as_the_decodes() -> Non
     assert plan == TickPlan((Share(0, 1, True),), (Share(1, 401, True),), 2)
 
 
-def test_a_layer_longer_than_the_decodes_still_advances() -> None:
-    plan = per_row(10).plan([decode(0), prefill(1, 400)])
-    assert plan == TickPlan((Share(0, 1, True),), (Share(1, 400, True),), 1)
+def test_a_layer_longer_than_the_decodes_waits_until_it_is_owed() -> None:
+    # A decode step takes 1,000 µs, a layer of the chunk 4,000 µs: one after every fourth step.
+    scheduler = per_row(1000)
+    plan = scheduler.plan([decode(0), prefill(1, 40)])
+    assert plan == TickPlan((Share(0, 1, True),), (Share(1, 40, True),), 0)
+    chunk = Chunk((Rows(40, 40),), LAYERS, frozenset({1}))
+    advances = [scheduler.plan([decode(0), prefill(1, 40)], chunk).advance for _ in range(8)]
+    assert advances == [0, 0, 1, 0, 0, 0, 1, 0]
+
+
+def test_a_chunk_beside_decodes_has_no_layer_longer_than_a_gap_may_be() -> None:
+    row_us = GAP_US * LAYERS // 128  # so many rows take that long in a layer
+    assert per_row(row_us).plan([decode(0), prefill(1, 400)]).begin == (Share(1, 128, False),)
+    assert per_row(row_us).plan([prefill(1, 400)]).begin == (Share(1, 400, True),)
+    # The smallest chunk, and a decode step that is longer than its layers.
+    assert per_row(10 * row_us).plan([decode(0), prefill(1, 400)]).begin == (Share(1, LEAST_CHUNK, False),)
+    # 26 rows take 26 times a row, a layer of 256 rows a tenth of 256.
+    decodes = [decode(n) for n in range(26)]
+    assert per_row(row_us).plan([*decodes, prefill(99, 400)]).begin == (Share(99, 256, False),)
 
 
 def test_a_chunk_under_way_goes_on_and_its_sequences_wait() -> None:
-    chunk = Chunk((Rows(512, 512),), 3, frozenset({1}))
+    chunk = Chunk((Rows(10, 512),), 3, frozenset({1}))
     plan = per_row(10).plan([decode(0), prefill(1, 9000), prefill(2, 9000)], chunk)
     assert plan == TickPlan((Share(0, 1, True),), (), 1)
     assert per_row(10).plan([prefill(1, 9000)], chunk) == TickPlan((), (), 3)  # alone, to its end
@@ -128,7 +154,7 @@ def test_every_plan_is_within_bounds_and_everything_is_completed(
             decoding.add(share.number)
             left[share.number] = (1, out - 1)
 
-    bound = (sum(pending + out for pending, out in left.values()) + 1) * (LAYERS + 1) + 1
+    bound = (sum(pending + out for pending, out in left.values()) + 1) * (LAYERS + 1) * max_rows + 1
     for tick in range(bound):
         running = [Candidate(n, pending, n in decoding) for n, (pending, _) in left.items()]
         plan = scheduler.plan(running, chunk[1] if chunk else None)
@@ -154,7 +180,7 @@ def test_every_plan_is_within_bounds_and_everything_is_completed(
             chunk = (plan.begin, Chunk(rows, LAYERS, frozenset(s.number for s in plan.begin)))
         if chunk:
             layers = chunk[1].layers_left - plan.advance
-            assert 1 <= plan.advance <= chunk[1].layers_left
+            assert (0 if plan.shares else 1) <= plan.advance <= chunk[1].layers_left
             chunk = (chunk[0], Chunk(chunk[1].rows, layers, chunk[1].numbers))
             if not layers:
                 for share in chunk[0]:

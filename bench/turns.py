@@ -1,0 +1,181 @@
+"""An agent's run of hundreds of tool calls: what each turn prefills, and how long it takes.
+
+    python -m bench.turns               300 calls, 100,000 tokens, nothing computed: all that is not the model
+    python -m bench.turns --compute --calls 60 --tokens 12000
+
+Three clients run the same history: one echoes everything, one drops the reasoning, one renames tool-call ids
+and writes arguments its own way. Bars: tokens prefilled ≤ 1.02 × tokens that were new; the last turns take
+≤ 1.3 × as long as the tenth, apart from attention over the longer history.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from bench.stub import Scripted
+from k2hybrid.config import MINI_MODEL, RuntimeConfig
+from k2hybrid.runtime.loading import open_runtime
+from k2hybrid.runtime.runtime import Runtime
+from k2hybrid.types import ChatRequest, Message, SamplingParams, ToolCall
+
+Client = Callable[[Message, int], Message]
+TOOLS = tuple(
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "description": f"{name} something",
+            "parameters": {
+                "type": "object",
+                "properties": {"path": {"type": "string"}, "line": {"type": "integer"}},
+            },
+        },
+    }
+    for name in ("read", "search", "write", "run")
+)
+
+
+def _renamed(message: Message, turn: int) -> Message:
+    calls = tuple(
+        ToolCall(f"toolu_{turn}_{i}", call.name, json.dumps(json.loads(call.arguments), indent=1))
+        for i, call in enumerate(message.tool_calls)
+    )
+    return replace(message, tool_calls=calls, reasoning=None)
+
+
+CLIENTS: dict[str, Client] = {
+    "echoes all": lambda message, _: message,
+    "drops reasoning": lambda message, _: replace(message, reasoning=None),
+    "renames ids": _renamed,
+}
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One request."""
+
+    prompt: int
+    new: int  # tokens of the prompt that neither the last prompt nor the last answer held
+    prefilled: int
+    ms: float
+    model_ms: float
+
+
+def run(runtime: Runtime, model: Scripted, client: Client, calls: int, tokens: int, scope: str) -> list[Turn]:
+    """The turns of one client."""
+    rng = random.Random(7)
+    encode = runtime.tokenizer.encode_with_specials
+    words = [f"{a}{b}" for a in ("alpha", "beta", "gamma", "delta") for b in range(200)]
+    messages = [Message("user", "Find the fault in this program and mend it.")]
+    turns: list[Turn] = []
+    known = 0
+    for turn in range(calls):
+        arguments = json.dumps({"path": f"src/{rng.choice(words)}.py", "line": rng.randrange(999)})
+        thought = "I look at " + " ".join(rng.choices(words, k=8)) + "."
+        name = rng.choice(("read", "search", "write", "run"))
+        said = (
+            f"<think>{thought}</think><|tool_calls_section_begin|><|tool_call_begin|>functions.{name}:{turn}"
+            f"<|tool_call_argument_begin|>{arguments}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
+        )
+        request = ChatRequest(
+            tuple(messages), TOOLS, sampling=SamplingParams(temperature=0.0), max_tokens=256, scope=scope,
+            response_id=f"{scope}-{turn}",
+        )  # fmt: skip
+        runtime.engine.metrics.recent.clear()
+        began = time.perf_counter()
+        model.play(encode(said))
+        answer = runtime.chat(request)
+        for _ in answer:
+            pass
+        ms = (time.perf_counter() - began) * 1e3
+        model_ms = sum(record.ms for record in runtime.engine.metrics.recent)
+        assert answer.finish_reason == "tool_calls", answer.finish_reason
+        usage = answer.usage
+        turns.append(
+            Turn(
+                usage.prompt_tokens,
+                usage.prompt_tokens - known,
+                usage.prompt_tokens - usage.cached_tokens,
+                ms,
+                model_ms,
+            )
+        )
+        known = usage.prompt_tokens + usage.completion_tokens
+        call = ToolCall(f"functions.{name}:{turn}", name, arguments)
+        messages.append(client(Message("assistant", "", reasoning=thought, tool_calls=(call,)), turn))
+        result = ""
+        while len(encode(result)) < max(8, (tokens - known) // (calls - turn) - 60):
+            result += " ".join(rng.choices(words, k=12)) + "\n"
+        messages.append(Message("tool", result, tool_call_id=messages[-1].tool_calls[0].id))
+    return turns
+
+
+def report(name: str, turns: list[Turn]) -> dict[str, object]:
+    """The client's figures, and whether they are within the bars."""
+    prefilled, new = sum(t.prefilled for t in turns), sum(t.new for t in turns)
+    early, late = turns[5:15], turns[-10:]
+
+    def median(part: list[Turn], own: bool) -> float:
+        return statistics.median(t.ms - t.model_ms if own else t.ms for t in part)
+
+    figures = {
+        "client": name,
+        "calls": len(turns),
+        "history_tokens": turns[-1].prompt,
+        "prefilled": prefilled,
+        "new": new,
+        "prefilled_over_new": prefilled / new,
+        "turn_10_ms": median(early, own=False),
+        "last_turn_ms": median(late, own=False),
+        "turn_10_own_ms": median(early, own=True),
+        "last_turn_own_ms": median(late, own=True),
+        "last_over_10": median(late, own=False) / median(early, own=False),
+    }
+    print(
+        f"{name:16} {len(turns)} calls, {turns[-1].prompt} tokens: prefilled {prefilled} of {new} new "
+        f"({prefilled / new:.3f}; bar 1.02) · turn 10 {figures['turn_10_ms']:.1f} ms, last "
+        f"{figures['last_turn_ms']:.1f} ms ({figures['last_over_10']:.2f}×; bar 1.3) · of them outside steps: "
+        f"{figures['turn_10_own_ms']:.1f} and {figures['last_turn_own_ms']:.1f} ms"
+    )
+    return figures
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", type=Path, default=MINI_MODEL)
+    parser.add_argument("--calls", type=int, default=300)
+    parser.add_argument("--tokens", type=int, default=100_000, help="of the history at the end")
+    parser.add_argument("--compute", action="store_true", help="run the model as well; it says the same")
+    parser.add_argument("--json", type=Path, default=None, help="write the figures there")
+    args = parser.parse_args()
+    config = RuntimeConfig(model=args.model, context_tokens=max(args.tokens * 2, 8192), idle_prefill=False)
+    made: list[Scripted] = []
+
+    def wrapped(inner: object) -> Scripted:
+        made.append(Scripted(runtime_vocab, inner if args.compute else None))  # type: ignore[arg-type]
+        return made[-1]
+
+    from k2hybrid.checkpoint.spec import read_spec
+
+    runtime_vocab = read_spec(args.model).vocab_size
+    print(f"{args.model.name}, {'with' if args.compute else 'without'} the model's compute")
+    with open_runtime(config, wrapped=wrapped) as runtime:
+        results = [
+            report(name, run(runtime, made[0], client, args.calls, args.tokens, name))
+            for name, client in CLIENTS.items()
+        ]
+    if args.json:
+        args.json.write_text(json.dumps({"compute": args.compute, "results": results}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
