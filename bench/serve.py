@@ -1,12 +1,12 @@
-"""Requests beside each other: what a batch gains, what a long prefill does to running decodes, what the engine costs.
+"""Requests beside each other: what a batch gains, what a long prefill does to decodes, what the engine costs.
 
     python -m bench.serve                          the built-in model
     python -m bench.serve --model SLICE --prefill 32768 --json FILE
 
-Bars: eight requests together decode ≥ 0.9 × the gain that the distinct bytes read predict; during a long prefill
-every decode keeps ≥ half of its speed, no gap exceeds max(2 decode steps, one layer of the chunk), and the prefill
-takes ≤ 2.2 × as long as alone; all but the model costs ≤ 300 µs a step at batch 8 and ≤ 20 µs for each further
-sequence.
+Bars: eight requests together decode ≥ 0.9 × the gain that the distinct bytes predict; during a long prefill
+every decode keeps ≥ half of its speed, no gap exceeds max(2 decode steps, one layer of the chunk), and
+the prefill takes ≤ 2.2 × as long as alone; all but the model costs ≤ 300 µs a step at batch 8 and ≤ 20 µs for
+each further sequence.
 """
 
 from __future__ import annotations
@@ -147,19 +147,20 @@ def disturbed(runtime: Runtime, length: int, rounds: int) -> dict[str, Any]:
     speed, gap = statistics.median(speeds), statistics.median(gaps)
     limit, ratio = statistics.median(allowed), statistics.median(ratios)
     print(
-        f"prefill of {length}: decodes keep {speed:.2f} of their speed (bar 0.5); gaps (99 %) {gap * 1e3:.1f} ms, "
-        f"allowed {limit * 1e3:.1f}; the prefill takes {ratio:.2f}× as long as alone (bar 2.2)"
+        f"prefill of {length}: decodes keep {speed:.2f} of their speed (bar 0.5); gaps (99 %) "
+        f"{gap * 1e3:.1f} ms, allowed {limit * 1e3:.1f}; the prefill takes {ratio:.2f}× as long as alone "
+        f"(bar 2.2)"
     )
     return {"speed": speed, "gap_ms": gap * 1e3, "allowed_ms": limit * 1e3, "prefill_ratio": ratio}
 
 
 def own_cost(model: Path, vocab: int) -> dict[str, Any]:
-    """Microseconds a step without a model, by batch: the engine alone, its sinks keeping what they get."""
+    """Microseconds a step without a model, by batch: the engine alone, its sinks dropping what they get."""
     config = RuntimeConfig(model=model, max_running=32, idle_prefill=False)
     costs = {}
     with open_runtime(config, wrapped=lambda _: Silent(vocab, 64)) as runtime:
         for count in (1, 8, 16, 32):
-            done, ended = threading.Semaphore(0), list[EngineEvent]()
+            done = threading.Semaphore(0)
 
             def sink(
                 event: EngineEvent, done: threading.Semaphore = done, kept: list[EngineEvent] = ended

@@ -141,7 +141,7 @@ def report(name: str, turns: list[Turn]) -> dict[str, object]:
     print(
         f"{name:16} {len(turns)} calls, {turns[-1].prompt} tokens: prefilled {prefilled} of {new} new "
         f"({prefilled / new:.3f}; bar 1.02) · turn 10 {figures['turn_10_ms']:.1f} ms, last "
-        f"{figures['last_turn_ms']:.1f} ms ({figures['last_over_10']:.2f}×; bar 1.3) · of them outside steps: "
+        f"{figures['last_turn_ms']:.1f} ms ({figures['last_over_10']:.2f}×; bar 1.3) · outside steps: "
         f"{figures['turn_10_own_ms']:.1f} and {figures['last_turn_own_ms']:.1f} ms"
     )
     return figures

@@ -11,7 +11,8 @@ before it keeps what lies above it from being evicted. The inequality stays true
 
 * `admit` and `pin`, which may hold pages that nobody held, compare first; the source of a copy counts as held
   while it is copied, and where there is no room for it, nothing is copied;
-* `grow`, and the copy when it takes its page, lower both sides by as many;
+* `grow`, and the copy when it takes its page, lower both sides by as many; `drop_partial` raises them, for it
+  gives back a page that nobody else holds;
 * `publish` exchanges own pages for the tree's: as many come back as are taken, except for those that others
   hold too (pins); for these `publish` compares first, and ends before the one for which there is no room;
 * `leave` and `unpin` only give back.
@@ -78,12 +79,12 @@ class PageMemory:
         """Give `sequence` its longest cached prefix and reserve the rest; False if it must wait.
 
         At most all tokens but one are taken from the cache: the last one's logits are needed. A page that
-        agrees only in its first rows is continued in place if they are all that is claimed of it and no
-        sequence holds it; else the rows are copied to a fresh page.
+        agrees only in its first rows is continued in place if they are all that is claimed of it and nobody
+        holds it; else the rows are copied to a fresh page.
         """
         match = self._match(sequence)
         pages, tokens, partial = match.pages, match.tokens, match.partial
-        if partial is not None and partial.whole and not self._sequences_on(partial.page):
+        if partial is not None and partial.whole and partial.page not in self._holders:
             pages, partial = [*pages, partial.page], None
         owed = sequence.reserved_pages - len(pages)
         if partial is not None and self._unheld([*pages, partial.page]) + owed > self.available_pages:

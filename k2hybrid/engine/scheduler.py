@@ -6,9 +6,9 @@ advances some layers per tick, so that decoding goes on between its layers. What
 time, not tokens: at true size a chunk of 512 tokens reads all experts, as many bytes as 48 decode steps.
 
 * A prefill rides along if the pass then takes at most half as long again.
-* Otherwise the chunk is owed as much time as the passes take, and gets it in whole layers: running decodes keep
-  half of their speed, and no gap between two of their tokens exceeds two decode steps, or one and a layer. The
-  chunk has so few rows that a layer takes no longer than a decode step, or a fifth of a second.
+* Otherwise the chunk is owed as much time as the passes take, and gets it in whole layers: running decodes
+  keep half of their speed, and no gap between two of their tokens exceeds two decode steps, or one and a
+  layer. The chunk has so few rows that a layer takes no longer than a decode step, or a fifth of a second.
 * With nothing to decode the chunk advances for a moment, so that newcomers are seen soon.
 * Prefills share a chunk evenly; what the short ones leave goes to the others. So a short prompt is answered
   after one chunk, however long the prompts beside it are.

@@ -20,6 +20,7 @@ from k2hybrid.errors import (
     NativeError,
     RequestError,
     TemplateError,
+    TimeLimitError,
 )
 
 # Seconds a client should wait when the queue is full (about one long prompt's prefill on a CPU), or for
@@ -81,6 +82,7 @@ _RULES: tuple[tuple[type[K2Error], _Rule], ...] = (
     (AnswerCancelledError, _Rule(503, "server_error", "shutting_down", retry=True)),
     (ShuttingDownError, _Rule(503, "server_error", "shutting_down", retry=True)),
     (ExpertReadError, _Rule(500, "server_error", "expert_read_error", retry=True)),
+    (TimeLimitError, _Rule(504, "server_error", "time_limit")),
     (EngineError, _Rule(500, "server_error", "engine_error")),
     (ConfigError, _Rule(500, "server_error", "config_error")),
     (CheckpointError, _Rule(500, "server_error", "checkpoint_error")),
