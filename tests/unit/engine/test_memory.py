@@ -261,6 +261,28 @@ def test_growing_beyond_the_reservation_is_an_error() -> None:
         desk.memory.grow(sequence, 5)
 
 
+@pytest.mark.parametrize(("running", "pinned"), [(False, False), (True, False), (False, True)])
+def test_the_partly_filled_page_can_be_given_back(running: bool, pinned: bool) -> None:
+    desk = Desk(4)
+    first = desk.publish(desk.run(desk.admit([1, 2, 3, 4, 5, 6])))
+    pages = first.pages
+    if pinned:
+        desk.memory.pin(pages[1:])
+    if not running:
+        desk.leave(first)
+    sequence = desk.admit([1, 2, 3, 4, 5, 6, 7])
+    available = desk.memory.available_pages
+    desk.memory.drop_partial(sequence)
+    desk.memory.check()
+    assert desk.memory.available_pages == available
+    assert (sequence.computed, sequence.cached_tokens, sequence.pages) == (4, 4, pages[:1])
+    desk.memory.drop_partial(sequence)  # nothing is left to drop
+    assert sequence.computed == 4
+    desk.publish(desk.run(sequence))
+    assert desk.reads(sequence) == [1, 2, 3, 4, 5, 6, 7]
+    assert desk.pool.tokens[pages[1]][:2] == [5, 6]
+
+
 # --- leases -------------------------------------------------------------------------------------------
 
 
@@ -324,12 +346,12 @@ def test_a_pin_outlives_its_sequence() -> None:
     assert desk.pool.free_pages == 2
 
 
-def test_a_pinned_page_is_continued_in_place() -> None:
+def test_a_pinned_page_is_not_continued_in_place() -> None:
     desk = Desk(4)
     pages = desk.done([1, 2])
     desk.memory.pin(pages)
     sequence = desk.publish(desk.run(desk.admit([1, 2, 3])))
-    assert sequence.pages == pages
+    assert desk.pool.copies == [(pages[0], sequence.pages[0], 2)]
     desk.leave(sequence)
     desk.memory.unpin(pages)
     desk.memory.check()

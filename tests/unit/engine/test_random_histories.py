@@ -73,9 +73,12 @@ class MemoryHistories(RuleBasedStateMachine):
         ids=st.lists(st.integers(0, 1), min_size=1, max_size=5),
         output=st.integers(0, 8),
         scope=st.sampled_from(["", "", "", "x"]),
+        drops=st.sampled_from([False] * 7 + [True]),
         reuse=st.sampled_from([True] * 7 + [False]),
     )
-    def admit(self, data: st.DataObject, ids: list[int], output: int, scope: str, reuse: bool) -> None:
+    def admit(
+        self, data: st.DataObject, ids: list[int], output: int, scope: str, drops: bool, reuse: bool
+    ) -> None:
         """Often what begins as an earlier one did, or goes on where it ended."""
         begin = data.draw(st.sampled_from(self.histories))
         cut = data.draw(st.just(len(begin)) | st.integers(0, len(begin)))
@@ -103,6 +106,9 @@ class MemoryHistories(RuleBasedStateMachine):
             assert sequence.computed == longest // SIZE * SIZE
             assert self.memory.available_pages == 0
         assert len(sequence.pages) == pages_for(sequence.computed, SIZE)
+        if drops:
+            self.memory.drop_partial(sequence)
+            assert len(sequence.pages) * SIZE == sequence.computed
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), tokens=st.integers(1, 9), fails=st.sampled_from([False, False, False, True]))
