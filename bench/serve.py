@@ -162,10 +162,7 @@ def own_cost(model: Path, vocab: int) -> dict[str, Any]:
         for count in (1, 8, 16, 32):
             done = threading.Semaphore(0)
 
-            def sink(
-                event: EngineEvent, done: threading.Semaphore = done, kept: list[EngineEvent] = ended
-            ) -> None:
-                kept.append(event)
+            def sink(event: EngineEvent, done: threading.Semaphore = done) -> None:
                 if isinstance(event, DoneEvent):
                     done.release()
 
