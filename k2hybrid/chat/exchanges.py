@@ -25,9 +25,21 @@ from k2hybrid.chat.conversation import text_of
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.stream import ChatStream
 from k2hybrid.chat.tokenizer import Tokenizer
-from k2hybrid.types import Content, Event, Message, Reasoning, ToolCall, ToolCallArguments, ToolCallStart
+from k2hybrid.types import (
+    Content,
+    Event,
+    Malformed,
+    Message,
+    Reasoning,
+    ToolCall,
+    ToolCallArguments,
+    ToolCallStart,
+)
 
-MAX_TOKENS = 16 << 20  # of all exchanges together: at 4 bytes each, 64 MiB
+MAX_TOKENS = 4 << 20  # of all exchanges together
+_OVERHEAD = 64  # tokens that an exchange counts for beside its own
+_ALIKE = 8  # answers that mean the same after the same history; the newest are kept
+_KEYS = 16_384
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +53,12 @@ class Exchange:
     session: str  # the response id of the first answer of its history
     reasoning: str
     ids: tuple[int, ...]
+    store: bool = True  # False: it must not come to lie on a disk, not by later turns either
+
+    @property
+    def size(self) -> int:
+        """Tokens that it counts for."""
+        return _OVERHEAD + len(self.ids) + len(self.reasoning) // 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +74,11 @@ class Recalled:
         """Of the latest known answer; empty if none is known."""
         return self.known[max(self.known)].session if self.known else ""
 
+    @property
+    def store(self) -> bool:
+        """Whether all that was restored may be written to disk."""
+        return all(exchange.store for exchange in self.known.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -64,6 +87,7 @@ class Answer:
     reasoning: str
     content: str
     calls: tuple[tuple[str, str], ...]  # name, arguments
+    malformed: bool = False  # it holds what is neither text nor a usable call
 
     def message(self) -> Message:
         """The answer as a message of the history."""
@@ -91,7 +115,9 @@ def gather(events: Sequence[Event]) -> Answer:
                 calls[-1][1].append(text)
             case _:
                 pass
-    return Answer("".join(reasoning), "".join(content), tuple((n, "".join(parts)) for n, parts in calls))
+    malformed = any(isinstance(event, Malformed) for event in events)
+    called = tuple((name, "".join(parts)) for name, parts in calls)
+    return Answer("".join(reasoning), "".join(content), called, malformed)
 
 
 class Exchanges:
@@ -106,7 +132,8 @@ class Exchanges:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._tokens = 0
-        self._read = lru_cache(2048)(self._read_anew)  # the same answers come back with every turn
+        self._read = lru_cache(512)(self._read_anew)  # the same answers come back with every turn
+        self._keys: OrderedDict[bytes, str] = OrderedDict()  # digest of a message → of its meaning
         self._lock = threading.Lock()
         # (scope, context, message) → response id → exchange, oldest first in both.
         self._kept: OrderedDict[tuple[str, str, str], dict[str, Exchange]] = OrderedDict()
@@ -123,23 +150,33 @@ class Exchanges:
             self._kept.move_to_end(key)
             former = among.pop(exchange.response_id, None)
             among[exchange.response_id] = exchange
-            self._tokens += len(exchange.ids) - (len(former.ids) if former else 0)
+            self._tokens += exchange.size - (former.size if former else 0)
+            while len(among) > _ALIKE:
+                self._tokens -= among.pop(next(iter(among))).size
             while self._tokens > self._max_tokens and len(self._kept) > 1:
                 _, dropped = self._kept.popitem(last=False)
-                self._tokens -= sum(len(e.ids) for e in dropped.values())
+                self._tokens -= sum(e.size for e in dropped.values())
 
     def made(
-        self, scope: str, before: Recalled, answer: Answer, ids: Sequence[int], response_id: str
+        self,
+        scope: str,
+        before: Recalled,
+        answer: Answer,
+        ids: Sequence[int],
+        response_id: str,
+        *,
+        store: bool = True,
     ) -> Exchange:
         """The exchange of `answer`, generated as `ids` after the messages of `before`."""
         return Exchange(
             scope=scope,
             context_key=before.context_key,
-            message_key=_key(answer.message()),
+            message_key=self._key(answer.message()),
             response_id=response_id,
             session=before.session or response_id,
             reasoning=answer.reasoning,
             ids=tuple(ids),
+            store=store,
         )
 
     def recall(self, scope: str, messages: Sequence[Message]) -> Recalled:
@@ -148,7 +185,7 @@ class Exchanges:
         result: list[Message] = []
         known: dict[int, Exchange] = {}
         for at, message in enumerate(messages):
-            key = _key(message)
+            key = self._key(message)
             if message.role == "assistant" and not message.partial:
                 found = self._find((scope, chain, key), message)
                 if found is not None:
@@ -198,7 +235,40 @@ class Exchanges:
             return False
         if list(exchange.ids) == rendered:
             return False  # as it is already
-        return self._read(exchange.ids).same_as(self._read(tuple(rendered)))
+        said = self._read(exchange.ids)
+        if said.malformed or self._headers(exchange.ids) != self._headers(rendered):
+            return False  # the model must not read such, nor other ids than canonical ones
+        return said.same_as(self._read(tuple(rendered)))
+
+    def _headers(self, ids: Sequence[int]) -> list[str]:
+        """The ids of the calls as written."""
+        headers = []
+        start = None
+        for at, token in enumerate(ids):
+            if token == self._markers.call_begin:
+                start = at + 1
+            elif token == self._markers.argument_begin and start is not None:
+                headers.append(self._tokenizer.decode(ids[start:at]).strip())
+                start = None
+        return headers
+
+    def _key(self, message: Message) -> str:
+        """Digest of what a message means; remembered by its text's digest, as histories come back."""
+        calls = [(call.name, call.arguments) for call in message.tool_calls]
+        raw = repr((message.role, _text(message.content), calls)).encode("utf-8", "surrogatepass")
+        digest = hashlib.blake2b(raw, digest_size=16).digest()
+        with self._lock:
+            known = self._keys.get(digest)
+            if known is not None:
+                self._keys.move_to_end(digest)
+                return known
+        meaning = json.dumps(_meaning(message), sort_keys=True, separators=(",", ":"))
+        key = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
+        with self._lock:
+            self._keys[digest] = key
+            while len(self._keys) > _KEYS:
+                self._keys.popitem(last=False)
+        return key
 
     def _read_anew(self, ids: Sequence[int]) -> Answer:
         stream = ChatStream(self._markers, self._tokenizer)
@@ -227,19 +297,6 @@ def _meaning(message: Message) -> Any:
     return [message.role, _words(_text(message.content)), calls]
 
 
-def _key(message: Message) -> str:
-    """Digest of what a message means."""
-    calls = tuple((call.name, call.arguments) for call in message.tool_calls)
-    return _key_of(message.role, _text(message.content), calls)
-
-
-@lru_cache(16_384)  # a history comes back with every turn
-def _key_of(role: str, text: str, calls: tuple[tuple[str, str], ...]) -> str:
-    message = Message(role, text, tool_calls=tuple(ToolCall("", *call) for call in calls))
-    meaning = json.dumps(_meaning(message), sort_keys=True, separators=(",", ":"))
-    return hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
-
-
 def _text(content: Any) -> str:
     if content is None or isinstance(content, str):
         return content or ""
@@ -249,7 +306,8 @@ def _text(content: Any) -> str:
 
 
 def _words(text: str) -> str:
-    return " ".join(text.split())
+    """Without what clients trim: white space around the whole and at the ends of lines."""
+    return "\n".join(line.rstrip() for line in text.splitlines()).strip()
 
 
 def _value(arguments: str) -> Any:

@@ -51,7 +51,7 @@ class PieceCache:
     Thread-safe. Holds `max_chars` of text, least recently used out first.
     """
 
-    def __init__(self, tokenizer: Tokenizer, max_chars: int = 16 << 20) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_chars: int = 4 << 20) -> None:
         self._tokenizer = tokenizer
         self._left = max_chars
         self._lock = threading.Lock()

@@ -73,6 +73,7 @@ class Archive:
         self._writer = writer
         self._buffers = buffers
         self._page_tokens = page_tokens
+        self._closing = False
         self._worker = ThreadPoolExecutor(1, "k2hybrid-fetch")
 
     def keep(
@@ -118,16 +119,21 @@ class Archive:
         `then` gets, from the reading thread, the tokens known now: fewer than hoped if a file was no good.
         """
         pages = sequence.pages[fetch.first :]
-        self._worker.submit(self._read, pages, fetch, then)
+        self._worker.submit(self._read, pages, fetch, then, lambda: sequence.cancelled or self._closing)
 
     def close(self) -> None:
-        """Read nothing more; what is being read ends first."""
+        """Read nothing more; the page that is being read ends first."""
+        self._closing = True
         self._worker.shutdown(wait=True, cancel_futures=True)
 
-    def _read(self, pages: list[int], fetch: Fetch, then: Callable[[int], None]) -> None:
+    def _read(
+        self, pages: list[int], fetch: Fetch, then: Callable[[int], None], given_up: Callable[[], bool]
+    ) -> None:
         known = fetch.first * self._page_tokens
         try:
             for page, found in zip(pages, fetch.pages, strict=False):
+                if given_up():
+                    break
                 # All rows of a file are read to be verified; those beyond `rows` will be overwritten.
                 out = self._buffers.buffers(page, len(found.ids))
                 if not self._reader.read_page(found.key, found.parent, found.ids, out):

@@ -27,6 +27,7 @@ from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, TokenEvent
 
 log = logging.getLogger(__name__)
 
+LOOK_SECONDS = 0.5  # between two looks at time limits while nothing can run
 MAX_BACKGROUND = 8  # jobs for idle times that may wait; the oldest is dropped
 
 
@@ -122,7 +123,7 @@ class Engine:
         self._woken = False
         self._thread: threading.Thread | None = None  # from here on the engine thread's own
         self._running: dict[int, Sequence] = {}
-        self._background: deque[Sequence] = deque(maxlen=MAX_BACKGROUND)
+        self._background: deque[Sequence] = deque()
         self._chunk: Pass | None = None
         self._checked = True
 
@@ -137,6 +138,11 @@ class Engine:
     def page_tokens(self) -> int:
         """Tokens of a latent page."""
         return self._memory.page_tokens
+
+    @property
+    def idle(self) -> bool:
+        """Whether no request runs or waits, as far as another thread can tell."""
+        return not (self._inbox or self._waiting or self._running)
 
     def predicted_layer_us(self, rows: list[Rows]) -> int:
         """Microseconds that one layer over `rows` takes, as far as is known by now."""
@@ -157,6 +163,8 @@ class Engine:
             self._wake()
         if self._thread is None:
             self._end_all("cancelled")
+            if self._archive is not None:
+                self._archive.close()
         elif self._thread is not threading.current_thread():
             self._thread.join()
 
@@ -270,7 +278,8 @@ class Engine:
         while True:
             with self._condition:
                 if idle:
-                    self._condition.wait_for(lambda: self._woken)
+                    limited = self._time_limit_s and (self._waiting or self._running)
+                    self._condition.wait_for(lambda: self._woken, LOOK_SECONDS if limited else None)
                 self._woken = False
                 if self._stopping:
                     break
@@ -290,10 +299,17 @@ class Engine:
             self._inbox.clear()
             self._calls.clear()
         for function in calls:
-            function(self._memory)
+            try:
+                function(self._memory)
+            except Exception:  # a bug of ours; what else came must not be lost with it
+                log.exception("a call into the engine's thread failed")
+                self.metrics.integrity_errors += 1
         if calls:
             self._waiting.unblock()
-        self._background.extend(s for s in arrived if s.job.background)
+        for sequence in (s for s in arrived if s.job.background):
+            if len(self._background) == MAX_BACKGROUND:
+                self._finish(self._background.popleft(), "cancelled")
+            self._background.append(sequence)
         arrived = [s for s in arrived if not s.job.background]
         if arrived:
             for sequence in [s for s in self._running.values() if s.job.background]:
@@ -301,7 +317,7 @@ class Engine:
         overdue = time.perf_counter() - self._time_limit_s if self._time_limit_s else None
         for sequence in [*self._waiting, *self._running.values()]:
             if sequence.cancelled:
-                self._end(sequence, "cancelled")
+                self._end(sequence, *(sequence.ending or ("cancelled", None)))
             elif overdue is not None and sequence.submitted_s < overdue:
                 self._end(
                     sequence, "error", TimeLimitError(
@@ -341,14 +357,19 @@ class Engine:
         """Begin to read what of the prompt is on disk and not in memory."""
         if self._archive is None or not sequence.job.reuse:
             return
-        fetch = self._archive.find(sequence)
-        if fetch is not None:
+        try:
+            fetch = self._archive.find(sequence)
+            if fetch is None:
+                return
             self._memory.drop_partial(sequence)
             self._memory.grow(sequence, fetch.tokens)
             sequence.fetching = True
             self._archive.read(
                 sequence, fetch, lambda tokens: self.call(lambda _: self._fetched(sequence, tokens))
             )
+        except Exception:  # it is prefilled instead
+            sequence.fetching = False
+            log.exception("nothing is read from the journal for request %r", sequence.job.request_id)
 
     def _fetched(self, sequence: Sequence, tokens: int) -> None:
         sequence.fetching = False
@@ -434,7 +455,12 @@ class Engine:
         if sequence.cancelled or not share.last:
             sequence.computed += share.tokens
             if sequence.cancelled:
-                self._finish(sequence, "cancelled")
+                self._finish(sequence, *(sequence.ending or ("cancelled", None)))
+            else:
+                # Whoever waits for this prefix goes on from here.
+                self._memory.publish(sequence)
+                self._keep(sequence)
+                self._waiting.unblock()
             return
         job = sequence.job
         if not job.max_tokens:
@@ -475,12 +501,12 @@ class Engine:
         Then it goes with the chunk: at once if nobody else in it goes on (or with `now`: the others begin
         anew), else when the chunk is through.
         """
-        if sequence.fetching:
-            sequence.cancelled = True  # its pages are written to until `_fetched`
+        if sequence.fetching:  # its pages are written to until `_fetched`
+            sequence.cancelled, sequence.ending = True, (reason, error)
             return
         chunk = self._chunk
         if chunk is not None and any(share.number == sequence.number for share in chunk.shares):
-            sequence.cancelled = True
+            sequence.cancelled, sequence.ending = True, (reason, error)
             if not now and not all(self._running[share.number].cancelled for share in chunk.shares):
                 return
             self._chunk = None
@@ -535,7 +561,10 @@ class Engine:
         if self._checked or self._running or self._waiting:
             return
         self._checked = True
-        self.check()
+        try:
+            self.check()
+        except EngineError:  # counted; requests to come are not to blame
+            log.exception("a check of the latent pages failed")
 
     def check(self) -> None:
         """Prove that the references on pages add up. For the engine's thread, or while it does not run.

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from k2hybrid.cache.page_keys import PageKey
-from k2hybrid.types import DoneEvent, Job, TokenEvent, Usage
+from k2hybrid.types import DoneEvent, Job, ReasonCode, TokenEvent, Usage
 
 if TYPE_CHECKING:
     from k2hybrid.model.sampler import Sampler
@@ -43,6 +43,7 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)  # of its full pages, as the journal names them
     fetching: bool = False  # its pages are being read from disk; it does not run meanwhile
     cancelled: bool = False
+    ending: tuple[ReasonCode, Exception | None] | None = None  # how it ends once it can, if not as cancelled
     kept: list[TokenEvent] = field(default_factory=list)  # of a resumable job: all that was delivered
     done: DoneEvent | None = None
     resumes: Sequence | None = None  # whose progress it takes over before it waits

@@ -8,8 +8,9 @@ waits. The idle machine does it before.
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import takewhile
 
@@ -18,32 +19,58 @@ from k2hybrid.types import ChatRequest, EngineEvent, Job, Message, SamplingParam
 
 log = logging.getLogger(__name__)
 
+MAX_WAITING = 8
+LOOK_SECONDS = 0.05  # between two looks whether the machine is idle
+
 
 class Ahead:
-    """Renders in a thread of its own and submits background jobs: they give way to every request.
+    """Renders in a thread of its own, while nothing runs, and submits background jobs.
 
     Args:
         prompt_ids: renders a request as a real one would be.
         submit: takes the job.
+        idle: whether no request runs or waits.
     """
 
     def __init__(
-        self, prompt_ids: Callable[[ChatRequest], list[int]], submit: Callable[[Job], object]
+        self,
+        prompt_ids: Callable[[ChatRequest], list[int]],
+        submit: Callable[[Job], object],
+        idle: Callable[[], bool],
     ) -> None:
         self._prompt_ids = prompt_ids
         self._submit = submit
-        self._worker = ThreadPoolExecutor(1, "k2hybrid-ahead")
+        self._idle = idle
+        self._changed = threading.Condition()
+        self._waiting: deque[ChatRequest] = deque(maxlen=MAX_WAITING)  # the oldest is dropped for the newest
+        self._closed = False
+        self._thread = threading.Thread(target=self._loop, name="k2hybrid-ahead", daemon=True)
+        self._thread.start()
 
     def prefill(self, request: ChatRequest) -> None:
         """Compute what every user turn after `request.messages` begins with. Returns at once."""
-        try:
-            self._worker.submit(self._run, request)
-        except RuntimeError:  # closed meanwhile
-            log.debug("closed; nothing is prefilled ahead")
+        with self._changed:
+            self._waiting.append(request)
+            self._changed.notify()
 
     def close(self) -> None:
-        """Start nothing any more."""
-        self._worker.shutdown(wait=False, cancel_futures=True)
+        """Start nothing any more; a rendering under way ends first."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _loop(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting)
+                while not self._closed and not self._idle():
+                    self._changed.wait(LOOK_SECONDS)
+                if self._closed:
+                    return
+                request = self._waiting.pop()  # the newest is likeliest to go on
+            self._run(request)
 
     def _run(self, request: ChatRequest) -> None:
         try:

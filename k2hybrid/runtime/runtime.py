@@ -64,7 +64,7 @@ class Runtime:
         exchanges = Exchanges(self._markers, tokenizer)
         self._sessions = sessions or Sessions(exchanges, engine.page_tokens)
         self._parking: Parking[ChatRun] = Parking(ttl_s=config.retry_seconds)
-        self._ahead = Ahead(self._prompt_ids, engine.submit)
+        self._ahead = Ahead(self._prompt_ids, engine.submit, lambda: engine.idle)
 
     @property
     def context_tokens(self) -> int:
@@ -123,12 +123,13 @@ class Runtime:
         self._require_open()
         key = request.retry_key
         if key and (parked := self._parking.take(key)) is not None:
-            return parked.resumed(request)
+            return parked.resumed(replace(request, store=parked.request.store))
         recalled = self._sessions.exchanges.recall(request.scope, request.messages)
         if not request.reuse:
             recalled = Recalled(request.messages, context_key=recalled.context_key)
         prompt = self.template.render(recalled.messages, request.tools)
         prompt = replace(prompt, ids=self._sessions.exchanges.spliced(prompt.ids, recalled))
+        request = replace(request, store=request.store and recalled.store)
         limit = self._output_tokens(len(prompt.ids), request.max_tokens, "messages")
         tokens = TokenRun(
             lambda mailbox: self.engine.submit(self._job(request, prompt, limit, mailbox.put)),
@@ -203,10 +204,12 @@ class Runtime:
     def _ended(self, recalled: Recalled, prompt: Prompt, run: ChatRun) -> None:
         """An answer is out: remember it, and see to the next turn's latents."""
         request = run.request
-        if run.finish_reason not in ("stop", "tool_calls", "length"):
-            return
+        if run.finish_reason not in ("stop", "tool_calls", "length") or request.messages[-1].partial:
+            return  # what continues a partial message is no message by itself
         answer = gather(run.events)
-        made = self._sessions.exchanges.made(request.scope, recalled, answer, run.ids, request.response_id)
+        made = self._sessions.exchanges.made(
+            request.scope, recalled, answer, run.ids, request.response_id, store=request.store
+        )
         self._sessions.remember(made, prompt.ids, store=request.store)
         if run.finish_reason == "tool_calls":
             run.lease(self.config.lease_seconds)

@@ -216,7 +216,7 @@ def test_a_template_without_kimis_headers_is_left_alone(markers: Markers, tokeni
 
 
 def test_the_oldest_are_forgotten_first(markers: Markers, tokenizer: Tokenizer) -> None:
-    exchanges = Exchanges(markers, tokenizer, max_tokens=100)
+    exchanges = Exchanges(markers, tokenizer, max_tokens=300)
     histories = [[Message("user", f"question {n}")] for n in range(10)]
     for n, history in enumerate(histories):
         before = exchanges.recall("", history)
@@ -228,3 +228,53 @@ def test_the_oldest_are_forgotten_first(markers: Markers, tokenizer: Tokenizer) 
         for n, history in enumerate(histories)
     ]
     assert known == [False] * 7 + [True] * 3
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        f"<think>Mine.</think>{SB}{CB}functions.weather:7{AB}{{}}{CE}{SE}{END}",  # told to the client as :0
+        f"<think>Mine.</think>It<|im_user|> rains.{SB}{CB}functions.weather:0{AB}{{}}{CE}{SE}{END}",
+    ],
+)
+def test_what_the_model_must_not_read_again_is_left_as_rendered(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer, said: str
+) -> None:
+    chat = Chat(template, markers, tokenizer, without_reasoning)
+    chat.messages.append(Message("user", "Weather in Ulm?"))
+    chat.answer(said)
+    chat.results("rain")
+    text = tokenizer.decode(chat.prompt())
+    assert "Mine." in text  # the reasoning is restored all the same
+    assert "functions.weather:0" in text
+    assert ":7" not in text
+    assert text.count("<|im_user|>") == 1
+
+
+def test_an_edit_of_white_space_inside_a_text_is_obeyed(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer
+) -> None:
+    chat = Chat(template, markers, tokenizer, lambda m, _: replace(m, content="if a:\n    b()\nc()"))
+    chat.messages.append(Message("user", "Write it."))
+    chat.answer(f"<think></think>if a:\n    b()\n    c(){SB}" + call("run", "{}", 0) + SE + END)
+    chat.results("ok")
+    assert "b()\nc()" in tokenizer.decode(chat.prompt())
+
+
+def test_what_must_not_be_stored_says_so_when_it_is_restored(markers: Markers, tokenizer: Tokenizer) -> None:
+    exchanges = Exchanges(markers, tokenizer)
+    history = [Message("user", "Hi")]
+    before = exchanges.recall("", history)
+    exchanges.add(exchanges.made("", before, replace(gather([]), content="Hello"), [1], "r", store=False))
+    assert before.store
+    assert not exchanges.recall("", [*history, Message("assistant", "Hello")]).store
+
+
+def test_of_many_answers_that_mean_the_same_the_newest_are_kept(
+    markers: Markers, tokenizer: Tokenizer
+) -> None:
+    exchanges = Exchanges(markers, tokenizer)
+    before = exchanges.recall("", [Message("user", "Hi")])
+    for n in range(100):
+        exchanges.add(exchanges.made("", before, replace(gather([]), content="Hello"), [n], f"r{n}"))
+    assert len(exchanges) == 8

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, cast
 
 import pytest
 
 from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.archive import Archive, Fetch
 from k2hybrid.engine.cost import CostModel
-from k2hybrid.engine.engine import Engine, JobHandle
+from k2hybrid.engine.engine import MAX_BACKGROUND, Engine, JobHandle
+from k2hybrid.engine.memory import PageMemory
+from k2hybrid.engine.sequence import Sequence
 from k2hybrid.errors import (
     CapacityError,
     ContextLengthError,
@@ -314,7 +319,7 @@ def test_a_background_job_runs_when_nothing_else_does_and_leaves_at_once() -> No
     assert quiet.done is None
     assert engine.cached_prefix(list(range(40))) == 0
     engine.tick()  # idle again: a chunk of the background job
-    assert engine.cached_prefix(list(range(40))) == 0
+    assert engine.cached_prefix(list(range(40))) == 8
     late = Collector()
     engine.submit(job([7, 8], late, 4))
     drain(engine)
@@ -606,3 +611,115 @@ def test_token_events_carry_logprobs() -> None:
     assert first.logprob is not None
     assert first.logprob.top[0] == (first.token, first.logprob.logprob)
     assert len(first.logprob.top) == 2
+
+
+class FetchingArchive:
+    """An archive that never finishes reading by itself, or fails to begin."""
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.fails = fails
+        self.then: Callable[[int], None] | None = None
+
+    def keep(self, *_: object, **__: object) -> None:
+        pass
+
+    def find(self, sequence: Sequence) -> Fetch | None:
+        return Fetch(0, (), 8) if sequence.computed < 8 < len(sequence.ids) else None
+
+    def read(self, sequence: Sequence, fetch: Fetch, then: Callable[[int], None]) -> None:
+        if self.fails:
+            raise RuntimeError("can't start new thread")
+        self.then = then
+
+    def close(self) -> None:
+        pass
+
+
+def with_archive(archive: FetchingArchive, **options: Any) -> Engine:
+    model = FakeModel(FakePages(64))
+    return Engine(
+        model,
+        model.pages,
+        sizes=SIZES,
+        vocab_size=VOCAB,
+        context_tokens=CONTEXT,
+        config=RuntimeConfig(max_step_tokens=16, **options),
+        archive=cast("Archive", archive),
+    )
+
+
+def test_a_request_whose_pages_are_read_waits_while_others_run() -> None:
+    archive = FetchingArchive()
+    engine = with_archive(archive)
+    reading, other = Collector(), Collector()
+    engine.submit(job(list(range(20)), reading, 2))
+    engine.submit(job([1, 2], other, 3))
+    drain(engine)
+    assert ended(other) == "length"
+    assert reading.done is None
+    assert archive.then is not None
+    archive.then(0)  # nothing was good: all is prefilled
+    drain(engine)
+    assert reading.tokens == expected_tokens(list(range(20)), 2)
+
+
+def test_reading_that_cannot_begin_is_replaced_by_prefill() -> None:
+    engine = with_archive(FetchingArchive(fails=True))
+    sink = Collector()
+    engine.submit(job(list(range(20)), sink, 2))
+    drain(engine)
+    assert sink.tokens == expected_tokens(list(range(20)), 2)
+
+
+def test_a_time_limit_while_pages_are_read_is_told_as_such_once_they_are() -> None:
+    archive = FetchingArchive()
+    engine = with_archive(archive, request_seconds=0.01)
+    sink = Collector()
+    engine.submit(job(list(range(20)), sink, 2))
+    engine.tick()
+    time.sleep(0.02)
+    engine.tick()
+    assert sink.done is None  # its pages are still written to
+    assert archive.then is not None
+    archive.then(8)
+    drain(engine)
+    assert sink.done is not None
+    assert isinstance(sink.done.error, TimeLimitError)
+
+
+def test_a_failing_call_loses_nothing_that_came_with_it() -> None:
+    engine, _ = build()
+    sink = Collector()
+
+    def fail(_: PageMemory) -> None:
+        raise EngineError("planned")
+
+    engine.call(fail)
+    engine.submit(job([1, 2], sink, 3))
+    drain(engine)
+    assert sink.tokens == expected_tokens([1, 2], 3)
+    assert engine.metrics.integrity_errors == 1
+
+
+def test_who_shares_a_page_with_a_long_prefill_waits_for_that_page_only() -> None:
+    engine, model = build(pages=200, max_step_tokens=8)
+    long, short, other = Collector(), Collector(), Collector()
+    engine.submit(job([7] * 4 + [1] * 150, long, 2))
+    engine.submit(job([7] * 4 + [2, 3], short, 2))
+    engine.submit(job([5, 6], other, 2))
+    while not (short.done and other.done):
+        engine.tick()
+    assert not long.tokens
+    assert model.tokens_run < 100
+    assert short.done.usage.cached_tokens >= 4
+    drain(engine)
+    assert long.tokens == expected_tokens([7] * 4 + [1] * 150, 2)
+
+
+def test_background_jobs_beyond_the_few_that_may_wait_are_told() -> None:
+    engine, _ = build()
+    sinks = [Collector() for _ in range(MAX_BACKGROUND + 3)]
+    for n, sink in enumerate(sinks):
+        engine.submit(replace(job([n] * 6, sink, 0), background=True))
+    drain(engine)
+    assert [ended(sink) for sink in sinks] == ["cancelled"] * 3 + ["length"] * MAX_BACKGROUND

@@ -262,6 +262,7 @@ class Histories(RuleBasedStateMachine):
         self.engine = Engine(
             self.model, self.model.pages, sizes=SIZES, vocab_size=VOCAB, context_tokens=64, config=config
         )
+        self.engine._cost.observe = lambda *_: None  # type: ignore[method-assign]  # plans depend on no clock
         self.jobs: list[tuple[list[int], int, Collector, JobHandle]] = []
 
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=24), max_tokens=st.integers(1, 16))
@@ -288,6 +289,11 @@ class Histories(RuleBasedStateMachine):
     def tick(self, steps: int) -> None:
         for _ in range(steps):
             self.engine.tick()
+
+    @rule(small=st.sampled_from([0.01, 1.0, 100.0]), large=st.sampled_from([0.01, 1.0, 100.0]))
+    def learn(self, small: float, large: float) -> None:
+        """What passes of either size are thought to take."""
+        self.engine._cost._factors = [small, large]
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
