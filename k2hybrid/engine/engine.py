@@ -404,7 +404,9 @@ class Engine:
                 sequence = self._running[share.number]
                 sequence.started_s = sequence.started_s or started_s
                 self._memory.grow(sequence, sequence.computed + share.tokens)
-            return self._runner.begin(shares, self._running)
+            # Who wants no token needs no logits.
+            wanted = (replace(s, last=s.last and self._running[s.number].job.max_tokens > 0) for s in shares)
+            return self._runner.begin(tuple(wanted), self._running)
         except Exception as error:
             self._fail_pass(shares, error)
             return None
@@ -456,6 +458,8 @@ class Engine:
             sequence.computed += share.tokens
             if sequence.cancelled:
                 self._finish(sequence, *(sequence.ending or ("cancelled", None)))
+            elif not sequence.pending:  # of a job that wants no token
+                self._finish(sequence, "length")
             else:
                 # Whoever waits for this prefix goes on from here.
                 self._memory.publish(sequence)
@@ -463,10 +467,6 @@ class Engine:
                 self._waiting.unblock()
             return
         job = sequence.job
-        if not job.max_tokens:
-            sequence.computed += share.tokens
-            self._finish(sequence, "length")
-            return
         try:
             token, logprob = sequence.sampler.sample(result.logits[share.number], job.mask)
             ends = job.stop.push(token)
