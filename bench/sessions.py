@@ -139,7 +139,7 @@ def after_an_answer(model: Path, tokens: int) -> dict[str, Any]:
     for name, options in (("ahead", ()), ("not ahead", ("--no-idle-prefill",))):
         with server(model, "--no-journal", *options) as (_, url, _started):
             messages = history(tokens)
-            answer = ask(url, messages, tokens=400)
+            answer = ask(url, messages, tokens=200)
             time.sleep(2.0 + answer["first_s"] * 2)
             messages.append({"role": "assistant", "content": answer["said"]})
             messages.append({"role": "user", "content": "Sure?"})
