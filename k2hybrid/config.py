@@ -70,7 +70,7 @@ class RuntimeConfig:
             "latent_bytes": "one context",
             "request_seconds": "no limit",
             "journal": "none",
-            "journal_bytes": "a quarter of the free disk",
+            "journal_bytes": "64 GiB, a quarter of the free disk at most",
         }
         values = ((f.name, getattr(self, f.name)) for f in fields(self))
         return [(name, unset[name] if value is None else str(value)) for name, value in values]
