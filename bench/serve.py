@@ -18,45 +18,19 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from bench.stub import Silent
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.engine.cost import Rows
-from k2hybrid.model.batch import Batch
 from k2hybrid.runtime.generate import StopTokens
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.types import DoneEvent, EngineEvent, Job, SamplingParams
 
 GREEDY = SamplingParams(temperature=0.0)
-
-
-@dataclass(slots=True)
-class _State:
-    batch: Batch
-    failed_rows: set[int] = field(default_factory=set)
-
-
-class Silent:
-    """A model that costs nothing: the same logits for every row."""
-
-    def __init__(self, vocab_size: int, rows: int) -> None:
-        self._logits = torch.zeros(rows, vocab_size)
-        self._logits[:, 5] = 9.0
-
-    def begin(self, batch: Batch) -> _State:
-        return _State(batch)
-
-    def forward(self, state: _State, until: int) -> _State:
-        return state
-
-    def logits(self, state: _State) -> torch.Tensor:
-        return self._logits[: len(state.batch.logit_rows)]
 
 
 class Stream(threading.Thread):

@@ -1,4 +1,4 @@
-"""A model that says what it is told, with or without computing: for benches of all that is not the model."""
+"""Models that say what they are told, with or without computing: for benches of all that is not the model."""
 
 from __future__ import annotations
 
@@ -57,3 +57,20 @@ class Scripted:
             at = position - self._position
             out[row, self._script[at] if 0 <= at < len(self._script) else 0] = 60.0
         return out
+
+
+class Silent:
+    """A model that costs nothing: the same logits for every row."""
+
+    def __init__(self, vocab_size: int, rows: int) -> None:
+        self._logits = torch.zeros(rows, vocab_size)
+        self._logits[:, 5] = 9.0
+
+    def begin(self, batch: Batch) -> _State:
+        return _State(batch)
+
+    def forward(self, state: _State, until: int) -> _State:
+        return state
+
+    def logits(self, state: _State) -> torch.Tensor:
+        return self._logits[: len(state.batch.logit_rows)]

@@ -20,7 +20,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from bench.stub import Scripted
+from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
+from k2hybrid.engine.step import StepModel
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.types import ChatRequest, Message, SamplingParams, ToolCall
@@ -158,15 +160,13 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=None, help="write the figures there")
     args = parser.parse_args()
     config = RuntimeConfig(model=args.model, context_tokens=max(args.tokens * 2, 8192), idle_prefill=False)
+    vocab_size = read_spec(args.model).vocab_size
     made: list[Scripted] = []
 
-    def wrapped(inner: object) -> Scripted:
-        made.append(Scripted(runtime_vocab, inner if args.compute else None))  # type: ignore[arg-type]
+    def wrapped(inner: StepModel) -> Scripted:
+        made.append(Scripted(vocab_size, inner if args.compute else None))
         return made[-1]
 
-    from k2hybrid.checkpoint.spec import read_spec
-
-    runtime_vocab = read_spec(args.model).vocab_size
     print(f"{args.model.name}, {'with' if args.compute else 'without'} the model's compute")
     with open_runtime(config, wrapped=wrapped) as runtime:
         results = [

@@ -16,12 +16,13 @@ from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
 from k2hybrid.engine.archive import Archive
 from k2hybrid.engine.cost import CostModel, NetworkSizes, Rows
+from k2hybrid.engine.inbox import Call, Inbox
 from k2hybrid.engine.memory import PageMemory, PagePool
 from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
 from k2hybrid.engine.scheduler import Candidate, Chunk, Scheduler, Share, pages_for
 from k2hybrid.engine.sequence import Phase, Sequence
 from k2hybrid.engine.step import Pass, StepModel, StepResult, StepRunner
-from k2hybrid.errors import CapacityError, EngineError, ExpertReadError, TimeLimitError
+from k2hybrid.errors import EngineError, ExpertReadError, TimeLimitError
 from k2hybrid.model.sampler import Sampler
 from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, TokenEvent
 
@@ -116,12 +117,8 @@ class Engine:
         self._archive = archive
         self._on_start = on_start
         self._numbers = itertools.count()
-        self._condition = threading.Condition()
-        self._inbox: deque[Sequence] = deque()  # guarded by the condition, as are the calls and `_stopping`
-        self._calls: deque[Callable[[PageMemory], None]] = deque()
-        self._stopping = False
-        self._woken = False
-        self._thread: threading.Thread | None = None  # from here on the engine thread's own
+        self._inbox = Inbox()
+        self._thread: threading.Thread | None = None  # what follows is that thread's own
         self._running: dict[int, Sequence] = {}
         self._background: deque[Sequence] = deque()
         self._chunk: Pass | None = None
@@ -150,17 +147,14 @@ class Engine:
 
     def start(self) -> None:
         """Start the engine's thread."""
-        with self._condition:
-            if self._thread is not None or self._stopping:
-                raise EngineError("the engine was started before; build a new one")
-            self._thread = threading.Thread(target=self._loop, name="k2hybrid-engine", daemon=True)
-            self._thread.start()
+        if self._thread is not None or self._inbox.stopping:
+            raise EngineError("the engine was started before; build a new one")
+        self._thread = threading.Thread(target=self._loop, name="k2hybrid-engine", daemon=True)
+        self._thread.start()
 
     def stop(self) -> None:
         """End all jobs with "cancelled" and wait for the thread; later submissions are refused."""
-        with self._condition:
-            self._stopping = True
-            self._wake()
+        self._inbox.stop()
         if self._thread is None:
             self._end_all("cancelled")
             if self._archive is not None:
@@ -209,32 +203,18 @@ class Engine:
             )
         )
 
-    def call(self, function: Callable[[PageMemory], None]) -> None:
+    def call(self, function: Call) -> None:
         """Have the engine's thread call `function` between two steps."""
-        with self._condition:
-            self._calls.append(function)
-            self._wake()
+        self._inbox.call(function)
 
     def wake(self) -> None:
         """Let the engine's thread look around."""
-        with self._condition:
-            self._wake()
-
-    def _wake(self) -> None:
-        self._woken = True
-        self._condition.notify()
+        self._inbox.wake()
 
     def _enqueue(self, sequence: Sequence) -> JobHandle:
-        with self._condition:
-            if self._stopping:
-                raise EngineError("the engine is stopped")
-            full = len(self._inbox) + len(self._waiting) >= self._max_queue
-            if full and sequence.resumes is None:  # what was let in once comes back
-                raise CapacityError(
-                    f"{self._max_queue} requests are waiting already (max_queue); try again later"
-                )
-            self._inbox.append(sequence)
-            self._wake()
+        # What was let in once comes back whenever it likes.
+        limit = None if sequence.resumes else self._max_queue
+        self._inbox.put(sequence, limit=limit, waiting=lambda: len(self._waiting))
         return JobHandle(self, sequence)
 
     # --- the engine's thread ----------------------------------------------------------------------
@@ -276,13 +256,11 @@ class Engine:
             log.exception("preparing the engine's thread failed; it runs unprepared")
         idle = True
         while True:
-            with self._condition:
-                if idle:
-                    limited = self._time_limit_s and (self._waiting or self._running)
-                    self._condition.wait_for(lambda: self._woken, LOOK_SECONDS if limited else None)
-                self._woken = False
-                if self._stopping:
-                    break
+            if idle:
+                limited = self._time_limit_s and (self._waiting or self._running)
+                self._inbox.sleep(LOOK_SECONDS if limited else None)
+            if self._inbox.stopping:
+                break
             try:
                 idle = not self.tick()
             except Exception as error:  # a bug of ours: those concerned are told, and the thread lives on
@@ -294,10 +272,7 @@ class Engine:
 
     def _look_around(self) -> None:
         """Take in what came from other threads; end what is cancelled or overdue, or has to make room."""
-        with self._condition:
-            arrived, calls = list(self._inbox), list(self._calls)
-            self._inbox.clear()
-            self._calls.clear()
+        arrived, calls = self._inbox.take()
         for function in calls:
             try:
                 function(self._memory)
@@ -539,13 +514,11 @@ class Engine:
         self._emit(sequence, sequence.done)
 
     def _end_all(self, reason: ReasonCode, error: Exception | None = None) -> None:
-        with self._condition:
-            arrived = list(self._inbox)
-            self._inbox.clear()
+        arrived = self._inbox.take().sequences
         self._chunk = None
         for sequence in [*self._waiting, *self._running.values(), *self._background, *arrived]:
-            if sequence.fetching and not self._stopping:
-                sequence.cancelled = True
+            if sequence.fetching and not self._inbox.stopping:
+                sequence.cancelled, sequence.ending = True, (reason, error)
             else:
                 self._finish(sequence, reason, error)
         self._background.clear()

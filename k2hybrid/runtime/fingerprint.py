@@ -16,7 +16,7 @@ _READ = ("config.json", "model.safetensors.index.json", "tiktoken.model", "token
 def fingerprint(config: RuntimeConfig, pages: LatentPages, template: str | None) -> str:
     """Hex digest. Weights count by their files' names, sizes and times of change: reading all takes minutes.
 
-    So a copied checkpoint may get another fingerprint, but a changed one never keeps its own.
+    So a copied checkpoint may get another fingerprint; a changed one keeps its own only with forged times.
     """
     digest = hashlib.blake2b(digest_size=16)
 
