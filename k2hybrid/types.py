@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 # --- chat: what goes in ---------------------------------------------------------------------------
 
 ReasonCode = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+ToolChoice = Literal["auto", "none", "required"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,12 @@ class ChatRequest:
 
     messages: tuple[Message, ...]
     tools: tuple[Mapping[str, Any], ...] = ()
-    tool_choice: str = "auto"  # "auto", "none"; "required" and names come with constrained decoding
+    tool_choice: ToolChoice = "auto"
+    tool_name: str | None = None  # with "required": the one tool that is to be called
+    parallel_tool_calls: bool = True  # False: one call at most
+    json_schema: Mapping[str, Any] | None = None  # the content is JSON that fits it, and nothing else
+    thinking: bool = True  # False: the answer begins after an empty reasoning
+    thinking_budget: int | None = None  # tokens of reasoning at most; None: so many that an answer has room
     sampling: SamplingParams = SamplingParams()
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -81,6 +87,7 @@ class ChatRequest:
     store: bool = True  # False: nothing of it is written to disk
     reuse: bool = True  # False: computed as if nothing were known
     retry_key: str = ""  # equal for a request and its retry; "": an answer that nobody waits for is dropped
+    progress: bool = False  # tell how far the prompt's prefill is
 
 
 # --- chat: what comes out -------------------------------------------------------------------------
@@ -126,10 +133,15 @@ class ToolCallEnd:
 
 @dataclass(frozen=True, slots=True)
 class Malformed:
-    """Something the model wrote that is neither text nor a usable call: visible, never swallowed."""
+    """Something the model wrote that is neither text nor a usable call: visible, never swallowed.
+
+    `code` is for programs: "malformed"; "invalid_tool_call" if a call fits no declaration after all attempts;
+    "invalid_json" if the content does not fit the schema asked for after all attempts.
+    """
 
     text: str
     reason: str
+    code: str = "malformed"
 
 
 Event = Reasoning | Content | ToolCallStart | ToolCallArguments | ToolCallEnd | Malformed
@@ -153,6 +165,16 @@ class TokenEvent:
 
     token: int
     logprob: TokenLogprob | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How far a prompt's prefill is: `processed` of `total` tokens, `cached` of them taken from before."""
+
+    total: int
+    cached: int
+    processed: int
+    ms: float  # since the first pass
 
 
 @dataclass(frozen=True, slots=True)

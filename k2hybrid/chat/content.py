@@ -29,6 +29,11 @@ class ContentText:
     def stopped(self) -> bool:
         return self._scan.stopped
 
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that was met."""
+        return self._scan.stopped_by
+
     def begin(self, *, after_section: bool = False, after_call: bool = False) -> None:
         """Content starts here; `after_call`: after a call that had no section."""
         self._at_marker = True

@@ -31,18 +31,23 @@ class StopScan:
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = tuple(stop for stop in stops if stop)
         self._held = ""
-        self.stopped = False
+        self.stopped_by: str | None = None  # the stop string that was met
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self.stopped_by is not None
 
     def push(self, text: str) -> str:
         """Text that is safe to pass on. Once a stop string was met: the text before it, then nothing more."""
         if self.stopped or not self._stops:
             return "" if self.stopped else text
         text = self._held + text
-        matches = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
+        matches = [(at + len(stop), at, stop) for stop in self._stops if (at := text.find(stop)) >= 0]
         if matches:
-            self.stopped = True
+            _, at, self.stopped_by = min(matches)
             self._held = ""
-            return text[: min(matches)[1]]
+            return text[:at]
         hold = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]

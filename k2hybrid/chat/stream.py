@@ -98,6 +98,11 @@ class ChatStream:
         return self._content.stopped
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop string that was met."""
+        return self._content.stopped_by
+
+    @property
     def in_reasoning(self) -> bool:
         """Whether the last token belonged to the reasoning."""
         return self._state is _State.REASONING

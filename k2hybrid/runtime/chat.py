@@ -8,7 +8,15 @@ from dataclasses import dataclass, replace
 
 from k2hybrid.chat.stream import ChatStream
 from k2hybrid.runtime.generate import TokenRun
-from k2hybrid.types import ChatRequest, Event, ReasonCode, TokenEvent, TokenLogprob, Usage
+from k2hybrid.types import (
+    ChatRequest,
+    Event,
+    PromptProgress,
+    ReasonCode,
+    TokenEvent,
+    TokenLogprob,
+    Usage,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,8 +26,9 @@ class Delta:
     `events` is empty while text is held back (half a character, a possible stop string, …) and for markers.
     """
 
-    events: tuple[Event, ...]
+    events: tuple[Event, ...] = ()
     logprob: TokenLogprob | None = None
+    progress: PromptProgress | None = None  # of the prompt, before the first token
 
 
 class ChatRun:
@@ -31,6 +40,7 @@ class ChatRun:
     Args:
         request: what is answered.
         stream: makes the machine that reads the tokens.
+        max_tokens: of the answer at most, as far as the context goes.
         ended: called once the last delta is out, before the loop ends; again if the run is resumed later.
         parked: takes the run if its consumer is gone; None: then it is cancelled.
     """
@@ -40,6 +50,7 @@ class ChatRun:
         request: ChatRequest,
         tokens: TokenRun,
         stream: Callable[[], ChatStream],
+        max_tokens: int,
         ended: Callable[[ChatRun], None] = lambda run: None,
         parked: Callable[[ChatRun], None] | None = None,
     ) -> None:
@@ -51,6 +62,7 @@ class ChatRun:
         self._parked = parked
         self._reasoning_tokens = 0
         self.prompt_tokens = tokens.prompt_tokens
+        self.max_tokens = max_tokens
         self.ids: list[int] = []  # generated so far, as far as the consumer came
         self.events: list[Event] = []
 
@@ -64,6 +76,11 @@ class ChatRun:
         """Why the answer ended; None while it goes on. A complete answer with calls is "tool_calls"."""
         reason = self._tokens.finish_reason
         return "tool_calls" if reason == "stop" and self._stream.has_tool_calls else reason
+
+    @property
+    def stop_sequence(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._stream.stopped_by
 
     def cancel(self) -> None:
         """End generation soon. From any thread, repeatedly, and after the end."""
@@ -80,7 +97,8 @@ class ChatRun:
 
         `request` asks for the same, and may name the response otherwise.
         """
-        return ChatRun(request, self._tokens.resumed(), self._new_stream, self._ended, self._parked)
+        tokens = self._tokens.resumed()
+        return ChatRun(request, tokens, self._new_stream, self.max_tokens, self._ended, self._parked)
 
     def lease(self, seconds: float) -> None:
         """Keep the answer's latents, and those of what it answers, for a time."""

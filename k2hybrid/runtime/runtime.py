@@ -146,9 +146,15 @@ class Runtime:
                 first_call_index=prompt.first_call_index,
                 in_reasoning=prompt.in_reasoning,
             ),
+            max_tokens=limit,
             ended=lambda run: self._ended(recalled, prompt, run),
             parked=(lambda run: self._parking.put(key, run, ChatRun.cancel)) if key else None,
         )
+
+    def count(self, request: ChatRequest) -> int:
+        """Tokens of the prompt that `chat` would make of `request`; raises as it does."""
+        self._require_open()
+        return len(self._prompt_ids(request))
 
     async def start_chat(self, request: ChatRequest) -> ChatRun:
         """`chat` in a worker thread. If the caller is cancelled meanwhile, so is the answer."""

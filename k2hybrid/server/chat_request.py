@@ -17,7 +17,8 @@ import orjson
 
 from k2hybrid.errors import RequestError
 from k2hybrid.server.fields import Fields, wrong_type, wrong_value
-from k2hybrid.types import ChatRequest, Message, SamplingParams, ToolCall
+from k2hybrid.server.thinking import Thinking, of_effort, of_object
+from k2hybrid.types import ChatRequest, Message, SamplingParams, ToolCall, ToolChoice
 
 MAX_CHOICES = 8  # each is a whole generation
 MAX_STOP = 16
@@ -53,14 +54,20 @@ def parse_chat(body: Mapping[str, Any]) -> ChatCall:
     """Parse a `/v1/chat/completions` body; RequestError names the field that is wrong."""
     fields = Fields(body)
     tools = parse_tools(fields)
-    _check_response_format(fields)
+    choice, tool_name = _tool_choice(body.get("tool_choice"), tools)
+    thinking = _thinking(fields)
     limit = fields.integer("max_completion_tokens", 1)
     if limit is None:
         limit = fields.integer("max_tokens", 1)
     request = ChatRequest(
         messages=parse_messages(fields),
         tools=tools,
-        tool_choice=_tool_choice(body.get("tool_choice"), tools),
+        tool_choice=choice,
+        tool_name=tool_name,
+        parallel_tool_calls=fields.flag("parallel_tool_calls", default=True),
+        json_schema=_json_schema(fields),
+        thinking=thinking.enabled,
+        thinking_budget=thinking.budget,
         sampling=_sampling(fields),
         max_tokens=limit,
         stop=_stop(body.get("stop")),
@@ -182,36 +189,51 @@ def _is_function(tool: Fields) -> bool:
     return True
 
 
-def _tool_choice(value: Any, tools: tuple[Mapping[str, Any], ...]) -> str:
-    """One of auto, none and required, or the name of the one function to call."""
+def _tool_choice(value: Any, tools: tuple[Mapping[str, Any], ...]) -> tuple[ToolChoice, str | None]:
+    """auto, none or required; and with it the name of the one function to call, if one is named."""
     if value is None:
-        return "auto"
+        return "auto", None
+    if value == "auto" or value == "none":
+        return value, None
+    if value == "required":
+        if not tools:
+            raise wrong_value("tool_choice", "is 'required' but there are no tools")
+        return "required", None
     if isinstance(value, str):
-        if value not in ("auto", "none", "required"):
-            raise wrong_value(
-                "tool_choice", f"{value!r} is unknown; one of auto, none, required, or an object"
-            )
-        choice = value
-    elif isinstance(value, dict):
-        choice = Fields(value, "tool_choice").child("function").required_text("name")
-        if choice not in {tool["function"]["name"] for tool in tools}:
-            raise wrong_value("tool_choice", f"names {choice!r}, which is not among the tools")
-    else:
+        raise wrong_value("tool_choice", f"{value!r} is unknown; one of auto, none, required, or an object")
+    if not isinstance(value, dict):
         raise wrong_type("tool_choice", "a string or an object", value)
-    if choice == "required" and not tools:
-        raise wrong_value("tool_choice", "is 'required' but there are no tools")
-    return choice
+    name = Fields(value, "tool_choice").child("function").required_text("name")
+    if name not in {tool["function"]["name"] for tool in tools}:
+        raise wrong_value("tool_choice", f"names {name!r}, which is not among the tools")
+    return "required", name
 
 
-def _check_response_format(fields: Fields) -> None:
-    """Only plain text: an ignored schema would surface as a client's parse error much later."""
-    kind = fields.child("response_format").text("type", "text")
-    if kind != "text":
-        raise RequestError(
-            f"response_format {kind!r} is not supported in this version; ask for JSON in the prompt instead",
-            param="response_format",
-            code="unsupported_value",
+def _json_schema(fields: Fields) -> Mapping[str, Any] | None:
+    """The schema that the content must fit, if one is asked for."""
+    response_format = fields.child("response_format")
+    kind = response_format.text("type", "text")
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    if kind != "json_schema":
+        raise wrong_value(
+            response_format.name("type"), f"{kind!r} is unknown; one of text, json_object, json_schema"
         )
+    named = response_format.child("json_schema")
+    schema = named.value.get("schema")
+    if not isinstance(schema, dict):
+        raise wrong_type(named.name("schema"), "an object (a JSON schema)", schema)
+    return schema
+
+
+def _thinking(fields: Fields) -> Thinking:
+    """What the request says of thinking; of several fields the first that says anything."""
+    budget = fields.integer("thinking_budget", 0)
+    if budget is not None:
+        return Thinking(budget != 0, budget or None)
+    return of_object(fields) or of_effort(fields, "reasoning_effort") or Thinking()
 
 
 # --- sampling -------------------------------------------------------------------------------------

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import logging
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
@@ -20,18 +18,12 @@ from k2hybrid.hardware.doctor import package_version
 from k2hybrid.server.body import read_object
 from k2hybrid.server.chat_reply import Choice, Head, usage
 from k2hybrid.server.chat_request import ChatCall, parse_chat
-from k2hybrid.server.failures import Failure, classify, json_response
-from k2hybrid.server.guard import key_scope, log_unexpected, request_id
+from k2hybrid.server.failures import json_response
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.patient import PatientResponse
-from k2hybrid.server.retry import choice_key, retry_key
-from k2hybrid.server.served import ChatRun, Delta, ServedModel
+from k2hybrid.server.runs import failure_of, identified, log_answer, merge, start_runs
+from k2hybrid.server.served import ChatRun, ServedModel
 from k2hybrid.server.sse import DONE, EventStream, data_event
-
-_log = logging.getLogger("k2hybrid.server")
-
-# Deltas waiting for a slow client beyond what the run itself keeps.
-_MERGE_DEPTH = 64
 
 
 class OpenAI:
@@ -74,37 +66,15 @@ class OpenAI:
         if call.stream:
             return EventStream(self._events(call, runs, head, request.scope), close)
         return PatientResponse(
-            self._completion(call, runs, head), lambda error: self._failure(error, request.scope), close
+            self._completion(call, runs, head), lambda error: failure_of(error, request.scope), close
         )
 
     def _start(self, body: dict[str, Any], scope: Scope, response_id: str) -> tuple[ChatCall, list[ChatRun]]:
-        """In a thread: parse, render, queue one run per choice. With a seed, each choice gets its own."""
+        """In a thread: parse, render, queue."""
         call = parse_chat(body)
-        namespace = key_scope(scope)
-        request = dataclasses.replace(
-            call.request,
-            request_id=request_id(scope),
-            response_id=response_id,
-            scope=namespace,
-            # What is to be computed anew takes nothing up again either.
-            retry_key=retry_key(namespace, body) if call.request.reuse else "",
-        )
+        request = identified(call.request, body, scope, response_id)
         call = dataclasses.replace(call, request=request)
-        runs: list[ChatRun] = []
-        try:
-            for i in range(call.choices):
-                sampling = request.sampling
-                if sampling.seed is not None:
-                    sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
-                one = dataclasses.replace(
-                    request, sampling=sampling, retry_key=choice_key(request.retry_key, i)
-                )
-                runs.append(self._model.chat(one))
-        except BaseException:
-            for run in runs:
-                run.cancel()
-            raise
-        return call, runs
+        return call, start_runs(self._model, request, call.choices)
 
     def _choices(self, call: ChatCall) -> list[Choice]:
         logprobs = call.request.sampling.logprobs is not None
@@ -113,13 +83,13 @@ class OpenAI:
     async def _completion(self, call: ChatCall, runs: Sequence[ChatRun], head: Head) -> dict[str, Any]:
         choices = self._choices(call)
         started = time.monotonic()
-        async with aclosing(_merge(runs)) as deltas:
+        async with aclosing(merge(runs)) as deltas:
             async for i, delta in deltas:
                 if delta is not None:
                     choices[i].push(delta)
         finished = [choice.completion(run) for choice, run in zip(choices, runs, strict=True)]
         totals = usage(runs)
-        _report(call, totals, started)
+        log_answer(call.request.request_id, runs, time.monotonic() - started)
         return {**head.fields("chat.completion"), "choices": finished, "usage": totals}
 
     async def _events(
@@ -132,7 +102,7 @@ class OpenAI:
         try:
             for choice in choices:
                 yield data_event(choice.opening(head, **more))
-            async with aclosing(_merge(runs)) as deltas:
+            async with aclosing(merge(runs)) as deltas:
                 async for i, delta in deltas:
                     if delta is None:
                         yield data_event(choices[i].closing(head, runs[i], **more))
@@ -140,52 +110,9 @@ class OpenAI:
                     for piece in choices[i].push(delta):
                         yield data_event(choices[i].chunk(head, piece, **more))
             totals = usage(runs)
-            _report(call, totals, started)
+            log_answer(call.request.request_id, runs, time.monotonic() - started)
             if call.include_usage:
                 yield data_event(head.chunk([], usage=totals))
         except Exception as error:
-            yield data_event(self._failure(error, scope).body())
+            yield data_event(failure_of(error, scope).body())
         yield DONE
-
-    def _failure(self, error: Exception, scope: Scope) -> Failure:
-        log_unexpected(error, scope)
-        return classify(error, request_id(scope))
-
-
-async def _merge(runs: Sequence[ChatRun]) -> AsyncGenerator[tuple[int, Delta | None], None]:
-    """(choice, delta) as they come, (choice, None) at a run's end; the first failure ends everything."""
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_MERGE_DEPTH)
-
-    async def pump(i: int, run: ChatRun) -> None:
-        try:
-            async for delta in run:
-                await queue.put((i, delta))
-        except Exception as error:
-            await queue.put((i, error))
-        else:
-            await queue.put((i, None))
-
-    pumps = [asyncio.create_task(pump(i, run)) for i, run in enumerate(runs)]
-    try:
-        running = len(runs)
-        while running:
-            i, item = await queue.get()
-            if isinstance(item, Exception):
-                raise item
-            running -= item is None
-            yield i, item
-    finally:
-        for task in pumps:
-            task.cancel()
-        await asyncio.gather(*pumps, return_exceptions=True)
-
-
-def _report(call: ChatCall, totals: dict[str, Any], started: float) -> None:
-    _log.info(
-        "%s: prompt %d (cached %d) + %d tokens in %.1f s",
-        call.request.request_id,
-        totals["prompt_tokens"],
-        totals["cached_tokens"],
-        totals["completion_tokens"],
-        time.monotonic() - started,
-    )

@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from k2hybrid.types import ChatRequest, Event, Message, ReasonCode, TokenLogprob, Usage
+from k2hybrid.types import (
+    ChatRequest,
+    Event,
+    Message,
+    PromptProgress,
+    ReasonCode,
+    TokenLogprob,
+    Usage,
+)
 
 
 class Delta(Protocol):
@@ -15,6 +23,9 @@ class Delta(Protocol):
     def events(self) -> tuple[Event, ...]: ...
     @property
     def logprob(self) -> TokenLogprob | None: ...
+    @property
+    def progress(self) -> PromptProgress | None:
+        """Set on deltas without a token that come before the first one, if the request asked for them."""
 
 
 class ChatRun(Protocol):
@@ -22,6 +33,14 @@ class ChatRun(Protocol):
 
     @property
     def prompt_tokens(self) -> int: ...
+    @property
+    def max_tokens(self) -> int:
+        """Tokens of the answer at most: what was asked for, or less where the context leaves less."""
+
+    @property
+    def stop_sequence(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+
     @property
     def usage(self) -> Usage: ...
     @property
@@ -82,5 +101,10 @@ class ServedModel(Protocol):
     def chat(self, request: ChatRequest) -> ChatRun:
         """Validate, render and queue. Takes as long as rendering does: call it in a thread.
 
+        Raises RequestError and its kin for what is wrong with the request.
+
         With the retry_key of a parked run, that one's deltas come again from the beginning, and then go on.
         """
+
+    def count(self, request: ChatRequest) -> int:
+        """Tokens of the prompt that `chat` would make of `request`. Takes as long: call it in a thread."""

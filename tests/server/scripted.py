@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from k2hybrid.errors import ContextLengthError
-from k2hybrid.types import ChatRequest, Event, Message, TokenLogprob, Usage
+from k2hybrid.types import ChatRequest, Event, Message, PromptProgress, TokenLogprob, Usage
 
 
 @dataclass
@@ -21,6 +21,7 @@ class Step:
 
     events: tuple[Event, ...] = ()
     logprob: TokenLogprob | None = None
+    progress: PromptProgress | None = None
     delay_s: float = 0.0
     error: Exception | None = None
 
@@ -33,6 +34,8 @@ class Script:
     finish: str = "stop"
     cached_tokens: int = 0
     reasoning_tokens: int = 0
+    stop_sequence: str | None = None
+    max_tokens: int | None = None  # None: what was asked for
 
 
 @dataclass
@@ -44,6 +47,7 @@ class ScriptedRun:
 
     script: Script
     prompt_tokens: int
+    max_tokens: int
     retry_key: str = ""
     parked: dict[str, list[ScriptedRun]] = field(default_factory=dict)
     replay: list[Step] = field(default_factory=list)
@@ -61,6 +65,10 @@ class ScriptedRun:
     def played(self) -> int:
         """Tokens of the answer so far."""
         return len(self.past)
+
+    @property
+    def stop_sequence(self) -> str | None:
+        return self.script.stop_sequence
 
     @property
     def usage(self) -> Usage:
@@ -103,7 +111,9 @@ class ScriptedRun:
         """What takes this parked run up."""
         rest = itertools.chain([] if self.next is None else [self.next], self.ahead)
         script = dataclasses.replace(self.script, steps=rest)
-        return ScriptedRun(script, self.prompt_tokens, self.retry_key, self.parked, list(self.past))
+        return ScriptedRun(
+            script, self.prompt_tokens, self.max_tokens, self.retry_key, self.parked, list(self.past)
+        )
 
 
 @dataclass
@@ -199,6 +209,10 @@ class ScriptedModel:
             length = len(self.template.render(request.messages, request.tools).ids)
             if length >= self.context_tokens:
                 raise ContextLengthError(f"the prompt has {length} tokens; the context {self.context_tokens}")
-            run = ScriptedRun(script, length, request.retry_key, self.parked)
+            limit = script.max_tokens or request.max_tokens or self.context_tokens - length
+            run = ScriptedRun(script, length, limit, request.retry_key, self.parked)
             self.runs.append(run)
             return run
+
+    def count(self, request: ChatRequest) -> int:
+        return len(self.template.render(request.messages, request.tools).ids)

@@ -1,0 +1,96 @@
+"""From a parsed request to running answers, and their deltas in one stream: what every dialect does alike."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+from collections.abc import AsyncGenerator, Mapping, Sequence
+from typing import Any
+
+from starlette.types import Scope
+
+from k2hybrid.server.failures import Failure, classify
+from k2hybrid.server.guard import key_scope, log_unexpected, request_id
+from k2hybrid.server.retry import choice_key, retry_key
+from k2hybrid.server.served import ChatRun, Delta, ServedModel
+from k2hybrid.types import ChatRequest
+
+_log = logging.getLogger("k2hybrid.server")
+
+# Deltas waiting for a slow client beyond what the run itself keeps.
+_MERGE_DEPTH = 64
+
+
+def identified(request: ChatRequest, body: Mapping[str, Any], scope: Scope, response_id: str) -> ChatRequest:
+    """`request` with what the connection adds: ids, the key's namespace, and the key of its retries."""
+    namespace = key_scope(scope)
+    return dataclasses.replace(
+        request,
+        request_id=request_id(scope),
+        response_id=response_id,
+        scope=namespace,
+        # What is to be computed anew takes nothing up again either.
+        retry_key=retry_key(namespace, body) if request.reuse else "",
+    )
+
+
+def start_runs(model: ServedModel, request: ChatRequest, choices: int = 1) -> list[ChatRun]:
+    """Queue one run per choice. With a seed, each choice gets its own. Call it in a thread."""
+    runs: list[ChatRun] = []
+    try:
+        for i in range(choices):
+            sampling = request.sampling
+            if sampling.seed is not None:
+                sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
+            one = dataclasses.replace(request, sampling=sampling, retry_key=choice_key(request.retry_key, i))
+            runs.append(model.chat(one))
+    except BaseException:
+        for run in runs:
+            run.cancel()
+        raise
+    return runs
+
+
+async def merge(runs: Sequence[ChatRun]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+    """(choice, delta) as they come, (choice, None) at a run's end; the first failure ends everything."""
+    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_MERGE_DEPTH)
+
+    async def pump(i: int, run: ChatRun) -> None:
+        try:
+            async for delta in run:
+                await queue.put((i, delta))
+        except Exception as error:
+            await queue.put((i, error))
+        else:
+            await queue.put((i, None))
+
+    pumps = [asyncio.create_task(pump(i, run)) for i, run in enumerate(runs)]
+    try:
+        running = len(runs)
+        while running:
+            i, item = await queue.get()
+            if isinstance(item, Exception):
+                raise item
+            running -= item is None
+            yield i, item
+    finally:
+        for task in pumps:
+            task.cancel()
+        await asyncio.gather(*pumps, return_exceptions=True)
+
+
+def failure_of(error: Exception, scope: Scope) -> Failure:
+    """What a client is told about `error`; logged if nobody foresaw it."""
+    log_unexpected(error, scope)
+    return classify(error, request_id(scope))
+
+
+def log_answer(identity: str, runs: Sequence[ChatRun], seconds: float) -> None:
+    """One line an answer: sizes and time, no text."""
+    first = runs[0].usage
+    generated = sum(run.usage.completion_tokens for run in runs)
+    _log.info(
+        "%s: prompt %d (cached %d) + %d tokens in %.1f s",
+        identity, first.prompt_tokens, first.cached_tokens, generated, seconds,
+    )  # fmt: skip
