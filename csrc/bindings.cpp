@@ -2,9 +2,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <string_view>
+
 #include "cpu/machine.h"
 #include "experts/dispatch.h"
 #include "gpu/bind_doorbell.h"
+#include "kernels/mask.h"
 
 namespace py = pybind11;
 
@@ -104,6 +107,11 @@ PYBIND11_MODULE(_native, m) {
     std::vector<std::string> names;
     for (const k2::KernelTable* table : k2::AvailableKernels()) names.emplace_back(table->name);
     return names;
+  });
+  m.def("mask_logits", [](uintptr_t logits, const py::bytes& allowed, int64_t count) {
+    const std::string_view bits = allowed;
+    k2::Require(count >= 0 && static_cast<int64_t>(bits.size()) * 8 >= count, "mask: fewer bits than logits");
+    k2::MaskLogits(Pointer<float>(logits), reinterpret_cast<const uint8_t*>(bits.data()), count);
   });
   BindMachine(m);
   BindExperts(m);

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 # --- chat: what goes in ---------------------------------------------------------------------------
 
-ReasonCode = Literal["stop", "length", "tool_calls", "cancelled", "error"]
+# "paused" stays inside: the job will go on (`StopRule.paused`).
+ReasonCode = Literal["stop", "length", "tool_calls", "cancelled", "error", "paused"]
 ToolChoice = Literal["auto", "none", "required"]
 
 
@@ -88,6 +89,21 @@ class ChatRequest:
     reuse: bool = True  # False: computed as if nothing were known
     retry_key: str = ""  # equal for a request and its retry; "": an answer that nobody waits for is dropped
     progress: bool = False  # tell how far the prompt's prefill is
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionRequest:
+    """A text, or token ids, to be continued as they stand: no template, no roles, no thinking."""
+
+    prompt: str | tuple[int, ...]
+    specials: bool = False  # spellings of control tokens in the text mean them, and the answer shows them
+    sampling: SamplingParams = SamplingParams()
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    request_id: str = ""
+    scope: str = ""  # as in `ChatRequest`, and so the next two
+    store: bool = True
+    reuse: bool = True
 
 
 # --- chat: what comes out -------------------------------------------------------------------------
@@ -198,7 +214,7 @@ class DoneEvent:
     error: Exception | None = None
 
 
-EngineEvent = TokenEvent | DoneEvent
+EngineEvent = TokenEvent | PromptProgress | DoneEvent
 
 
 @runtime_checkable
@@ -208,8 +224,11 @@ class LogitsMask(Protocol):
     def apply(self, logits: torch.Tensor) -> None:
         """Set forbidden entries of `logits` [vocab] fp32 to −inf, in place."""
 
-    def accept(self, token: int) -> None:
-        """`token` was chosen."""
+    def accept(self, token: int) -> Sequence[int]:
+        """`token` was chosen. The tokens that are generated with it, at least one.
+
+        Mostly `token` alone; with those behind it that can only follow; or others in its place.
+        """
 
 
 @runtime_checkable
@@ -218,6 +237,10 @@ class StopRule(Protocol):
 
     def push(self, token: int) -> bool:
         """True if generation ends with `token` (which is still delivered)."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether the end is a pause: what was generated is looked at before it goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +259,7 @@ class Job:
     reuse: bool = True  # False: no prefix is taken from what is known
     resumable: bool = False  # its events are kept, so that `Engine.resume` can give them again
     background: bool = False  # runs while nothing else does, and ends when something else comes
+    progress: bool = False  # the sink hears of every prefilled chunk, before the first token
 
 
 # --- weights --------------------------------------------------------------------------------------

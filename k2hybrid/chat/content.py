@@ -1,7 +1,7 @@
-"""The content of an answer on its way out: what must wait, and what a marker makes of it.
+"""The texts of an answer on their way out: what must wait, and what a marker makes of it.
 
 Three things are held back: the beginning of a possible stop string, white space directly after a marker, and
-text that may be a section marker in its singular spelling (see `stream.py`).
+text that may be a section marker in its singular spelling (see `stream.py`). A reasoning has only the last.
 """
 
 from __future__ import annotations
@@ -14,6 +14,25 @@ SINGULAR_BEGIN = "<|tool_call_section_begin|>"
 SINGULAR_END = "<|tool_call_section_end|>"
 
 
+class SectionBegin:
+    """Holds back text that may be, or is, the singular section begin: the next marker decides."""
+
+    def __init__(self) -> None:
+        self._pending = ""
+
+    def push(self, text: str) -> str:
+        """The text that can go out now."""
+        text = self._pending + text
+        at = _singular_start(text)
+        self._pending = text[at:]
+        return text[:at]
+
+    def leave(self, *, before_call: bool = False) -> str:
+        """The text held back, as the text ends; before a call the spelling was the marker."""
+        text, self._pending = self._pending, ""
+        return "" if before_call and text.startswith(SINGULAR_BEGIN) else text
+
+
 class ContentText:
     """Text in, text that may go out. `stopped` once a stop string was met."""
 
@@ -21,7 +40,7 @@ class ContentText:
         self._scan = StopScan(stop)
         self._space = ""  # directly after a marker: dropped if another marker follows
         self._at_marker = True  # no content yet since the last marker
-        self._pending = ""  # may be the singular section begin
+        self._begin = SectionBegin()
         self._after_call = False  # of a call without a section: its singular end may follow
         self.after_section = False
 
@@ -48,9 +67,7 @@ class ContentText:
     def leave(self, *, before_call: bool = False) -> str:
         """The text held back, as a marker is here: white space since the last one is dropped."""
         text = self._advance(self._scan.flush())
-        if before_call and self._pending.startswith(SINGULAR_BEGIN):
-            self._pending = ""
-        return text + self._rest(keep_space=False)
+        return text + self._rest(keep_space=False, before_call=before_call)
 
     def finish(self) -> str:
         """The text held back, as the answer is over."""
@@ -70,16 +87,12 @@ class ContentText:
                 self._space = text
                 return ""
             self._space, self._at_marker = "", False
-        text = self._pending + text
-        at = _singular_start(text)
-        self._pending = text[at:]
-        return text[:at]
+        return self._begin.push(text)
 
-    def _rest(self, *, keep_space: bool) -> str:
+    def _rest(self, *, keep_space: bool, before_call: bool = False) -> str:
         text = self._space if keep_space or self._space.strip() else ""
-        text += self._pending
-        self._space, self._pending, self._at_marker = "", "", True
-        return text
+        self._space, self._at_marker, self._after_call = "", True, False
+        return text + self._begin.leave(before_call=before_call)
 
 
 def _singular_start(text: str) -> int:

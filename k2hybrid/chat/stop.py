@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.stream import ChatStream
@@ -14,6 +14,9 @@ class ChatStopRule:
 
     Without stop strings it is one set look-up. With them it reads the tokens as `ChatStream` does
     (microseconds a token), so that both agree on which text is content and where it stops.
+
+    Args:
+        pauses: asked after every token whether generation is to end here for a while.
     """
 
     def __init__(
@@ -24,15 +27,22 @@ class ChatStopRule:
         stop: Sequence[str] = (),
         *,
         in_reasoning: bool = False,
+        pauses: Callable[[], bool] = lambda: False,
     ) -> None:
+        self._pauses = pauses
         self._stop_ids = tokenizer.stop_ids if stop_ids is None else frozenset(stop_ids)
         self._stream = (
             ChatStream(markers, tokenizer, stop=stop, in_reasoning=in_reasoning) if any(stop) else None
         )
 
+    @property
+    def paused(self) -> bool:
+        """Whether generation ended for something to be looked at."""
+        return self._pauses()
+
     def push(self, token: int) -> bool:
         """True if generation ends with `token`."""
-        if token in self._stop_ids:
+        if token in self._stop_ids or self._pauses():
             return True
         if self._stream is None:
             return False

@@ -6,14 +6,22 @@ wrote (never a marker), its `reason` names the trouble. Rules where the format l
 
 * White space around a marker is dropped inside a tool section, around arguments, and where a content is
   nothing but white space between two markers; every other text is kept exactly.
+* Text between calls is `Malformed`. `<think>` there begins a reasoning, and the section is over.
 * A call without a section is a section of its own: text after it is content.
 * A tool section begun inside `<think>` ends the reasoning.
+* A marker that says again what holds already (`<think>` in the reasoning, `</think>` in the content, a
+  section begin in a section, its end after one, a call begin directly after one) changes nothing. Any other
+  marker or control token out of its place is stripped, and a `Malformed` without text tells.
 * Some models spell the section markers in text, and in the singular (`<|tool_call_section_begin|>`). That
   text is taken for the marker only where it touches a real one: the begin directly before a call, the end
   directly after a call. Anywhere else it is text.
-* Absent or blank arguments become `{}`, others are passed on verbatim, valid JSON or not.
+* Absent or blank arguments become `{}`, others are passed on verbatim, valid JSON or not. Of a call that was
+  cut off what there is goes out, and a `Malformed` follows; nothing is made up for it.
+* Where a call's begin is missing in a section, the text before its arguments is its id.
 * A header that is a mere number waits for the end of its call: if the arguments fit exactly one declared
   tool, it is that one's; if not, the call is `Malformed`.
+
+Which state a token leads to never depends on the declared tools: `stop.py` reads the same text without them.
 """
 
 from __future__ import annotations
@@ -22,7 +30,7 @@ from collections.abc import Mapping, Sequence
 from enum import Enum, auto
 from typing import Any
 
-from k2hybrid.chat.content import SINGULAR_END, ContentText
+from k2hybrid.chat.content import SINGULAR_BEGIN, SINGULAR_END, ContentText, SectionBegin
 from k2hybrid.chat.holdback import Utf8Pieces
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.tokenizer import Tokenizer
@@ -65,6 +73,7 @@ class ChatStream:
         first_call_index: int = 0,
         in_reasoning: bool = False,
     ) -> None:
+        self._markers = markers
         self._tokenizer = tokenizer
         self._tools = DeclaredTools(tools)
         self._first_call_index = first_call_index
@@ -72,6 +81,7 @@ class ChatStream:
         self._state = _State.REASONING if in_reasoning else _State.CONTENT
         self._in_section = False  # a section marker was seen, so text between calls is not content
         self._utf8 = Utf8Pieces()
+        self._reasoning = SectionBegin()
         self._content = ContentText(stop)
         self._buffer = ""  # gap text, header, or arguments held back
         self._header = ""
@@ -120,13 +130,8 @@ class ChatStream:
             self._close(at_stop_token=True)
         else:
             self._text(self._utf8.flush())
-            if self._is_over():
-                return self._taken()
-            if handler := self._on_marker.get(token):
-                handler()
-            else:
-                name = self._tokenizer.special_names.get(token, f"token id {token}")
-                self._stray(f"{name} does not belong in an answer")
+            if not self._is_over():
+                self._control(token)
         return self._taken()
 
     def finish(self) -> list[Event]:
@@ -144,8 +149,10 @@ class ChatStream:
             case _State.CONTENT:
                 self._content_text(text)
             case _State.REASONING:
-                self._events.append(Reasoning(text))
-            case _State.GAP | _State.HEADER | _State.UNNAMED:
+                self._emit_reasoning(self._reasoning.push(text))
+            case _State.GAP:
+                self._gap_text(text)
+            case _State.HEADER | _State.UNNAMED:
                 self._buffer += text
             case _State.ARGUMENTS:
                 self._argument_text(text)
@@ -155,9 +162,20 @@ class ChatStream:
         if self._content.stopped:
             self._state = _State.ENDED
 
+    def _emit_reasoning(self, text: str) -> None:
+        if text:
+            self._events.append(Reasoning(text))
+
     def _emit_content(self, text: str) -> None:
         if text:
             self._events.append(Content(text))
+
+    def _gap_text(self, text: str) -> None:
+        self._buffer += text
+        bare = self._buffer.lstrip()
+        if bare.startswith(SINGULAR_END):
+            self._leave_section()
+            self._text(bare[len(SINGULAR_END) :])
 
     def _argument_text(self, text: str) -> None:
         text = self._buffer + text
@@ -171,55 +189,59 @@ class ChatStream:
 
     # --- markers ----------------------------------------------------------------------------------
 
-    def _think_begin(self) -> None:
+    def _control(self, token: int) -> None:
+        """A control token: it ends the text before it, whatever else it does."""
+        before_call = token == self._markers.call_begin
         if self._state is _State.CONTENT:
-            self._emit_content(self._content.leave())
+            self._emit_content(self._content.leave(before_call=before_call))
+        elif self._state is _State.REASONING:
+            self._emit_reasoning(self._reasoning.leave(before_call=before_call))
+        if handler := self._on_marker.get(token):
+            handler()
+        else:
+            name = self._tokenizer.special_names.get(token, f"token id {token}")
+            self._stray(f"{name} does not belong in an answer")
+
+    def _think_begin(self) -> None:
+        if self._state in (_State.CONTENT, _State.GAP):
+            self._drop_gap()
+            self._in_section = False
             self._enter(_State.REASONING)
         elif self._state is not _State.REASONING:
-            self._stray("<think> inside a tool section")
+            self._stray("<think> inside a tool call")
 
     def _think_end(self) -> None:
         if self._state is _State.REASONING:
             self._enter_content()
-        elif self._state is _State.CONTENT:
-            self._emit_content(self._content.leave())
-        else:
+        elif self._state is not _State.CONTENT:
             self._stray("</think> inside a tool section")
 
     def _section_begin(self) -> None:
         self._end_open_call()
         self._drop_gap()
-        self._leave_text()
         self._in_section = True
         self._enter(_State.GAP)
 
     def _section_end(self) -> None:
-        if self._state is _State.CONTENT:
-            self._emit_content(self._content.leave())
+        if self._state is _State.CONTENT and self._content.after_section:
+            return  # of a call that had no section begin
         if self._state in (_State.CONTENT, _State.REASONING):
-            if (
-                not self._content.after_section
-            ):  # else it closes the section of a call that had no section begin
-                self._stray("a tool section ends that never began")
+            self._stray("a tool section ends that never began")
             return
         self._end_open_call()
         self._drop_gap()
-        self._leave_text()
         self._leave_section()
 
     def _call_begin(self) -> None:
         self._end_open_call(repeated=True)
-        self._drop_gap()
-        self._leave_text(before_call=True)
+        self._drop_gap(before_call=True)
         self._enter(_State.HEADER)
 
     def _argument_begin(self) -> None:
-        if self._state is _State.GAP and self._tools.name_of(self._buffer):
-            self._state = _State.HEADER  # the call's begin is missing, its id is not
-        if self._state is not _State.HEADER:
+        if self._state is _State.HEADER or (self._state is _State.GAP and self._buffer.strip()):
+            self._open_call(self._buffer)
+        else:
             self._stray("<|tool_call_argument_begin|> outside a call")
-            return
-        self._open_call(self._buffer)
 
     def _call_end(self) -> None:
         if self._state in (_State.HEADER, _State.ARGUMENTS, _State.UNNAMED):
@@ -250,8 +272,9 @@ class ChatStream:
         """End the call that is open, if one is; the state is then the one between calls."""
         if self._state is _State.HEADER:
             header = self._buffer
-            if repeated:  # a call began twice: what stood between is no call
-                self._malformed(header, "a call began again before its arguments")
+            if repeated:  # what stood between is no call
+                if header.strip():
+                    self._malformed(header, "a call began again before its arguments")
             else:  # the arguments are absent, or the marker before them is
                 at = header.find("{")
                 self._open_call(header if at < 0 else header[:at])
@@ -280,22 +303,28 @@ class ChatStream:
         self._events.append(ToolCallArguments(self._calls - 1, arguments or "{}"))
         self._events.append(ToolCallEnd(self._calls - 1))
 
+    def _cut_open_call(self) -> None:
+        """Generation ended inside a call, if one is open: what there is goes out, and it is told."""
+        reason = "the answer ended inside a tool call"
+        match self._state:
+            case _State.HEADER:
+                self._malformed(self._buffer, "the answer ended inside a call's id")
+            case _State.ARGUMENTS:
+                self._events.append(ToolCallEnd(self._calls - 1))
+                self._stray(reason)
+            case _State.UNNAMED:
+                self._malformed(self._header + self._buffer, reason)
+
     # --- between states ---------------------------------------------------------------------------
 
-    def _leave_text(self, *, before_call: bool = False) -> None:
-        if self._state is _State.CONTENT:
-            self._emit_content(self._content.leave(before_call=before_call))
-
-    def _drop_gap(self) -> None:
-        """Text between calls is not content; the singular section end in it ends the section."""
+    def _drop_gap(self, *, before_call: bool = False) -> None:
+        """Text between calls is not content; the singular section begin before a call is not even text."""
         if self._state is not _State.GAP:
             return
         buffer, self._buffer = self._buffer, ""
-        text = buffer.lstrip()
-        if text.startswith(SINGULAR_END):
-            self._leave_section()
-            self._text(text[len(SINGULAR_END) :])
-        else:
+        if before_call and (bare := buffer.rstrip()).endswith(SINGULAR_BEGIN):
+            buffer = bare.removesuffix(SINGULAR_BEGIN)
+        if buffer.strip():
             self._malformed(buffer, "text between tool calls")
 
     def _leave_section(self) -> None:
@@ -307,31 +336,28 @@ class ChatStream:
         self._content.begin(after_section=after_section, after_call=after_call)
 
     def _enter(self, state: _State) -> None:
-        if not self._is_over():  # a stop string may have been met while a marker was handled
-            self._state = state
-            self._buffer = ""
+        self._state = state
+        self._buffer = ""
 
     def _close(self, *, at_stop_token: bool) -> None:
         """The answer is over: by a stop token, or because generation ended."""
         self._text(self._utf8.flush())
-        if self._state is _State.HEADER and not at_stop_token:
-            self._malformed(self._buffer, "the answer ended inside a call's id")
-        elif self._state in (_State.ARGUMENTS, _State.UNNAMED, _State.HEADER):
-            cut_off = self._state is _State.ARGUMENTS and not at_stop_token
+        if at_stop_token:
             self._end_open_call()
-            if cut_off:
-                self._stray("the answer ended inside a tool call")
+        else:
+            self._cut_open_call()
         self._drop_gap()
         if self._state is _State.CONTENT:
             self._emit_content(self._content.finish())
+        elif self._state is _State.REASONING:
+            self._emit_reasoning(self._reasoning.leave())
         self._state = _State.ENDED
 
     def _malformed(self, text: str, reason: str) -> None:
-        if text.strip():
-            self._events.append(Malformed(text, reason))
+        self._events.append(Malformed(text, reason))
 
     def _stray(self, reason: str) -> None:
-        self._events.append(Malformed("", reason))
+        self._malformed("", reason)
 
     def _taken(self) -> list[Event]:
         events, self._events = self._events, []

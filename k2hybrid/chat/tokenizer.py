@@ -72,6 +72,11 @@ class Tokenizer:
         vocabulary = read_vocabulary(Path(model_dir))
         return cls(vocabulary.ranks, vocabulary.specials, vocabulary.config)
 
+    @property
+    def encoding(self) -> tiktoken.Encoding:
+        """The byte-pair tokens, without specials."""
+        return self._plain
+
     def named(self, key: str) -> str | None:
         """The spelling that tokenizer_config.json gives as `bos_token`, `eos_token`, …"""
         return named_token(self.config, key)

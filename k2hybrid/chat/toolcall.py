@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,6 +20,9 @@ _HEADER = re.compile(r"(?P<functions>functions\.)?(?P<name>[\w.\-]*[^\W\d][\w.\-
 _NAMELESS = re.compile(r"(?:functions[.:])?(?:call_)?:?\d+|call_\w+")
 _MAX_HEADER_CHARS = 256  # tool names have at most 64
 _REWRITTEN = re.compile(r"(?:functions[._:])?(?P<name>.+?)(?:[_:.\-]\d+)?")
+_ORPHAN = re.compile(r"functions[._:](?P<name>[\w.\-]{1,64}?)(?:[_:.\-]\d+)?")  # an id that tells a name
+_NAME = re.compile(r"[\w.\-]{1,64}")
+_REPLACED = re.compile(r"[^0-9A-Za-z]+")  # what clients replace in ids
 
 
 def canonical_id(name: str, index: int) -> str:
@@ -37,63 +41,121 @@ class _OpenCall:
 
 
 def canonicalise(messages: Sequence[Message]) -> tuple[list[Message], int]:
-    """Rename the ids of calls and their results; returns the messages and the number of calls in them.
+    """Rename the ids of calls and their results; returns the messages and the number of ids given.
 
-    A result belongs to the unanswered call with its id, the latest turn first; failing that, to the first
-    unanswered call of the latest turn (preferring one with its name). A result without a name gets its
-    call's.
+    A result belongs to the unanswered call with its id, the latest turn first, whatever a client replaced in
+    it (`functions_f_0` for `functions.f:0`); failing that, to a call with its id that has a result already;
+    failing that, to the first unanswered call of the latest turn (preferring one with its name). A result
+    without a name gets its call's.
+
+    A result of no call at all, as where a client cut a history short, is that of a call that is not shown: it
+    has a number of its own, and the name it tells or `unknown`. So the model reads no foreign id, and no
+    later call is taken for its.
     """
+    history = _History()
     result = list(messages)
-    unanswered: list[_OpenCall] = []
-    turn: list[_OpenCall] = []  # the latest turn's calls; those answered are removed
-    count = 0
     position = 0
     while position < len(result):
         message = result[position]
         if message.tool_calls:
-            unanswered += turn
-            turn = []
-            calls = []
-            for call in message.tool_calls:
-                turn.append(_OpenCall(call.id, call.name, canonical_id(call.name, count)))
-                calls.append(ToolCall(turn[-1].id, call.name, call.arguments))
-                count += 1
-            result[position] = replace(message, tool_calls=tuple(calls))
+            result[position] = replace(message, tool_calls=history.turn(message.tool_calls))
             position += 1
         elif message.role == "tool":
             end = position
             while end < len(result) and result[end].role == "tool" and not result[end].tool_calls:
                 end += 1
-            result[position:end] = _answer(result[position:end], turn, unanswered)
+            result[position:end] = history.answer(result[position:end])
             position = end
         else:
             position += 1
-    return result, count
+    return result, history.count
 
 
-def _answer(results: list[Message], turn: list[_OpenCall], older: list[_OpenCall]) -> list[Message]:
-    """Give each of a run of results its call: all exact ids first, then by order."""
-    chosen: list[_OpenCall | None] = [None] * len(results)
-    for i, message in enumerate(results):
-        if message.tool_call_id:
-            chosen[i] = _take(turn, message.tool_call_id) or _take(older, message.tool_call_id, latest=True)
-    for i, message in enumerate(results):
-        if chosen[i] is None and turn:
-            named = next((call for call in turn if message.name and call.name == message.name), turn[0])
-            turn.remove(named)
-            chosen[i] = named
-    return [
-        message if call is None else replace(message, tool_call_id=call.id, name=message.name or call.name)
-        for message, call in zip(results, chosen, strict=True)
-    ]
+@dataclass(slots=True)
+class _Call:
+    given_id: str
+    name: str
+    id: str
+    answered: bool = False
 
 
-def _take(calls: list[_OpenCall], given_id: str, latest: bool = False) -> _OpenCall | None:
-    order = range(len(calls) - 1, -1, -1) if latest else range(len(calls))
-    for i in order:
-        if calls[i].given_id == given_id:
-            return calls.pop(i)
-    return None
+class _History:
+    """The calls so far: `count` ids were given. Every look-up is one in a table, as histories are long."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._turn: list[_Call] = []
+        self._latest: dict[tuple[str, str], deque[_Call]] = {}  # of the latest turn, the first one first
+        self._older: dict[tuple[str, str], deque[_Call]] = {}  # of earlier turns, the latest first
+        self._answered: dict[str, _Call] = {}
+
+    def turn(self, calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
+        """The calls of one message, renamed."""
+        for call in self._turn:
+            if not call.answered:
+                for word in (("id", call.given_id), ("key", _key(call.given_id))):
+                    self._older.setdefault(word, deque()).appendleft(call)
+        self._turn = [_Call(call.id, call.name, self._next_id(call.name)) for call in calls]
+        self._latest = {}
+        for call in self._turn:
+            words = (("id", call.given_id), ("key", _key(call.given_id)), ("name", call.name), ("any", ""))
+            for word in words:
+                self._latest.setdefault(word, deque()).append(call)
+        return tuple(
+            ToolCall(known.id, call.name, call.arguments)
+            for known, call in zip(self._turn, calls, strict=True)
+        )
+
+    def answer(self, results: Sequence[Message]) -> list[Message]:
+        """A run of results, each with the id of its call: by id as far as there are any, then by order."""
+        chosen = [self._by_id(message.tool_call_id) for message in results]
+        answer = []
+        for message, call in zip(results, chosen, strict=True):
+            call = call or self._by_order(message)
+            if call is None:
+                answer.append(replace(message, tool_call_id=self._next_id(_orphan_name(message))))
+            else:
+                answer.append(replace(message, tool_call_id=call.id, name=message.name or call.name))
+        return answer
+
+    def _next_id(self, name: str) -> str:
+        self.count += 1
+        return canonical_id(name, self.count - 1)
+
+    def _by_id(self, given_id: str | None) -> _Call | None:
+        if not given_id:
+            return None
+        key = _key(given_id)
+        for calls in (self._latest, self._older):
+            call = self._take(calls, ("id", given_id)) or self._take(calls, ("key", key))
+            if call is not None:
+                return call
+        return self._answered.get(key)
+
+    def _by_order(self, message: Message) -> _Call | None:
+        named = self._take(self._latest, ("name", message.name)) if message.name else None
+        return named or self._take(self._latest, ("any", ""))
+
+    def _take(self, calls: dict[tuple[str, str], deque[_Call]], word: tuple[str, str]) -> _Call | None:
+        """The first unanswered call under `word`, which is then answered."""
+        queue = calls.get(word, deque())
+        while queue:
+            call = queue.popleft()
+            if not call.answered:
+                call.answered = True
+                self._answered[_key(call.given_id)] = call
+                return call
+        return None
+
+
+def _key(given_id: str) -> str:
+    return _REPLACED.sub("_", given_id)
+
+
+def _orphan_name(message: Message) -> str:
+    told = _ORPHAN.fullmatch(message.tool_call_id or "")
+    name = message.name or (told["name"] if told else "")
+    return name if _NAME.fullmatch(name) else "unknown"
 
 
 # --- the model's own headers ----------------------------------------------------------------------

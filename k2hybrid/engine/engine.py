@@ -24,7 +24,7 @@ from k2hybrid.engine.sequence import Phase, Sequence
 from k2hybrid.engine.step import Pass, StepModel, StepResult, StepRunner
 from k2hybrid.errors import EngineError, ExpertReadError, TimeLimitError
 from k2hybrid.model.sampler import Sampler
-from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, TokenEvent
+from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, StopRule, TokenEvent, TokenLogprob
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +61,28 @@ class JobHandle:
             EngineError: the job is not resumable, or the engine is stopped.
         """
         return self._engine.resume(self._sequence, sink)
+
+    def go_on(
+        self,
+        sink: Callable[[EngineEvent], None],
+        keep: int,
+        *,
+        stop: StopRule | None = None,
+        temperature: float = 0.0,
+    ) -> JobHandle:
+        """Go on, after the job's end, behind the first `keep` tokens that it generated.
+
+        Sampler and mask go on as they are, but for the tokens taken back. `sink` is given what is new alone.
+        Once; afterwards this handle is spent.
+
+        Args:
+            stop: another rule; None: the same.
+            temperature: at least so much from now on, so that another try may differ.
+
+        Raises:
+            EngineError: the job has not ended, or the engine is stopped.
+        """
+        return self._engine.go_on(self._sequence, sink, keep, stop, temperature)
 
     def lease(self, seconds: float) -> None:
         """Keep the job's latents from eviction for a time, as far as nobody running needs the room."""
@@ -203,6 +225,37 @@ class Engine:
             )
         )
 
+    def go_on(
+        self,
+        ended: Sequence,
+        sink: Callable[[EngineEvent], None],
+        keep: int,
+        stop: StopRule | None,
+        temperature: float,
+    ) -> JobHandle:
+        """See `JobHandle.go_on`."""
+        if ended.phase is not Phase.DONE:
+            raise EngineError(f"request {ended.job.request_id!r} has not ended")
+        length = ended.prompt_tokens + keep
+        ended.sampler.forget(ended.ids[length:])
+        ended.sampler.warm(temperature)
+        return self._enqueue(
+            Sequence(
+                number=next(self._numbers),
+                job=replace(ended.job, sink=sink, stop=stop or ended.job.stop),
+                sampler=ended.sampler,
+                ids=ended.ids[:length],
+                prompt_tokens=ended.prompt_tokens,
+                reserved_pages=ended.reserved_pages,
+                kept=ended.kept[:keep],
+                goes_on=True,
+                cached_before=ended.cached_of_prompt,
+                submitted_s=ended.submitted_s,
+                started_s=ended.started_s,
+                first_token_s=ended.first_token_s,
+            )
+        )
+
     def call(self, function: Call) -> None:
         """Have the engine's thread call `function` between two steps."""
         self._inbox.call(function)
@@ -213,7 +266,7 @@ class Engine:
 
     def _enqueue(self, sequence: Sequence) -> JobHandle:
         # What was let in once comes back whenever it likes.
-        limit = None if sequence.resumes else self._max_queue
+        limit = None if sequence.resumes or sequence.goes_on else self._max_queue
         self._inbox.put(sequence, limit=limit, waiting=lambda: len(self._waiting))
         return JobHandle(self, sequence)
 
@@ -437,6 +490,8 @@ class Engine:
                 self._finish(sequence, "length")
             else:
                 # Whoever waits for this prefix goes on from here.
+                if sequence.job.progress and not sequence.generated:
+                    self._emit(sequence, sequence.progress())
                 self._memory.publish(sequence)
                 self._keep(sequence)
                 self._waiting.unblock()
@@ -444,27 +499,58 @@ class Engine:
         job = sequence.job
         try:
             token, logprob = sequence.sampler.sample(result.logits[share.number], job.mask)
-            ends = job.stop.push(token)
+            events = (
+                [TokenEvent(token, logprob)] if job.mask is None else self._taken(sequence, token, logprob)
+            )
+            del events[job.max_tokens - sequence.generated :]
+            ends = False
+            for at, event in enumerate(events, 1):
+                if ends := job.stop.push(event.token):
+                    del events[at:]
         except Exception as error:  # non-finite logits, or a mask or stop rule at fault: this request alone
             self._fail(sequence, error)
             return
+        paged = sequence.computed // self._memory.page_tokens
         sequence.computed += share.tokens
-        sequence.ids.append(token)
+        first = sequence.generated == 0
+        sequence.ids += [event.token for event in events]
         sequence.last_token_s = time.perf_counter()
         if not sequence.first_token_s:
             sequence.first_token_s = sequence.last_token_s
+            if job.progress:
+                self._emit(sequence, sequence.progress())
             self._memory.publish(sequence)
             self._waiting.unblock()
-        if sequence.computed % self._memory.page_tokens == 0 or sequence.generated == 1:
+        if sequence.computed // self._memory.page_tokens != paged or first:
             self._keep(sequence)
-        event = TokenEvent(token, logprob)
         if job.resumable:
-            sequence.kept.append(event)
-        self._emit(sequence, event)
+            sequence.kept += events
+        for event in events:
+            self._emit(sequence, event)
         if ends:
-            self._finish(sequence, "stop")
+            self._finish(sequence, "paused" if job.stop.paused else "stop")
         elif sequence.generated >= job.max_tokens:
             self._finish(sequence, "length")
+
+    @staticmethod
+    def _taken(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> list[TokenEvent]:
+        """What the job's mask makes of the token that was chosen. What it forces has probability 1."""
+        mask = sequence.job.mask
+        tokens = (token,) if mask is None else mask.accept(token)
+        if len(tokens) == 1 and tokens[0] == token:
+            return [TokenEvent(token, logprob)]
+        sequence.sampler.correct(token, tokens)
+        return [
+            TokenEvent(
+                taken,
+                logprob
+                if at == 0 and taken == token
+                else None
+                if logprob is None
+                else TokenLogprob(taken, 0.0, ((taken, 0.0),) if logprob.top else ()),
+            )
+            for at, taken in enumerate(tokens)
+        ]
 
     # --- ends -------------------------------------------------------------------------------------
 
@@ -508,7 +594,7 @@ class Engine:
         sequence.phase = Phase.DONE
         self._waiting.unblock()
         usage = sequence.usage()
-        if not sequence.job.background:
+        if not sequence.job.background and reason != "paused":
             self.metrics.request(reason, usage)
         sequence.done = DoneEvent(reason, usage, error)
         self._emit(sequence, sequence.done)

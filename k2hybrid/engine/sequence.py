@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from k2hybrid.cache.page_keys import PageKey
-from k2hybrid.types import DoneEvent, Job, ReasonCode, TokenEvent, Usage
+from k2hybrid.types import DoneEvent, Job, PromptProgress, ReasonCode, TokenEvent, Usage
 
 if TYPE_CHECKING:
     from k2hybrid.model.sampler import Sampler
@@ -47,6 +47,8 @@ class Sequence:
     kept: list[TokenEvent] = field(default_factory=list)  # of a resumable job: all that was delivered
     done: DoneEvent | None = None
     resumes: Sequence | None = None  # whose progress it takes over before it waits
+    goes_on: bool = False  # what an ended one generated is its beginning
+    cached_before: int | None = None  # of the prompt, as that one began
     submitted_s: float = field(default_factory=time.perf_counter)
     started_s: float = 0.0  # first prefill step
     first_token_s: float = 0.0
@@ -66,13 +68,25 @@ class Sequence:
         """Whether the next step gives the next token from one row; not while a resumed one is prefilled."""
         return self.generated > 0 and self.pending == 1
 
+    @property
+    def cached_of_prompt(self) -> int:
+        """Tokens of the prompt that were not prefilled for this request."""
+        cached = self.cached_tokens if self.cached_before is None else self.cached_before
+        return min(cached, self.prompt_tokens)
+
+    def progress(self) -> PromptProgress:
+        """How far the prompt is."""
+        ms = (time.perf_counter() - self.started_s) * 1e3 if self.started_s else 0.0
+        cached = self.cached_of_prompt
+        return PromptProgress(self.prompt_tokens, cached, min(self.computed, self.prompt_tokens), ms)
+
     def usage(self) -> Usage:
         """Counts and times so far. Time in the queue belongs to neither prefill nor decode."""
         prefill_s = self.first_token_s - self.started_s if self.first_token_s else 0.0
         return Usage(
             prompt_tokens=self.prompt_tokens,
             completion_tokens=self.generated,
-            cached_tokens=min(self.cached_tokens, self.prompt_tokens),
+            cached_tokens=self.cached_of_prompt,
             prefill_ms=prefill_s * 1e3,
             decode_ms=(self.last_token_s - self.first_token_s) * 1e3,
         )

@@ -15,7 +15,8 @@ Order of operations, all in fp32 on this row alone, so that no other request can
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
@@ -87,7 +88,8 @@ class Sampler:
         self._uniform = np.random.Generator(np.random.Philox(key=key))
         self._padded: Row = np.empty(0, np.float32)
         self._counts: dict[int, int] = {}  # of generated tokens
-        self._seen: set[int] = set(prompt) if params.repetition_penalty != 1.0 else set()
+        self._prompt = frozenset(prompt) if params.repetition_penalty != 1.0 else frozenset()
+        self._seen = set(self._prompt)
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
 
@@ -95,8 +97,8 @@ class Sampler:
         """Choose a token and count it.
 
         Args:
-            logits: fp32 [vocab] on the CPU; left unchanged.
-            mask: forbids tokens; asked to `apply`, and told what was chosen.
+            logits: fp32 [vocab] on the CPU; a mask may be written into it.
+            mask: forbids tokens; asked to `apply`. What it makes of the choice goes to `correct`.
 
         Raises:
             EngineError: a logit is not finite, or the mask forbids every token.
@@ -109,19 +111,46 @@ class Sampler:
             )
         row = self._adjusted(logits, raw, mask)
         token = self._choose(row)
+        self._count(token)
+        return token, self._logprob(raw, best, token)
+
+    def correct(self, chosen: int, taken: Sequence[int]) -> None:
+        """Instead of `chosen`, the token sampled last, the tokens `taken` were generated."""
+        self.forget([chosen])
+        for token in taken:
+            self._count(token)
+
+    def forget(self, tokens: Iterable[int]) -> None:
+        """These were generated and are taken back."""
+        for token in tokens:
+            left = self._counts.get(token, 0) - 1
+            if left > 0:
+                self._counts[token] = left
+            else:
+                self._counts.pop(token, None)
+                if token not in self._prompt:
+                    self._seen.discard(token)
+
+    def warm(self, temperature: float) -> None:
+        """Draw at `temperature` from now on, if it was lower."""
+        if self._params.temperature < temperature:
+            self._params = replace(self._params, temperature=temperature)
+
+    def _count(self, token: int) -> None:
         self._counts[token] = self._counts.get(token, 0) + 1
         if self._params.repetition_penalty != 1.0:
             self._seen.add(token)
-        if mask is not None:
-            mask.accept(token)
-        return token, self._logprob(raw, best, token)
 
     def _adjusted(self, logits: torch.Tensor, raw: Row, mask: LogitsMask | None) -> Row:
         params = self._params
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
-        if mask is None and not penalised and params.repetition_penalty == 1.0 and not self._bias_ids.size:
-            return raw
-        changed = logits.clone()  # numpy and torch see the same memory
+        if not penalised and params.repetition_penalty == 1.0 and not self._bias_ids.size:
+            if mask is None:
+                return raw
+            if params.logprobs is None:  # numpy and torch see the same memory
+                mask.apply(logits)
+                return raw
+        changed = logits.clone()
         row: Row = changed.numpy()
         if self._seen:
             seen = np.fromiter(self._seen, np.int64)

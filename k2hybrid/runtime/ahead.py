@@ -104,6 +104,8 @@ class Ahead:
 
 
 class _Never:
+    paused = False
+
     def push(self, token: int) -> bool:
         return False
 

@@ -7,13 +7,13 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass, replace
 
 from k2hybrid.chat.stream import ChatStream
-from k2hybrid.runtime.generate import TokenRun
+from k2hybrid.runtime.guarded import GuardedRun, Item
 from k2hybrid.types import (
     ChatRequest,
     Event,
+    Malformed,
     PromptProgress,
     ReasonCode,
-    TokenEvent,
     TokenLogprob,
     Usage,
 )
@@ -48,7 +48,7 @@ class ChatRun:
     def __init__(
         self,
         request: ChatRequest,
-        tokens: TokenRun,
+        tokens: GuardedRun,
         stream: Callable[[], ChatStream],
         max_tokens: int,
         ended: Callable[[ChatRun], None] = lambda run: None,
@@ -111,20 +111,25 @@ class ChatRun:
             K2Error: what made the answer fail.
         """
         with closing(iter(self._tokens)) as tokens:
-            for token in tokens:
-                yield self._delta(token)
+            for item in tokens:
+                yield self._delta(item)
         if rest := self._finish():
             yield rest
 
     async def __aiter__(self) -> AsyncGenerator[Delta, None]:
         """As `__iter__`, never blocking the event loop."""
         async with aclosing(aiter(self._tokens)) as tokens:
-            async for token in tokens:
-                yield self._delta(token)
+            async for item in tokens:
+                yield self._delta(item)
         if rest := self._finish():
             yield rest
 
-    def _delta(self, event: TokenEvent) -> Delta:
+    def _delta(self, event: Item) -> Delta:
+        if isinstance(event, PromptProgress):
+            return Delta(progress=event)
+        if isinstance(event, Malformed):
+            self.events.append(event)
+            return Delta((event,))
         before = self._stream.in_reasoning
         events = self._stream.push(event.token)
         self._reasoning_tokens += before or self._stream.in_reasoning  # so `<think>` and `</think>` count too

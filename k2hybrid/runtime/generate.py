@@ -7,7 +7,15 @@ from collections.abc import AsyncGenerator, Callable, Collection, Generator
 from k2hybrid.engine.engine import JobHandle
 from k2hybrid.errors import EngineError, K2Error
 from k2hybrid.runtime.mailbox import Mailbox
-from k2hybrid.types import EngineEvent, ReasonCode, TokenEvent, Usage
+from k2hybrid.types import (
+    DoneEvent,
+    EngineEvent,
+    PromptProgress,
+    ReasonCode,
+    StopRule,
+    TokenEvent,
+    Usage,
+)
 
 
 class StopTokens:
@@ -15,6 +23,7 @@ class StopTokens:
 
     def __init__(self, tokens: Collection[int]) -> None:
         self._tokens = frozenset(tokens)
+        self.paused = False
 
     def push(self, token: int) -> bool:
         """True if generation ends with `token`."""
@@ -46,12 +55,19 @@ class TokenRun:
         self.cancel()
         return TokenRun(lambda mailbox: self._handle.resume(mailbox.put), self.prompt_tokens)
 
+    def go_on(self, keep: int, *, stop: StopRule | None = None, temperature: float = 0.0) -> TokenRun:
+        """What follows the first `keep` tokens of a run that has ended; see `JobHandle.go_on`."""
+        return TokenRun(
+            lambda mailbox: self._handle.go_on(mailbox.put, keep, stop=stop, temperature=temperature),
+            self.prompt_tokens,
+        )
+
     def lease(self, seconds: float) -> None:
         """See `JobHandle.lease`."""
         self._handle.lease(seconds)
 
-    def __iter__(self) -> Generator[TokenEvent, None, None]:
-        """Tokens as they come.
+    def __iter__(self) -> Generator[TokenEvent | PromptProgress, None, None]:
+        """Tokens as they come; before the first, how far the prompt is, if the job tells.
 
         Raises:
             K2Error: what made the job fail.
@@ -64,7 +80,7 @@ class TokenRun:
         finally:
             self._left()
 
-    async def __aiter__(self) -> AsyncGenerator[TokenEvent, None]:
+    async def __aiter__(self) -> AsyncGenerator[TokenEvent | PromptProgress, None]:
         """As `__iter__`, never blocking the event loop."""
         try:
             while self.finish_reason is None:
@@ -74,8 +90,8 @@ class TokenRun:
         finally:
             self._left()
 
-    def _received(self, event: EngineEvent) -> TokenEvent | None:
-        if isinstance(event, TokenEvent):
+    def _received(self, event: EngineEvent) -> TokenEvent | PromptProgress | None:
+        if not isinstance(event, DoneEvent):
             return event
         self.finish_reason = event.reason
         self.usage = event.usage

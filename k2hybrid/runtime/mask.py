@@ -1,23 +1,75 @@
-"""A logits mask that forbids a fixed set of tokens. Layer 5."""
+"""Logits masks: what `chat` allows, written into a row of logits. Layer 5."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from concurrent.futures import Executor, Future
 
-if TYPE_CHECKING:
-    import torch
+import numpy as np
+import torch
+
+from k2hybrid.chat.constraint import Allowed, Constraint
+from k2hybrid.native import mask_logits
+
+# A grammar's mask takes longer the larger the vocabulary; handing it to another thread takes longer than a
+# small one.
+OFFLOAD_FROM = 32_768
 
 
-class ForbidTokens:
-    """A `types.LogitsMask`: the given tokens are never chosen."""
+class ConstraintMask:
+    """A `types.LogitsMask` over a `Constraint`.
 
-    def __init__(self, tokens: Iterable[int]) -> None:
-        self._tokens = sorted(set(tokens))
+    Args:
+        plain_tokens: ids below are plain tokens, the others specials.
+        executor: computes the mask of the next token while the model runs; None: when it is needed.
+    """
+
+    def __init__(self, constraint: Constraint, plain_tokens: int, executor: Executor | None = None) -> None:
+        self._constraint = constraint
+        self._plain = plain_tokens
+        self._executor = executor
+        self._next: Future[Allowed] | None = None
+
+    @property
+    def paused(self) -> bool:
+        """Whether what was generated is to be validated before it goes on."""
+        return self._constraint.paused
+
+    @property
+    def broken(self) -> bool:
+        """See `Constraint.broken`; from any thread."""
+        return self._constraint.broken
 
     def apply(self, logits: torch.Tensor) -> None:
-        """Set the tokens' entries of `logits` [vocab] to −inf, in place."""
-        logits[self._tokens] = float("-inf")
+        """Set forbidden entries of `logits` [vocab] to −inf, in place."""
+        allowed = self._settled() or self._constraint.allowed()
+        row = logits.numpy()  # the same memory; numpy is quicker with a few
+        ids = list(allowed.specials)
+        kept = row[ids]
+        row[self._plain :] = -np.inf
+        row[ids] = kept
+        if allowed.bits is not None:
+            mask_logits(logits[: self._plain], allowed.bits)
+        elif not allowed.text:
+            row[: self._plain] = -np.inf
 
-    def accept(self, token: int) -> None:
-        """Nothing to remember: the set does not change."""
+    def accept(self, token: int) -> list[int]:
+        """`token` was chosen; see `Constraint.accept`."""
+        taken = self._constraint.accept(token)
+        if self._executor is not None and self._constraint.needs_grammar and not self.paused:
+            self._next = self._executor.submit(self._constraint.allowed)
+        return taken
+
+    def resume(self) -> None:
+        """See `Constraint.resume`; while the job does not run."""
+        self._settled()
+        self._constraint.resume()
+
+    def rewind(self, generated: int) -> None:
+        """See `Constraint.rewind`; while the job does not run."""
+        self._settled()
+        self._constraint.rewind(generated)
+
+    def _settled(self) -> Allowed | None:
+        """What was computed ahead, if anything was; nobody else is at the constraint afterwards."""
+        computing, self._next = self._next, None
+        return None if computing is None else computing.result()

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from types import TracebackType
 
+from k2hybrid.chat.constraint import Phase
 from k2hybrid.chat.exchanges import Exchanges, Recalled, gather
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.prompt import Prompt
@@ -17,16 +18,17 @@ from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
-from k2hybrid.errors import ContextLengthError, EngineError, RequestError
+from k2hybrid.errors import ContextLengthError, EngineError
 from k2hybrid.runtime.ahead import Ahead
 from k2hybrid.runtime.chat import ChatRun
+from k2hybrid.runtime.completion import TextRun, prompt_ids
 from k2hybrid.runtime.generate import StopTokens, TokenRun
-from k2hybrid.runtime.mask import ForbidTokens
+from k2hybrid.runtime.guarded import GuardedRun, InvalidCalls
+from k2hybrid.runtime.mask import ConstraintMask
 from k2hybrid.runtime.parking import Parking
+from k2hybrid.runtime.rules import Rulebook
 from k2hybrid.runtime.sessions import Sessions
-from k2hybrid.types import ChatRequest, Job, SamplingParams
-
-TOOL_CHOICES = ("auto", "none")
+from k2hybrid.types import ChatRequest, CompletionRequest, Job, SamplingParams
 
 
 class Runtime:
@@ -64,12 +66,18 @@ class Runtime:
         exchanges = Exchanges(self._markers, tokenizer)
         self._sessions = sessions or Sessions(exchanges, engine.page_tokens)
         self._parking: Parking[ChatRun] = Parking(ttl_s=config.retry_seconds)
+        self._rulebook = Rulebook(tokenizer, self._markers, self._stop_ids)
         self._ahead = Ahead(self._prompt_ids, engine.submit, lambda: engine.idle)
 
     @property
     def context_tokens(self) -> int:
         """Prompt and output of one request at most: what the context and the latent pages both hold."""
         return self.engine.capacity_tokens
+
+    @property
+    def invalid_calls(self) -> InvalidCalls:
+        """Counts of tool calls that did not fit their schema."""
+        return self._rulebook.invalid_calls
 
     def generate(
         self,
@@ -105,8 +113,8 @@ class Runtime:
         Rendering and tokenizing take as long as the history is long, so an event loop calls `start_chat`.
         Several answers to one request are several calls, with different seeds; they share one prefill.
 
-        Without tools, and with tool_choice "none", the tokens that open a tool call are forbidden. Declared
-        tools are rendered either way, so that the prefix of the conversation stays the same.
+        Without tools, and with tool_choice "none", no tool call can begin. Declared tools are rendered either
+        way, so that the prefix of the conversation stays the same.
 
         Raises:
             RequestError: the request is at fault (`param` names the field).
@@ -114,12 +122,6 @@ class Runtime:
             TemplateError: the checkpoint's template failed on it.
             CapacityError: the queue is full.
         """
-        if request.tool_choice not in TOOL_CHOICES:
-            raise RequestError(
-                f"tool_choice {request.tool_choice!r} is not supported in this version; use 'auto' or 'none'",
-                param="tool_choice",
-                code="invalid_value",
-            )
         self._require_open()
         key = request.retry_key
         if key and (parked := self._parking.take(key)) is not None:
@@ -127,17 +129,28 @@ class Runtime:
         recalled = self._sessions.exchanges.recall(request.scope, request.messages)
         if not request.reuse:
             recalled = Recalled(request.messages, context_key=recalled.context_key)
-        prompt = self.template.render(recalled.messages, request.tools)
-        prompt = replace(prompt, ids=self._sessions.exchanges.spliced(prompt.ids, recalled))
+        prompt = self._prompt(request, recalled)
         request = replace(request, store=request.store and recalled.store)
         limit = self._output_tokens(len(prompt.ids), request.max_tokens, "messages")
+        rules, guard = self._rulebook.rules(
+            request, prompt, limit, lambda read: self._stop_rule(request, prompt, mask, read)
+        )
+        mask = self._rulebook.mask(rules)
         tokens = TokenRun(
-            lambda mailbox: self.engine.submit(self._job(request, prompt, limit, mailbox.put)),
+            lambda mailbox: self.engine.submit(self._job(request, prompt, limit, mask, mailbox.put)),
             len(prompt.ids),
+        )
+        guarded = GuardedRun(
+            tokens,
+            guard,
+            mask,
+            self._markers,
+            self.tokenizer,
+            in_reasoning=rules.phase is not Phase.CONTENT,
         )
         return ChatRun(
             request,
-            tokens,
+            guarded,
             lambda: ChatStream(
                 self._markers,
                 self.tokenizer,
@@ -150,6 +163,17 @@ class Runtime:
             ended=lambda run: self._ended(recalled, prompt, run),
             parked=(lambda run: self._parking.put(key, run, ChatRun.cancel)) if key else None,
         )
+
+    def complete(self, request: CompletionRequest) -> TextRun:
+        """Tokenize and queue a text to be continued as it stands; iterate the result for more of it.
+
+        Raises:
+            RequestError, ContextLengthError, CapacityError, EngineError: as `generate`.
+        """
+        self._require_open()
+        ids = prompt_ids(request, self.tokenizer)
+        limit = self._output_tokens(len(ids), request.max_tokens, "prompt")
+        return TextRun(request, ids, limit, self.tokenizer, self._stop_ids, self.engine.submit)
 
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that `chat` would make of `request`; raises as it does."""
@@ -172,6 +196,7 @@ class Runtime:
             self._parking.close()
             self._ahead.close()
             self.engine.stop()
+            self._rulebook.close()
             self._sessions.close()
             self.template.close()
             self._release()
@@ -184,28 +209,44 @@ class Runtime:
     ) -> None:
         self.close()
 
-    def _job(self, request: ChatRequest, prompt: Prompt, limit: int, sink: Callable[..., None]) -> Job:
-        may_call = bool(request.tools) and request.tool_choice == "auto"
-        opening = (self._markers.section_begin, self._markers.call_begin)
+    def _job(
+        self,
+        request: ChatRequest,
+        prompt: Prompt,
+        limit: int,
+        mask: ConstraintMask,
+        sink: Callable[..., None],
+    ) -> Job:
         return Job(
             ids=prompt.ids,
             sampling=request.sampling,
             max_tokens=limit,
-            stop=ChatStopRule(
-                self._markers,
-                self.tokenizer,
-                self._stop_ids,
-                request.stop,
-                in_reasoning=prompt.in_reasoning,
-            ),
+            stop=self._stop_rule(request, prompt, mask),
             sink=sink,
-            mask=None if may_call else ForbidTokens(opening),
+            mask=mask,
             request_id=request.request_id,
             scope=request.scope,
             store=request.store,
             reuse=request.reuse,
             resumable=bool(request.retry_key),
+            progress=request.progress,
         )
+
+    def _stop_rule(
+        self, request: ChatRequest, prompt: Prompt, mask: ConstraintMask, read: Sequence[int] = ()
+    ) -> ChatStopRule:
+        """When the answer ends; the rule has read the tokens `read` already."""
+        rule = ChatStopRule(
+            self._markers,
+            self.tokenizer,
+            self._stop_ids,
+            request.stop,
+            in_reasoning=prompt.in_reasoning,
+            pauses=lambda: mask.paused,
+        )
+        for token in read:
+            rule.push(token)
+        return rule
 
     def _ended(self, recalled: Recalled, prompt: Prompt, run: ChatRun) -> None:
         """An answer is out: remember it, and see to the next turn's latents."""
@@ -213,19 +254,37 @@ class Runtime:
         if run.finish_reason not in ("stop", "tool_calls", "length") or request.messages[-1].partial:
             return  # what continues a partial message is no message by itself
         answer = gather(run.events)
+        # What the prompt began of the answer is a part of it.
+        begun = self._begun(prompt.ids)
         made = self._sessions.exchanges.made(
-            request.scope, recalled, answer, run.ids, request.response_id, store=request.store
+            request.scope, recalled, answer, [*begun, *run.ids], request.response_id, store=request.store
         )
-        self._sessions.remember(made, prompt.ids, store=request.store)
+        before = prompt.ids[: len(prompt.ids) - len(begun)]
+        self._sessions.remember(made, before, store=request.store)
         if run.finish_reason == "tool_calls":
             run.lease(self.config.lease_seconds)
         elif run.finish_reason == "stop" and self.config.idle_prefill and not self._closed:
             self._ahead.prefill(replace(request, messages=(*recalled.messages, answer.message())))
 
+    def _begun(self, ids: Sequence[int]) -> Sequence[int]:
+        """What follows the last header in a prompt's ids."""
+        for at in range(len(ids) - 1, -1, -1):
+            if ids[at] == self._markers.im_middle:
+                return ids[at + 1 :]
+        return ()
+
     def _prompt_ids(self, request: ChatRequest) -> list[int]:
-        recalled = self._sessions.exchanges.recall(request.scope, request.messages)
+        return self._prompt(request, self._sessions.exchanges.recall(request.scope, request.messages)).ids
+
+    def _prompt(self, request: ChatRequest, recalled: Recalled) -> Prompt:
+        """The prompt, known answers as they were generated, and thinking over where none is wanted."""
         prompt = self.template.render(recalled.messages, request.tools)
-        return self._sessions.exchanges.spliced(prompt.ids, recalled)
+        ids = self._sessions.exchanges.spliced(prompt.ids, recalled)
+        partial = bool(request.messages) and request.messages[-1].partial
+        if request.thinking or partial:
+            return replace(prompt, ids=ids)
+        begin = () if prompt.in_reasoning else (self._markers.think_begin,)
+        return replace(prompt, ids=[*ids, *begin, self._markers.think_end], in_reasoning=False)
 
     def _output_tokens(self, prompt_tokens: int, asked: int | None, param: str) -> int:
         most = self.context_tokens

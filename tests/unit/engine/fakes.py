@@ -16,7 +16,7 @@ import torch
 from k2hybrid.engine.cost import NetworkSizes
 from k2hybrid.errors import CapacityError, EngineError
 from k2hybrid.model.batch import Batch
-from k2hybrid.types import DoneEvent, EngineEvent, Job, SamplingParams, TokenEvent
+from k2hybrid.types import DoneEvent, EngineEvent, Job, PromptProgress, SamplingParams, TokenEvent
 
 VOCAB = 97
 GREEDY = SamplingParams(temperature=0.0)
@@ -158,6 +158,7 @@ class Collector:
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
+        self.progress: list[PromptProgress] = []
         self.done: DoneEvent | None = None
         self.events = 0
         self.after_done = 0
@@ -170,16 +171,19 @@ class Collector:
         if isinstance(event, TokenEvent):
             self.tokens.append(event.token)
             self.on_token(event.token)
+        elif isinstance(event, PromptProgress):
+            self.progress.append(event)
         else:
             self.done = event
             self.finished.set()
 
 
 class StopAt:
-    """Ends at a token; never, if it is None."""
+    """Ends at a token; never, if it is None. A `pause` is an end that is none yet."""
 
-    def __init__(self, token: int | None = None) -> None:
+    def __init__(self, token: int | None = None, *, pause: bool = False) -> None:
         self.token = token
+        self.paused = pause
 
     def push(self, token: int) -> bool:
         return token == self.token

@@ -33,6 +33,7 @@ from tests.unit.engine.fakes import (
     FakeModel,
     FakePages,
     FakeState,
+    StopAt,
     expected_tokens,
     job,
 )
@@ -431,6 +432,8 @@ def test_a_stop_rule_that_raises_ends_only_its_request() -> None:
     engine, _ = build()
 
     class Bad:
+        paused = False
+
         def push(self, token: int) -> bool:
             raise KeyError("stop")
 
@@ -723,3 +726,130 @@ def test_background_jobs_beyond_the_few_that_may_wait_are_told() -> None:
         engine.submit(replace(job([n] * 6, sink, 0), background=True))
     drain(engine)
     assert [ended(sink) for sink in sinks] == ["cancelled"] * 3 + ["length"] * MAX_BACKGROUND
+
+
+# --- tokens that a mask appends, pauses ---------------------------------------------------------------
+
+
+class Forces:
+    """A mask that forbids nothing, and puts `more` behind the token numbers in it; or others in its place."""
+
+    def __init__(self, more: dict[int, list[int]], instead: bool = False) -> None:
+        self.more = more
+        self.instead = instead
+        self.accepted = 0
+
+    def apply(self, logits: Any) -> None:
+        pass
+
+    def accept(self, token: int) -> list[int]:
+        self.accepted += 1
+        forced = self.more.get(self.accepted, [])
+        return forced if forced and self.instead else [token, *forced]
+
+
+@pytest.mark.parametrize("instead", [False, True])
+def test_forced_tokens_are_run_together_and_the_answer_goes_on_behind_them(instead: bool) -> None:
+    engine, model = build()
+    sink, prompt = Collector(), [1, 2, 3]
+    forced = [4, 5, 6, 7, 8, 9]
+    engine.submit(replace(job(prompt, sink, 10), mask=Forces({2: forced}, instead)))
+    steps = engine.metrics.steps
+    drain(engine)
+    first = expected_tokens(prompt, 2)
+    begun = [*first[: 1 if instead else 2], *forced]
+    assert sink.tokens == [*begun, *expected_tokens([*prompt, *begun], 10 - len(begun))]
+    assert engine.metrics.steps - steps == 10 - len(forced) + (1 if instead else 0)
+    assert sink.done is not None
+    assert sink.done.usage.completion_tokens == 10
+    assert run(engine, [*prompt, *begun], 3).tokens == expected_tokens([*prompt, *begun], 3)
+
+
+def test_forced_tokens_end_where_the_rule_or_the_limit_says() -> None:
+    engine, _ = build()
+    stopped, cut = Collector(), Collector()
+    engine.submit(replace(job([1, 2], stopped, 10, stop=6), mask=Forces({1: [5, 6, 7, 8]})))
+    engine.submit(replace(job([1, 3], cut, 4), mask=Forces({1: [5, 6, 7, 8]})))
+    drain(engine)
+    assert stopped.tokens == [*expected_tokens([1, 2], 1), 5, 6]
+    assert ended(stopped) == "stop"
+    assert cut.tokens == [*expected_tokens([1, 3], 1), 5, 6, 7]
+    assert ended(cut) == "length"
+
+
+def test_the_logprob_of_a_forced_token_is_zero() -> None:
+    engine, _ = build()
+    seen: list[TokenEvent] = []
+    asked = job([1, 2], lambda event: seen.append(event) if isinstance(event, TokenEvent) else None, 5)
+    engine.submit(replace(asked, mask=Forces({1: [5, 6]}), sampling=SamplingParams(0.0, logprobs=1)))
+    drain(engine)
+    values = [event.logprob for event in seen]
+    assert [value is not None and value.logprob == 0.0 for value in values] == [
+        False,
+        True,
+        True,
+        False,
+        False,
+    ]
+
+
+def test_a_paused_job_goes_on_behind_what_is_kept() -> None:
+    engine, model = build()
+    prompt = [(5 * i) % VOCAB for i in range(30)]
+    whole = expected_tokens(prompt, 12)
+    first, second = Collector(), Collector()
+    asked = job(prompt, first, 12)
+    handle = engine.submit(replace(asked, stop=StopAt(whole[7], pause=True)))
+    drain(engine)
+    at = whole.index(whole[7]) + 1
+    assert first.tokens == whole[:at]
+    assert ended(first) == "paused"
+    assert engine.metrics.completion_tokens == 0  # the request is not over
+    before = model.tokens_run
+    handle.go_on(second, 4, stop=StopAt())
+    drain(engine)
+    assert first.tokens[:4] + second.tokens == whole
+    assert model.tokens_run - before <= 12 - 4 + 1  # nothing of the prompt was run again
+    assert second.done is not None
+    assert second.done.usage.completion_tokens == 12
+    assert second.done.usage.prompt_tokens == 30
+    assert second.done.usage.cached_tokens == 0  # as the request began
+
+
+def test_a_resumed_job_that_went_on_gives_all_its_tokens() -> None:
+    engine, _ = build()
+    prompt, whole = [1, 2, 3], expected_tokens([1, 2, 3], 9)
+    first, second, third = Collector(), Collector(), Collector()
+    asked = replace(job(prompt, first, 9), stop=StopAt(whole[3], pause=True), resumable=True)
+    handle = engine.submit(asked)
+    drain(engine)
+    again = handle.go_on(second, len(first.tokens), stop=StopAt())
+    drain(engine)
+    again.resume(third)
+    drain(engine)
+    assert third.tokens == whole
+    assert ended(third) == "length"
+
+
+def test_what_runs_cannot_go_on() -> None:
+    engine, _ = build()
+    handle = engine.submit(job([1, 2], Collector(), 9))
+    engine.tick()
+    with pytest.raises(EngineError, match="has not ended"):
+        handle.go_on(Collector(), 1)
+
+
+def test_progress_of_a_prompt_is_told_if_asked_for() -> None:
+    engine, _ = build(max_step_tokens=8)
+    sink, silent = Collector(), Collector()
+    prompt = [(7 * i) % VOCAB for i in range(30)]
+    engine.submit(replace(job(prompt, sink, 3), progress=True))
+    drain(engine)
+    engine.submit(job([*prompt, 1], silent, 3))
+    drain(engine)
+    told = [entry.processed for entry in sink.progress]
+    assert told == sorted(told)
+    assert told[-1] == 30
+    assert len(told) > 2
+    assert {entry.total for entry in sink.progress} == {30}
+    assert not silent.progress

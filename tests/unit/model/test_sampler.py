@@ -46,13 +46,12 @@ def exact_probabilities(logits: torch.Tensor, params: SamplingParams) -> np.ndar
 class Forbid:
     def __init__(self, *tokens: int) -> None:
         self.tokens = list(tokens)
-        self.accepted: list[int] = []
 
     def apply(self, logits: torch.Tensor) -> None:
         logits[self.tokens] = -math.inf
 
-    def accept(self, token: int) -> None:
-        self.accepted.append(token)
+    def accept(self, token: int) -> list[int]:
+        return [token]
 
 
 @pytest.mark.parametrize(
@@ -187,13 +186,33 @@ def test_logit_bias_forces_and_forbids() -> None:
     assert banned.sample(random_logits(1))[0] != best
 
 
-def test_the_mask_is_obeyed_and_told() -> None:
+def test_the_mask_is_obeyed() -> None:
     mask = Forbid(*range(1, VOCAB))
     sampler = Sampler(SamplingParams(seed=0), VOCAB)
     assert [sampler.sample(random_logits(n), mask)[0] for n in range(5)] == [0] * 5
-    assert mask.accepted == [0] * 5
     with pytest.raises(EngineError, match="forbids every token"):
         sampler.sample(random_logits(0), Forbid(*range(VOCAB)))
+
+
+def test_tokens_taken_instead_of_the_chosen_one_are_counted() -> None:
+    params = SamplingParams(temperature=0.0, frequency_penalty=2.0, repetition_penalty=2.0)
+    told, plain = Sampler(params, VOCAB, [5]), Sampler(params, VOCAB, [5])
+    chosen, _ = told.sample(random_logits(20))
+    told.correct(chosen, [1, 2, 5])
+    for token in (1, 2, 5):
+        row = torch.full((VOCAB,), -1.0)
+        row[token] = 50.0
+        assert plain.sample(row)[0] == token
+    for n in range(5):
+        assert told.sample(random_logits(n)) == plain.sample(random_logits(n))
+
+
+def test_tokens_taken_back_leave_no_trace() -> None:
+    params = SamplingParams(temperature=0.0, frequency_penalty=2.0, repetition_penalty=2.0)
+    sampler, fresh = Sampler(params, VOCAB, [5]), Sampler(params, VOCAB, [5])
+    drawn = [sampler.sample(random_logits(n))[0] for n in range(5)]
+    sampler.forget(drawn)
+    assert sampler.sample(random_logits(9)) == fresh.sample(random_logits(9))
 
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
@@ -230,7 +249,7 @@ def test_the_bounds_of_the_ranges_keep_every_number_finite(params: SamplingParam
     sampler = Sampler(params, VOCAB, prompt=range(VOCAB))
     with np.errstate(all="raise", under="ignore"):
         for _ in range(20):
-            assert sampler.sample(logits, Forbid(3))[0] != 3
+            assert sampler.sample(logits.clone(), Forbid(3))[0] != 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

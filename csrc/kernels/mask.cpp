@@ -1,0 +1,44 @@
+#include "kernels/mask.h"
+
+#include <array>
+#include <cstring>
+#include <limits>
+
+namespace k2 {
+namespace {
+
+constexpr uint32_t kMinusInf = 0xff800000u;
+
+// For each four bits: all ones where the entry stays.
+constexpr std::array<std::array<uint32_t, 4>, 16> MakeLanes() {
+  std::array<std::array<uint32_t, 4>, 16> lanes{};
+  for (unsigned nibble = 0; nibble < 16; ++nibble)
+    for (unsigned lane = 0; lane < 4; ++lane) lanes[nibble][lane] = (nibble >> lane & 1u) ? 0xffffffffu : 0u;
+  return lanes;
+}
+
+constexpr auto kLanes = MakeLanes();
+
+// Without a branch: which tokens are allowed is not to be predicted. Four lanes fit every vector unit.
+inline void MaskFour(float* logits, unsigned nibble) {
+  uint32_t bits[4];
+  std::memcpy(bits, logits, sizeof bits);
+  for (int lane = 0; lane < 4; ++lane)
+    bits[lane] = (bits[lane] & kLanes[nibble][lane]) | (kMinusInf & ~kLanes[nibble][lane]);
+  std::memcpy(logits, bits, sizeof bits);
+}
+
+}  // namespace
+
+void MaskLogits(float* logits, const uint8_t* allowed, int64_t count) {
+  const int64_t whole = count / 8 * 8;
+  for (int64_t i = 0; i < whole; i += 8) {
+    const unsigned byte = allowed[i / 8];
+    MaskFour(logits + i, byte & 15u);
+    MaskFour(logits + i + 4, byte >> 4);
+  }
+  for (int64_t i = whole; i < count; ++i)
+    if (!(allowed[i / 8] >> (i % 8) & 1)) logits[i] = -std::numeric_limits<float>::infinity();
+}
+
+}  // namespace k2
