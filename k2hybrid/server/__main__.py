@@ -46,13 +46,14 @@ def serve(args: argparse.Namespace) -> int:
         options = {"model": model_path(args), **runtime_options(args), **session_options(args)}
         RuntimeConfig.from_mapping(options)
         # Heavy imports only now, the heaviest last: wrong options or a taken port are told at once.
-        from k2hybrid.server.process import bind, hosts_for, print_table, run
+        from k2hybrid.server.process import bind, hosts_for, print_table, require_key, run
 
+        require_key(args.host, keys, args.allow_no_key)
         hosts = hosts_for(args.host)
         with bind(args.host, args.port) as listener:
             if hosts is None and not keys:
                 print(
-                    f"{program}: anyone who reaches {args.host} can use this; see --api-key-file",
+                    f"{program}: anyone who reaches {args.host} can use this",
                     file=sys.stderr,
                 )
             from k2hybrid.runtime import load
@@ -61,7 +62,7 @@ def serve(args: argparse.Namespace) -> int:
 
             with load(**options) as model:
                 print_table(model.config.table())
-                settings = Settings(args.served_model_name, keys, hosts)
+                settings = Settings(args.served_model_name, keys, hosts, tuple(args.allow_origin))
                 live = LiveRuns()
                 app = create_app(model, settings, live)
                 run(app, listener, live, drain_s=args.drain, on_stopped=model.close)

@@ -14,6 +14,8 @@ from starlette.types import ASGIApp
 
 from k2hybrid.errors import K2Error
 from k2hybrid.hardware.doctor import package_version
+from k2hybrid.server.anthropic import Anthropic
+from k2hybrid.server.completions import Completions
 from k2hybrid.server.failures import (
     RETRY_AFTER_S,
     HttpError,
@@ -23,7 +25,11 @@ from k2hybrid.server.failures import (
 )
 from k2hybrid.server.guard import LOOPBACK_HOSTS, ApiKeys, Guard, log_unexpected, request_id
 from k2hybrid.server.live import LiveRuns
+from k2hybrid.server.models import Models
 from k2hybrid.server.openai import OpenAI
+from k2hybrid.server.openapi import description
+from k2hybrid.server.origin import Origins
+from k2hybrid.server.responses import ResponsesApi
 from k2hybrid.server.served import ServedModel
 from k2hybrid.server.tokenize import Tokenization
 
@@ -35,6 +41,7 @@ class Settings:
     name: str | None = None  # None: the model's own
     api_keys: tuple[str, ...] = ()
     hosts: Collection[str] | None = LOOPBACK_HOSTS
+    origins: tuple[str, ...] = ()  # of web pages that may use it, beside its own; "*": any
 
 
 def create_app(model: ServedModel, settings: Settings | None = None, live: LiveRuns | None = None) -> ASGIApp:
@@ -42,11 +49,18 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
     settings = settings or Settings()
     live = live if live is not None else LiveRuns()
     name = settings.name or model.name
+    models = Models(model, name)
     openai = OpenAI(model, name, live)
+    anthropic = Anthropic(model, name, live)
+    responses = ResponsesApi(model, name, live)
+    completions = Completions(model, name, live)
     tokenization = Tokenization(model)
 
     async def root(_request: Request) -> Response:
         return json_response({"name": "k2hybrid", "version": package_version(), "model": name})
+
+    async def described(_request: Request) -> Response:
+        return json_response(description())
 
     async def health(_request: Request) -> Response:
         if live.draining:
@@ -58,9 +72,19 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
         routes=[
             Route("/", root),  # HEAD too: an agent probes with it
             Route("/health", health),
-            Route("/v1/models", openai.models),
-            Route("/v1/models/{name:path}", openai.one_model),
+            Route("/openapi.json", described),
+            Route("/v1/models", models.every),
+            Route("/v1/models/{name:path}", models.one),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
+            Route("/v1/responses", responses.create, methods=["POST"]),
+            Route("/v1/responses/input_tokens", responses.input_tokens, methods=["POST"]),
+            Route("/v1/responses/{id}", responses.retrieve),
+            Route("/v1/responses/{id}", responses.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/cancel", responses.cancel, methods=["POST"]),
+            Route("/v1/responses/{id}/input_items", responses.input_items),
+            Route("/v1/messages", anthropic.messages, methods=["POST"]),
+            Route("/v1/messages/count_tokens", anthropic.count_tokens, methods=["POST"]),
+            Route("/v1/completions", completions.completions, methods=["POST"]),
             Route("/tokenize", tokenization.tokenize, methods=["POST"]),
             Route("/detokenize", tokenization.detokenize, methods=["POST"]),
         ],
@@ -71,12 +95,18 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
             Exception: _failed,
         },
     )
-    return Guard(app, keys=ApiKeys(settings.api_keys), hosts=settings.hosts, live=live)
+    return Guard(
+        app,
+        keys=ApiKeys(settings.api_keys),
+        hosts=settings.hosts,
+        origins=Origins(settings.origins),
+        live=live,
+    )
 
 
 async def _failed(request: Request, error: Exception) -> Response:
     log_unexpected(error, request.scope)
-    return failure_response(classify(error, request_id(request.scope)))
+    return failure_response(classify(error, request_id(request.scope)), request.scope)
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -85,7 +115,8 @@ async def _refused(request: Request, error: Exception) -> Response:
     known = {404: "there is no {path}", 405: "{path} does not take {method}"}
     text = known.get(status, "refused").format(path=request.url.path, method=request.method)
     code = {404: "not_found", 405: "method_not_allowed"}.get(status, "refused")
-    response = failure_response(classify(HttpError(status, text, kind="invalid_request_error", code=code)))
+    failure = classify(HttpError(status, text, kind="invalid_request_error", code=code))
+    response = failure_response(failure, request.scope)
     if isinstance(error, HTTPException):
         response.headers.update(error.headers or {})
     return response

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import orjson
@@ -13,31 +15,63 @@ from k2hybrid.server.failures import HttpError
 
 MAX_BODY_BYTES = 32 << 20  # agents' histories reach tens of megabytes; more is a mistake
 MAX_DEPTH = 100  # deeper than any real tool schema, far below Python's recursion limit
+IDLE_S = 60.0  # without a byte of a body that was announced
 INLINE_BYTES = 64 << 10  # larger bodies are parsed in a thread, so that other streams go on
 
 
 async def read_object(request: Request) -> dict[str, Any]:
-    """The body of `request` as a JSON object, whatever its content type says.
+    """The body of `request` as a JSON object.
 
-    Raises HttpError 413 over the limit, RequestError for anything but a JSON object.
+    Raises:
+        HttpError: 415 if it is not said to be JSON, 413 over the limit, 408 if it does not come.
+        RequestError: it is anything but a JSON object.
     """
+    _check_type(request.headers.get("content-type", ""))
     data = await _read(request)
     if len(data) <= INLINE_BYTES:
         return parse_object(data)
     return await run_in_threadpool(parse_object, data)
 
 
+def _check_type(content_type: str) -> None:
+    """JSON only: with most other types, or none, browsers send any page's request without asking."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json")):
+        return
+    came = f"came as {kind[:80]}" if kind else "came without a type"
+    raise HttpError(
+        415,
+        f"the body {came}; send it with the header 'Content-Type: application/json' (curl: -H)",
+        kind="invalid_request_error",
+        code="unsupported_media_type",
+    )
+
+
 async def _read(request: Request) -> bytes:
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared) > MAX_BODY_BYTES:
         raise _too_large()
-    chunks, size = [], 0
-    async for chunk in request.stream():
+    chunks: list[bytes] = []
+    size, stream = 0, request.stream()
+    while (chunk := await _next(stream)) is not None:
         size += len(chunk)
         if size > MAX_BODY_BYTES:
             raise _too_large()
         chunks.append(chunk)
     return b"".join(chunks)
+
+
+async def _next(stream: AsyncGenerator[bytes, None]) -> bytes | None:
+    """The next piece of a body, None at its end."""
+    try:
+        return await asyncio.wait_for(anext(stream, None), IDLE_S)
+    except TimeoutError:
+        raise HttpError(
+            408,
+            f"the body did not arrive: nothing came for {IDLE_S:g} seconds",
+            kind="invalid_request_error",
+            code="body_timeout",
+        ) from None
 
 
 def _too_large() -> HttpError:

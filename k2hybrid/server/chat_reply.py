@@ -3,7 +3,9 @@
 A whole completion is the sum of the very pieces a stream would have sent, so both say the same.
 
 What the model wrote that is neither text nor a usable call is not dropped: it reaches the client as
-`"k2hybrid": {"malformed": [{"text": …, "reason": …}]}` on the message, or on the stream's delta.
+`"k2hybrid": {"malformed": [{"text": …, "reason": …, "code": …}]}` on the message, or on the stream's delta.
+
+A client that declared `functions` gets its call as `function_call`, once and without an id.
 """
 
 from __future__ import annotations
@@ -14,41 +16,19 @@ from typing import Any
 
 from k2hybrid.errors import EngineError
 from k2hybrid.server.failures import AnswerCancelledError
-from k2hybrid.server.served import ChatRun, Delta, Tokenizer
+from k2hybrid.server.head import Head
+from k2hybrid.server.logprobs import HeldLogprobs
+from k2hybrid.server.served import ChatRun, Delta, Run, Tokenizer
 from k2hybrid.types import (
     Content,
     Event,
     Malformed,
+    PromptProgress,
     Reasoning,
-    TokenLogprob,
     ToolCallArguments,
     ToolCallEnd,
     ToolCallStart,
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Head:
-    """What every chunk and completion of one response starts with."""
-
-    id: str
-    created: int  # seconds since 1970
-    model: str
-    fingerprint: str
-
-    def fields(self, kind: str) -> dict[str, Any]:
-        """The common fields, for object type `kind`."""
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
-        }
-
-    def chunk(self, choices: Sequence[dict[str, Any]], **more: Any) -> dict[str, Any]:
-        """One stream chunk."""
-        return {**self.fields("chat.completion.chunk"), "choices": list(choices), **more}
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,47 +40,46 @@ class Piece:
 
 
 class Choice:
-    """One answer as it grows: tokens in, pieces out, and their sum."""
+    """One answer as it grows: tokens in, pieces out, and their sum.
 
-    def __init__(self, index: int, tokenizer: Tokenizer, *, logprobs: bool) -> None:
+    Args:
+        reasoning: whether the client wants to see it.
+        legacy: whether the client knows `function_call` alone.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        *,
+        logprobs: bool,
+        reasoning: bool = True,
+        legacy: bool = False,
+    ) -> None:
         self.index = index
-        self._tokenizer = tokenizer
-        self._controls = frozenset(tokenizer.specials.values())
-        self._want_logprobs = logprobs
-        self._held: list[TokenLogprob] = []  # of tokens whose text has not come out yet
+        self._reasoning = reasoning
+        self._legacy = legacy
+        self._logprobs = HeldLogprobs(tokenizer) if logprobs else None
         self._pieces: list[Piece] = []
 
     def push(self, delta: Delta) -> list[Piece]:
         """The pieces that one more token makes."""
-        pieces = [Piece(fields) for event in delta.events if (fields := _delta_fields(event))]
-        if self._want_logprobs:
-            pieces = self._with_logprobs(pieces, delta)
+        if self._logprobs is not None:
+            self._logprobs.hold(delta)
+        pieces = [self._piece(fields) for event in delta.events if (fields := self._fields(event))]
         self._pieces += pieces
         return pieces
 
-    def _with_logprobs(self, pieces: list[Piece], delta: Delta) -> list[Piece]:
-        """Give the tokens held back to the first content piece; forget those that became something else."""
-        if delta.logprob is not None and delta.logprob.token not in self._controls:
-            self._held.append(delta.logprob)
-        if not delta.events:
-            return pieces
-        held, self._held = self._held, []
-        out = []
-        for piece in pieces:
-            if "content" in piece.delta and held:
-                piece = Piece(piece.delta, [self._logprob(entry) for entry in held])
-                held = []
-            out.append(piece)
-        return out
+    def _piece(self, fields: dict[str, Any]) -> Piece:
+        if self._logprobs is None or "content" not in fields:
+            return Piece(fields)
+        return Piece(fields, self._logprobs.taken() or None)
 
-    def _logprob(self, entry: TokenLogprob) -> dict[str, Any]:
-        top = [self._token_logprob(token, value) for token, value in entry.top]
-        return {**self._token_logprob(entry.token, entry.logprob), "top_logprobs": top}
-
-    def _token_logprob(self, token: int, logprob: float) -> dict[str, Any]:
-        raw = self._tokenizer.token_bytes(token)
-        # −9999 is how OpenAI spells a probability of zero; JSON has no −inf.
-        return {"token": raw.decode("utf-8", "replace"), "logprob": max(logprob, -9999.0), "bytes": list(raw)}
+    def _fields(self, event: Event) -> dict[str, Any] | None:
+        if isinstance(event, Reasoning) and not self._reasoning:
+            return None
+        fields = _delta_fields(event)
+        return _legacy_fields(fields) if fields and self._legacy else fields
 
     def opening(self, head: Head, **more: Any) -> dict[str, Any]:
         """The first chunk: the role, and empty content."""
@@ -110,9 +89,19 @@ class Choice:
         """The chunk of one piece."""
         return head.chunk([self._entry(piece.delta, piece.logprobs)], **more)
 
+    def progress(self, head: Head, progress: PromptProgress, **more: Any) -> dict[str, Any]:
+        """A chunk that adds nothing and says, in llama.cpp's words, how far the prompt is."""
+        done = {
+            "total": progress.total,
+            "cache": progress.cached,
+            "processed": progress.processed,
+            "time_ms": round(progress.ms),
+        }
+        return head.chunk([self._entry({})], prompt_progress=done, **more)
+
     def closing(self, head: Head, run: ChatRun, **more: Any) -> dict[str, Any]:
         """The last chunk: why it ended, and the usage where the vendor's verifier looks for it."""
-        entry = self._entry({}, finish=finish_reason(run))
+        entry = self._entry({}, finish=self._finish_reason(run))
         return head.chunk([{**entry, "usage": usage([run])}], **more)
 
     def _entry(
@@ -131,9 +120,13 @@ class Choice:
         return {
             "index": self.index,
             "message": _message(piece.delta for piece in self._pieces),
-            "logprobs": {"content": logprobs, "refusal": None} if self._want_logprobs else None,
-            "finish_reason": finish_reason(run),
+            "logprobs": {"content": logprobs, "refusal": None} if self._logprobs is not None else None,
+            "finish_reason": self._finish_reason(run),
         }
+
+    def _finish_reason(self, run: ChatRun) -> str:
+        reason = finish_reason(run)
+        return "function_call" if reason == "tool_calls" and self._legacy else reason
 
 
 def _delta_fields(event: Event) -> dict[str, Any] | None:
@@ -149,8 +142,14 @@ def _delta_fields(event: Event) -> dict[str, Any] | None:
             return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
         case ToolCallEnd():
             return None  # the dialect has no word for it
-        case Malformed(text, reason):
-            return {"k2hybrid": {"malformed": [{"text": text, "reason": reason}]}}
+        case Malformed(text, reason, code):
+            return {"k2hybrid": {"malformed": [{"text": text, "reason": reason, "code": code}]}}
+
+
+def _legacy_fields(fields: dict[str, Any]) -> dict[str, Any]:
+    """The first call as `function_call`; a second one, for which there is no room, stays what it is."""
+    calls = fields.get("tool_calls", ())
+    return {"function_call": calls[0]["function"]} if calls and calls[0]["index"] == 0 else fields
 
 
 def _message(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
@@ -158,10 +157,13 @@ def _message(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
     reasoning: list[str] = []
     calls: dict[int, dict[str, Any]] = {}
     malformed: list[dict[str, str]] = []
+    function_call: dict[str, str] = {}
     for delta in deltas:
         content.append(delta.get("content", ""))
         reasoning.append(delta.get("reasoning_content", ""))
         malformed += delta.get("k2hybrid", {}).get("malformed", ())
+        for key, text in delta.get("function_call", {}).items():
+            function_call[key] = function_call.get(key, "") + text
         for part in delta.get("tool_calls", ()):
             if "id" in part:
                 calls[part["index"]] = {
@@ -174,9 +176,11 @@ def _message(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
     text = "".join(content)
     message: dict[str, Any] = {
         "role": "assistant",
-        "content": text if text or not calls else None,
+        "content": text if text or not (calls or function_call) else None,
         "reasoning_content": "".join(reasoning) or None,
     }
+    if function_call:
+        message["function_call"] = function_call
     if calls:
         message["tool_calls"] = [calls[index] for index in sorted(calls)]
     if malformed:
@@ -184,7 +188,7 @@ def _message(deltas: Iterable[dict[str, Any]]) -> dict[str, Any]:
     return message
 
 
-def finish_reason(run: ChatRun) -> str:
+def finish_reason(run: Run) -> str:
     """OpenAI's word for why the run ended; AnswerCancelledError or EngineError if not by itself."""
     if run.finish_reason == "cancelled":
         raise AnswerCancelledError("the server is shutting down; the answer was cut off")
@@ -193,7 +197,7 @@ def finish_reason(run: ChatRun) -> str:
     return run.finish_reason
 
 
-def usage(runs: Sequence[ChatRun]) -> dict[str, Any]:
+def usage(runs: Sequence[Run]) -> dict[str, Any]:
     """Token counts of finished runs over one prompt; the prompt counts once."""
     first = runs[0].usage
     completion = sum(run.usage.completion_tokens for run in runs)

@@ -1,4 +1,8 @@
-"""Which error becomes which HTTP status. One table; every dialect renders from it."""
+"""Which error becomes which HTTP status. One table; every dialect renders from it.
+
+Which dialect a failure is told in depends on the path alone, so that it is the right one too for what is
+refused before any handler sees it.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from typing import Any
 
 import orjson
 from starlette.responses import Response
+from starlette.types import Scope
 
 from k2hybrid.errors import (
     CapacityError,
@@ -119,9 +124,40 @@ def json_response(value: Any, status: int = 200, headers: Mapping[str, str] | No
     return Response(orjson.dumps(value), status, dict(headers or {}), "application/json")
 
 
-def failure_response(failure: Failure) -> Response:
+# Anthropic's words, by status; beside these it is invalid_request_error below 500, and api_error above.
+_ANTHROPIC_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
+
+def is_anthropic(scope: Scope) -> bool:
+    """Whether a request is to one of Anthropic's paths, those that do not exist included."""
+    path = str(scope["path"])
+    return path == "/v1/messages" or path.startswith("/v1/messages/")
+
+
+def failure_body(failure: Failure, scope: Scope) -> dict[str, Any]:
+    """The error object in the dialect of the request."""
+    if not is_anthropic(scope):
+        return failure.body()
+    other = "invalid_request_error" if failure.status < 500 else "api_error"
+    kind = _ANTHROPIC_TYPES.get(failure.status, other)
+    return {
+        "type": "error",
+        "error": {"type": kind, "message": failure.message},
+        "request_id": scope["state"]["request_id"],
+    }
+
+
+def failure_response(failure: Failure, scope: Scope) -> Response:
     """The whole HTTP answer of a failure. SDKs retry 408, 409, 429 and 5xx unless told otherwise."""
     headers = dict(failure.headers)
     if not failure.retry:
         headers["x-should-retry"] = "false"
-    return json_response(failure.body(), failure.status, headers)
+    return json_response(failure_body(failure, scope), failure.status, headers)

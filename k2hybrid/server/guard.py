@@ -1,4 +1,4 @@
-"""What stands before every request: its id, the host check, the API key, and the last exception handler."""
+"""What stands before every request: id, host, origin and key, and the last exception handler."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ import uuid
 from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from k2hybrid.errors import K2Error
-from k2hybrid.server.failures import HttpError, ShuttingDownError, classify, failure_response
+from k2hybrid.server.failures import HttpError, ShuttingDownError, classify, failure_response, is_anthropic
 from k2hybrid.server.live import LiveRuns
+from k2hybrid.server.origin import Origins, is_preflight
 
 _log = logging.getLogger("k2hybrid.server")
 
 # Needed before a client can show anything; they tell that a server is here, and the model's name.
-OPEN_PATHS = frozenset({"/", "/health", "/v1/models"})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/models", "/openapi.json"})
 # Answered while the server ends: balancers and scripts ask there whether it does.
 DRAIN_PATHS = frozenset({"/health"})
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
@@ -89,13 +91,23 @@ class Guard:
     Args:
         hosts: the Host names answered, without port; None: any. A server on loopback must check, or a web
             page whose name is rebound to 127.0.0.1 could talk to it.
+        origins: which pages may talk to it.
         live: counts who is inside; while it drains, newcomers are refused.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, hosts: Collection[str] | None, live: LiveRuns) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        keys: ApiKeys,
+        hosts: Collection[str] | None,
+        origins: Origins,
+        live: LiveRuns,
+    ) -> None:
         self._app = app
         self._keys = keys
         self._hosts = hosts
+        self._origins = origins
         self._live = live
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,19 +115,28 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         identity = f"req_{uuid.uuid4().hex}"
         scope.setdefault("state", {})["request_id"] = identity
+        ids = {"x-request-id": identity}
+        if is_anthropic(scope):
+            ids["request-id"] = identity  # their name for it
         started = False
 
         async def send_with_id(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = identity
+                MutableHeaders(scope=message).update({**ids, **self._origins.headers(headers)})
             await send(message)
 
         try:
-            self._check(scope)
+            self._check_place(headers)
+            if is_preflight(scope["method"], headers):  # it brings no key
+                granted = Response(status_code=204, headers=self._origins.preflight(headers))
+                await granted(scope, receive, send_with_id)
+                return
+            self._check(scope, headers)
             with self._live.request():
                 await self._app(scope, receive, send_with_id)
         except asyncio.CancelledError:
@@ -123,10 +144,10 @@ class Guard:
         except Exception as error:
             log_unexpected(error, scope)
             if not started:  # else nothing more can be said; the connection closes unfinished
-                await failure_response(classify(error, identity))(scope, receive, send_with_id)
+                await failure_response(classify(error, identity), scope)(scope, receive, send_with_id)
 
-    def _check(self, scope: Scope) -> None:
-        headers = Headers(scope=scope)
+    def _check_place(self, headers: Headers) -> None:
+        """Where the request believes to be, and what page it comes from."""
         offered = headers.get("host", "")
         host = host_name(offered)
         # Without a Host header it is no browser.
@@ -137,6 +158,15 @@ class Guard:
                 kind="permission_error",
                 code="host_not_allowed",
             )
+        if not self._origins.admits(headers):
+            raise HttpError(
+                403,
+                "web pages of other origins are not served; allow this one with --allow-origin ORIGIN",
+                kind="permission_error",
+                code="origin_not_allowed",
+            )
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
         if self._live.draining and scope["path"] not in DRAIN_PATHS:
             raise ShuttingDownError("the server is shutting down and takes no more requests; try again later")
         if scope["path"] in OPEN_PATHS:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable
 from contextlib import contextmanager
 
-from k2hybrid.server.served import ChatRun
+from k2hybrid.server.served import Run
 
 
 class LiveRuns:
@@ -14,7 +14,7 @@ class LiveRuns:
     def __init__(self) -> None:
         self.draining = False  # nobody new is let in
         self.requests = 0  # inside now
-        self._runs: dict[int, ChatRun] = {}
+        self._runs: dict[int, Run] = {}
         self._ended = False
 
     def drain(self) -> None:
@@ -30,13 +30,13 @@ class LiveRuns:
         finally:
             self.requests -= 1
 
-    def add(self, runs: Iterable[ChatRun]) -> None:
+    def add(self, runs: Iterable[Run]) -> None:
         """These began; after `end_all` they end at once."""
         self._runs.update((id(run), run) for run in runs)
         if self._ended:
             self.end_all()
 
-    def end(self, runs: Iterable[ChatRun], *, park: bool = False) -> None:
+    def end(self, runs: Iterable[Run], *, park: bool = False) -> None:
         """These are over, or nobody waits for them any more: cancel or `park` them, and forget them.
 
         A server that drains takes no retries, so it parks nothing.

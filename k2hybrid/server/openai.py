@@ -1,10 +1,9 @@
-"""OpenAI's endpoints: /v1/chat/completions, /v1/models."""
+"""OpenAI's chat endpoint: /v1/chat/completions."""
 
 from __future__ import annotations
 
 import dataclasses
 import time
-import uuid
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Any
@@ -14,11 +13,10 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Scope
 
-from k2hybrid.hardware.doctor import package_version
 from k2hybrid.server.body import read_object
-from k2hybrid.server.chat_reply import Choice, Head, usage
+from k2hybrid.server.chat_reply import Choice, usage
 from k2hybrid.server.chat_request import ChatCall, parse_chat
-from k2hybrid.server.failures import json_response
+from k2hybrid.server.head import Head
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.patient import PatientResponse
 from k2hybrid.server.runs import failure_of, identified, log_answer, merge, start_runs
@@ -33,30 +31,11 @@ class OpenAI:
         self._model = model
         self._live = live
         self._name = name
-        self._created = int(time.time())
-        self._fingerprint = f"k2hybrid-{package_version()}".replace(" ", "-")
-
-    async def models(self, _request: Request) -> Response:
-        """The list with its one entry."""
-        return json_response({"object": "list", "data": [self._record()]})
-
-    async def one_model(self, _request: Request) -> Response:
-        """The one entry, whatever name was asked for: any of them is answered by it."""
-        return json_response(self._record())
-
-    def _record(self) -> dict[str, Any]:
-        return {
-            "id": self._name,
-            "object": "model",
-            "created": self._created,
-            "owned_by": "k2hybrid",
-            "max_model_len": self._model.context_tokens,
-        }
 
     async def chat_completions(self, request: Request) -> Response:
         """Parse, queue, and answer as a stream or as a whole."""
         body = await read_object(request)
-        head = Head(f"chatcmpl-{uuid.uuid4().hex}", int(time.time()), self._name, self._fingerprint)
+        head = Head.new("chatcmpl", self._name, "chat.completion")
         call, runs = await run_in_threadpool(self._start, body, request.scope, head.id)
         self._live.add(runs)
 
@@ -78,7 +57,16 @@ class OpenAI:
 
     def _choices(self, call: ChatCall) -> list[Choice]:
         logprobs = call.request.sampling.logprobs is not None
-        return [Choice(i, self._model.tokenizer, logprobs=logprobs) for i in range(call.choices)]
+        return [
+            Choice(
+                i,
+                self._model.tokenizer,
+                logprobs=logprobs,
+                reasoning=call.show_reasoning,
+                legacy=call.legacy,
+            )
+            for i in range(call.choices)
+        ]
 
     async def _completion(self, call: ChatCall, runs: Sequence[ChatRun], head: Head) -> dict[str, Any]:
         choices = self._choices(call)
@@ -90,7 +78,7 @@ class OpenAI:
         finished = [choice.completion(run) for choice, run in zip(choices, runs, strict=True)]
         totals = usage(runs)
         log_answer(call.request.request_id, runs, time.monotonic() - started)
-        return {**head.fields("chat.completion"), "choices": finished, "usage": totals}
+        return head.whole(finished, usage=totals)
 
     async def _events(
         self, call: ChatCall, runs: Sequence[ChatRun], head: Head, scope: Scope
@@ -107,6 +95,8 @@ class OpenAI:
                     if delta is None:
                         yield data_event(choices[i].closing(head, runs[i], **more))
                         continue
+                    if delta.progress is not None:
+                        yield data_event(choices[i].progress(head, delta.progress, **more))
                     for piece in choices[i].push(delta):
                         yield data_event(choices[i].chunk(head, piece, **more))
             totals = usage(runs)

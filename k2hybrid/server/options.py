@@ -107,6 +107,17 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--api-key-file", type=Path, default=None, metavar="FILE", help="accepted keys, one a line"
     )
+    group.add_argument(
+        "--allow-no-key", action="store_true", help="serve beyond this machine without asking for a key"
+    )
+    group.add_argument(
+        "--allow-origin",
+        type=_origin,
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="let web pages of this origin use it, http://HOST:PORT or '*'; may be repeated",
+    )
     group.add_argument("--served-model-name", default=None, metavar="NAME", help="name that clients see")
     group.add_argument(
         "--drain",
@@ -191,6 +202,13 @@ def _port(text: str) -> int:
     if not (text.isascii() and text.isdigit()) or int(text) > 65535:
         raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
+
+
+def _origin(text: str) -> str:
+    origin = text.strip().lower().rstrip("/")
+    if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.\-]*://[^\s/?#]+", origin, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin (http://HOST:PORT, or * for any page)")
+    return origin
 
 
 def _seconds(text: str) -> float:

@@ -11,7 +11,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from k2hybrid.server import sse
-from k2hybrid.server.failures import Failure, failure_response, json_response
+from k2hybrid.server.failures import Failure, failure_body, failure_response, json_response
 
 
 class PatientResponse(Response):
@@ -72,7 +72,7 @@ class PatientResponse(Response):
             response, value = None, task.result()
         except Exception as error:
             failure = self._failed(error)
-            response, value = failure_response(failure), failure.body()
+            response, value = failure_response(failure, scope), failure_body(failure, scope)
         if started:
             await send({"type": "http.response.body", "body": orjson.dumps(value), "more_body": False})
         else:

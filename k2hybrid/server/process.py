@@ -68,6 +68,14 @@ def hosts_for(host: str) -> frozenset[str] | None:
     return LOOPBACK_HOSTS | {f"[{host}]" if ":" in host else host}
 
 
+def require_key(host: str, keys: Sequence[str], allow_none: bool) -> None:
+    """ConfigError if others can reach `host`, no key is asked of them, and that was not said to be right."""
+    if not (keys or allow_none or is_loopback(host)):
+        raise ConfigError(
+            f"anyone who reaches {host} could use this server; use --api-key-file, or --allow-no-key"
+        )
+
+
 def print_table(rows: Sequence[tuple[str, str]]) -> None:
     """The resolved options, aligned."""
     width = max(len(name) for name, _ in rows)

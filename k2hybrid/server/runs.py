@@ -5,16 +5,18 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, Mapping, Sequence
-from typing import Any
+from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from starlette.types import Scope
 
 from k2hybrid.server.failures import Failure, classify
 from k2hybrid.server.guard import key_scope, log_unexpected, request_id
 from k2hybrid.server.retry import choice_key, retry_key
-from k2hybrid.server.served import ChatRun, Delta, ServedModel
+from k2hybrid.server.served import ChatRun, Run, ServedModel
 from k2hybrid.types import ChatRequest
+
+T = TypeVar("T")
 
 _log = logging.getLogger("k2hybrid.server")
 
@@ -52,11 +54,11 @@ def start_runs(model: ServedModel, request: ChatRequest, choices: int = 1) -> li
     return runs
 
 
-async def merge(runs: Sequence[ChatRun]) -> AsyncGenerator[tuple[int, Delta | None], None]:
+async def merge(runs: Sequence[AsyncIterable[T]]) -> AsyncGenerator[tuple[int, T | None], None]:
     """(choice, delta) as they come, (choice, None) at a run's end; the first failure ends everything."""
-    queue: asyncio.Queue[tuple[int, Delta | Exception | None]] = asyncio.Queue(_MERGE_DEPTH)
+    queue: asyncio.Queue[tuple[int, T | Exception | None]] = asyncio.Queue(_MERGE_DEPTH)
 
-    async def pump(i: int, run: ChatRun) -> None:
+    async def pump(i: int, run: AsyncIterable[T]) -> None:
         try:
             async for delta in run:
                 await queue.put((i, delta))
@@ -86,7 +88,7 @@ def failure_of(error: Exception, scope: Scope) -> Failure:
     return classify(error, request_id(scope))
 
 
-def log_answer(identity: str, runs: Sequence[ChatRun], seconds: float) -> None:
+def log_answer(identity: str, runs: Sequence[Run], seconds: float) -> None:
     """One line an answer: sizes and time, no text."""
     first = runs[0].usage
     generated = sum(run.usage.completion_tokens for run in runs)

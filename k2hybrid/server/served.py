@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 from k2hybrid.types import (
     ChatRequest,
+    CompletionRequest,
     Event,
     Message,
     PromptProgress,
@@ -28,8 +29,8 @@ class Delta(Protocol):
         """Set on deltas without a token that come before the first one, if the request asked for them."""
 
 
-class ChatRun(Protocol):
-    """One answer being generated. Iterating raises what made it fail; after the end the rest is valid."""
+class Run(Protocol):
+    """Something being generated. Iterating raises what made it fail; after the end the rest is valid."""
 
     @property
     def prompt_tokens(self) -> int: ...
@@ -45,7 +46,6 @@ class ChatRun(Protocol):
     def usage(self) -> Usage: ...
     @property
     def finish_reason(self) -> ReasonCode | None: ...
-    def __aiter__(self) -> AsyncIterator[Delta]: ...
     def cancel(self) -> None:
         """End generation soon; may be called from any thread, twice, and after the end."""
 
@@ -54,6 +54,27 @@ class ChatRun(Protocol):
 
         Also after the end: an answer may be finished and not have arrived. A later `cancel` changes nothing.
         """
+
+
+class ChatRun(Run, Protocol):
+    """One answer being generated."""
+
+    def __aiter__(self) -> AsyncIterator[Delta]: ...
+
+
+class TextDelta(Protocol):
+    """What one generated token added to a text; `text` is empty while it is held back."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def logprob(self) -> TokenLogprob | None: ...
+
+
+class TextRun(Run, Protocol):
+    """A continuation being generated. It is never kept for a retry: `park` cancels."""
+
+    def __aiter__(self) -> AsyncIterator[TextDelta]: ...
 
 
 class Tokenizer(Protocol):
@@ -105,6 +126,9 @@ class ServedModel(Protocol):
 
         With the retry_key of a parked run, that one's deltas come again from the beginning, and then go on.
         """
+
+    def complete(self, request: CompletionRequest) -> TextRun:
+        """Tokenize and queue a text to be continued as it stands. Raises as `chat`; call it in a thread."""
 
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that `chat` would make of `request`. Takes as long: call it in a thread."""

@@ -15,9 +15,19 @@ KEEP_ALIVE = b": keep-alive\n\n"  # a comment: every client seen skips it
 DONE = b"data: [DONE]\n\n"
 
 
+def comment() -> bytes:
+    """What says no more than that somebody is there."""
+    return KEEP_ALIVE
+
+
 def data_event(value: Any) -> bytes:
     """One `data:` event holding `value` as JSON (which never spans lines)."""
     return b"data: " + orjson.dumps(value) + b"\n\n"
+
+
+def named_event(name: str, value: Any) -> bytes:
+    """As `data_event`, under the name that clients choose their handler by."""
+    return b"event: " + name.encode() + b"\n" + data_event(value)
 
 
 async def wait_gone(receive: Receive) -> None:
@@ -32,19 +42,26 @@ class EventStream(Response):
     Args:
         events: must not raise: it turns its errors into events.
         close: called with whether everything was sent, before `events` is closed.
+        keep_alive: what to send when there was nothing for a while; called only while `events` is waiting.
     """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None], close: Callable[[bool], None]) -> None:
+    def __init__(
+        self,
+        events: AsyncGenerator[bytes, None],
+        close: Callable[[bool], None],
+        keep_alive: Callable[[], bytes] = comment,
+    ) -> None:
         # Proxies must neither store nor collect the stream.
         super().__init__(None, 200, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
         self._events = events
         self._close = close
+        self._keep_alive = keep_alive
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Headers at once, events as they come, a comment after every KEEP_ALIVE_S without one."""
+        """Headers at once, events as they come, and a sign of life after every KEEP_ALIVE_S without one."""
         gone = asyncio.ensure_future(wait_gone(receive))
         item: asyncio.Future[bytes] | None = None
         sent = False
@@ -60,7 +77,7 @@ class EventStream(Response):
                 if gone.done():
                     return
                 if not item.done():
-                    chunk = KEEP_ALIVE
+                    chunk = self._keep_alive()
                 else:
                     try:
                         chunk = item.result()

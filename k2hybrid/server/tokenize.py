@@ -11,7 +11,8 @@ from starlette.responses import Response
 
 from k2hybrid.errors import RequestError
 from k2hybrid.server.body import read_object
-from k2hybrid.server.chat_request import parse_messages, parse_tools
+from k2hybrid.server.chat_request import parse_messages
+from k2hybrid.server.chat_tools import parse_tools
 from k2hybrid.server.failures import json_response
 from k2hybrid.server.fields import Fields, wrong_type, wrong_value
 from k2hybrid.server.served import ServedModel

@@ -11,8 +11,17 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from k2hybrid.errors import ContextLengthError
-from k2hybrid.types import ChatRequest, Event, Message, PromptProgress, TokenLogprob, Usage
+from k2hybrid.errors import ContextLengthError, RequestError
+from k2hybrid.types import (
+    ChatRequest,
+    CompletionRequest,
+    Content,
+    Event,
+    Message,
+    PromptProgress,
+    TokenLogprob,
+    Usage,
+)
 
 
 @dataclass
@@ -24,6 +33,11 @@ class Step:
     progress: PromptProgress | None = None
     delay_s: float = 0.0
     error: Exception | None = None
+
+    @property
+    def text(self) -> str:
+        """What a text completion makes of it."""
+        return "".join(event.text for event in self.events if isinstance(event, Content))
 
 
 @dataclass
@@ -180,6 +194,7 @@ class ScriptedModel:
         self.tokenizer = ByteTokenizer()
         self.template = PlainTemplate(self.tokenizer)
         self.requests: list[ChatRequest] = []
+        self.completions: list[CompletionRequest] = []
         self.runs: list[ScriptedRun] = []
         self.parked: dict[str, list[ScriptedRun]] = {}
         self._scripts = list(scripts)
@@ -189,6 +204,7 @@ class ScriptedModel:
         """What comes next; forgets the past."""
         self._scripts = list(scripts)
         self.requests.clear()
+        self.completions.clear()
         self.runs.clear()
         self.parked.clear()
 
@@ -211,6 +227,22 @@ class ScriptedModel:
                 raise ContextLengthError(f"the prompt has {length} tokens; the context {self.context_tokens}")
             limit = script.max_tokens or request.max_tokens or self.context_tokens - length
             run = ScriptedRun(script, length, limit, request.retry_key, self.parked)
+            self.runs.append(run)
+            return run
+
+    def complete(self, request: CompletionRequest) -> ScriptedRun:
+        with self._lock:
+            script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
+            self.completions.append(request)
+            if isinstance(script, Exception):
+                raise script
+            prompt = request.prompt
+            if not isinstance(prompt, str) and max(prompt, default=0) >= self.tokenizer.vocab_size:
+                raise RequestError("prompt ids must lie in the vocabulary", param="prompt")
+            length = len(prompt.encode() if isinstance(prompt, str) else prompt)
+            if length >= self.context_tokens:
+                raise ContextLengthError(f"the prompt has {length} tokens", param="prompt")
+            run = ScriptedRun(script, length, request.max_tokens or self.context_tokens - length)
             self.runs.append(run)
             return run
 

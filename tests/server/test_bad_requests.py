@@ -18,10 +18,13 @@ from k2hybrid.errors import (
     TemplateError,
 )
 from k2hybrid.server.body import MAX_BODY_BYTES, MAX_DEPTH
+from k2hybrid.types import Content
 from tests.server.conftest import Served
+from tests.server.scripted import Script, Step
 
 USER = {"role": "user", "content": "hi"}
 TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+JSON = {"content-type": "application/json"}
 
 
 @pytest.mark.parametrize(
@@ -103,8 +106,24 @@ TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "ob
         ({"stop": ["a", 5]}, "stop[1]"),
         ({"stop": ["a"] * 17}, "stop"),
         ({"stop": ["a" * 1001]}, "stop[0]"),
-        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"response_format": "json"}, "response_format"),
+        ({"response_format": {"type": "grammar"}}, "response_format.type"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "json_schema", "json_schema": []}}, "response_format.json_schema"),
+        ({"parallel_tool_calls": "odd"}, "parallel_tool_calls"),
+        ({"functions": [{"name": "a b"}]}, "functions[0].name"),
+        ({"functions": [{"name": "f"}], "function_call": {"name": "g"}}, "function_call"),
+        ({"functions": [{"name": "f"}], "function_call": "maybe"}, "function_call"),
+        ({"messages": [{**USER, "tools": [{"type": "function"}]}]}, "messages[0].tools[0].function.name"),
+        ({"reasoning_effort": "huge"}, "reasoning_effort"),
+        ({"reasoning": "high"}, "reasoning"),
+        ({"reasoning": {"effort": "huge"}}, "reasoning.effort"),
+        ({"reasoning": {"max_tokens": -1}}, "reasoning.max_tokens"),
+        ({"reasoning": {"exclude": 1}}, "reasoning.exclude"),
+        ({"chat_template_kwargs": {"thinking": "no"}}, "chat_template_kwargs.thinking"),
+        ({"thinking": {"type": "sometimes"}}, "thinking.type"),
+        ({"thinking_budget": -1}, "thinking_budget"),
+        ({"return_progress": "x"}, "return_progress"),
     ],
 )
 def test_a_wrong_field_is_named(server: Served, fields: dict[str, object], param: str) -> None:
@@ -138,21 +157,45 @@ def test_a_wrong_field_is_named(server: Served, fields: dict[str, object], param
     ],
 )
 def test_a_body_that_is_no_json_object_is_400(server: Served, body: bytes) -> None:
-    response = server.post("/v1/chat/completions", content=body)
+    response = server.post("/v1/chat/completions", content=body, headers=JSON)
     assert response.status_code == 400
     assert response.json()["error"]["code"] in ("invalid_json", "invalid_type")
     assert server.chat().status_code == 200
 
 
-def test_the_content_type_does_not_matter(server: Served) -> None:
+@pytest.mark.parametrize(
+    "kind", ["application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"]
+)
+def test_json_is_json_however_it_is_spelled(server: Served, kind: str) -> None:
     body = orjson.dumps({"messages": [USER]})
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "application/json; charset=utf-8", ""):
-        response = server.post("/v1/chat/completions", content=body, headers={"content-type": kind})
-        assert response.status_code == 200
+    assert server.post("/v1/chat/completions", content=body, headers={"content-type": kind}).is_success
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "text/plain",
+        "text/plain;application/json",
+        "application/x-www-form-urlencoded",
+        "multipart/form-data; boundary=x",
+        "application/jsonp",
+        "x" * 500,
+        "",
+    ],
+)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"])
+def test_what_a_page_may_send_unasked_is_415(server: Served, path: str, kind: str) -> None:
+    body = orjson.dumps({"messages": [USER], "prompt": "x", "tokens": []})
+    response = server.post(path, content=body, headers={"content-type": kind} if kind else {})
+    assert response.status_code == 415
+    assert response.json()["error"]["code"] == "unsupported_media_type"
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+    assert response.headers["x-should-retry"] == "false"
+    assert not server.model.requests
 
 
 def test_a_body_over_the_limit_is_413(server: Served) -> None:
-    response = server.post("/v1/chat/completions", content=b" " * (MAX_BODY_BYTES + 1))
+    response = server.post("/v1/chat/completions", content=b" " * (MAX_BODY_BYTES + 1), headers=JSON)
     assert response.status_code == 413
     assert response.json()["error"]["code"] == "request_too_large"
     assert response.headers["x-should-retry"] == "false"
@@ -161,7 +204,7 @@ def test_a_body_over_the_limit_is_413(server: Served) -> None:
 def test_a_chunked_body_over_the_limit_is_413(server: Served) -> None:
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=20)
     chunks = (b" " * (1 << 20) for _ in range((MAX_BODY_BYTES >> 20) + 1))
-    connection.request("POST", "/v1/chat/completions", body=chunks, encode_chunked=True)
+    connection.request("POST", "/v1/chat/completions", body=chunks, headers=JSON, encode_chunked=True)
     response = connection.getresponse()
     assert response.status == 413
     connection.close()
@@ -233,7 +276,17 @@ def test_unknown_paths_and_methods_answer_in_json(server: Served) -> None:
 
 def test_prompts_are_not_logged(server: Served, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
-        server.chat(messages=[{"role": "user", "content": "my secret"}])
-        server.chat(messages=[{"role": "user", "content": "my secret"}], n="x")
+        for messages in ([{"role": "user", "content": "my secret"}], [{"role": "my secret"}]):
+            for more in ({}, {"stream": True}, {"n": "x"}, {"tool_choice": "my secret"}):
+                server.chat(messages=messages, **more)
+        server.post("/v1/completions", json={"prompt": "my secret"})
+        server.post("/v1/completions", json={"prompt": "my secret", "stop": 5, "suffix": "my secret"})
+        server.post("/tokenize", json={"prompt": "my secret", "return_token_strs": "my secret"})
+        server.post("/v1/chat/completions", content=b'{"my secret', headers=JSON)
+        server.post("/v1/chat/completions", content=b"my secret")
+        for error in (EngineError("failed on my secret"), ValueError("my secret")):
+            server.model.play(error, Script([Step((Content("my secret"),)), Step(error=error)]))
+            for stream in (True, False, True):
+                server.chat(stream=stream)
     assert any(record.name == "k2hybrid.server" for record in caplog.records)
     assert "my secret" not in "".join(r.getMessage() for r in caplog.records if r.name.startswith("k2hybrid"))

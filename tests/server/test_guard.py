@@ -8,10 +8,11 @@ import httpx
 import openai
 import pytest
 
+from k2hybrid.errors import ConfigError
 from k2hybrid.server.app import Settings
 from k2hybrid.server.guard import host_name
 from k2hybrid.server.live import LiveRuns
-from k2hybrid.server.process import hosts_for
+from k2hybrid.server.process import hosts_for, require_key
 from k2hybrid.types import Content
 from tests.server.conftest import Served, serving
 from tests.server.scripted import Script, ScriptedModel, Step
@@ -140,9 +141,17 @@ def test_beyond_loopback_any_name_is_answered() -> None:
         assert httpx.get(f"{served.url}/health", headers={"host": "my.lan"}).status_code == 200
 
 
-def test_no_page_of_another_origin_may_read_answers(server: Served) -> None:
-    response = server.post("/v1/chat/completions", json=CHAT, headers={"origin": "http://evil.example"})
-    assert not [name for name in response.headers if name.startswith("access-control")]
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.168.1.5", "::", "my.lan"])
+def test_beyond_loopback_a_key_is_asked_for_or_its_lack_said_to_be_right(host: str) -> None:
+    with pytest.raises(ConfigError, match=r"--api-key-file, or --allow-no-key"):
+        require_key(host, (), allow_none=False)
+    require_key(host, ("key",), allow_none=False)
+    require_key(host, (), allow_none=True)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.5", "::1", "localhost"])
+def test_on_loopback_no_key_is_needed(host: str) -> None:
+    require_key(host, (), allow_none=False)
 
 
 def test_a_server_that_drains_refuses_newcomers_and_says_so() -> None:

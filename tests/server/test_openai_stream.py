@@ -8,6 +8,7 @@ from k2hybrid.errors import EngineError
 from k2hybrid.types import (
     Content,
     Malformed,
+    PromptProgress,
     Reasoning,
     TokenLogprob,
     ToolCallArguments,
@@ -152,7 +153,7 @@ def test_an_error_in_the_middle_becomes_an_event_and_the_stream_ends(server: Ser
 
 def test_what_cannot_be_parsed_reaches_the_client(server: Served) -> None:
     server.model.play(Script([Step((Content("x"), Malformed("<junk>", "no such tool")))]))
-    expected = {"malformed": [{"text": "<junk>", "reason": "no such tool"}]}
+    expected = {"malformed": [{"text": "<junk>", "reason": "no such tool", "code": "malformed"}]}
     *_, malformed, _finish, _done = events(server.chat(stream=True).text)
     assert malformed["choices"][0]["delta"] == {"k2hybrid": expected}
     assert server.chat().json()["choices"][0]["message"]["k2hybrid"] == expected
@@ -186,6 +187,65 @@ def test_logprobs_cover_the_content_tokens_and_nothing_else(server: Served) -> N
         entry for chunk in chunks if (lp := chunk["choices"][0]["logprobs"]) for entry in lp["content"]
     ]
     assert streamed == content
+
+
+def test_progress_comes_in_chunks_that_add_nothing(server: Served) -> None:
+    slow = [Step(progress=PromptProgress(100, 64, 64 + done, 1000.4 * done)) for done in (12, 36)]
+    script = Script([*slow, Step((Content("x"),))])
+    server.model.play(script)
+    chunks = events(server.chat(stream=True, return_progress=True).text)[:-1]
+    assert [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk] == [
+        {"total": 100, "cache": 64, "processed": 76, "time_ms": 12005},
+        {"total": 100, "cache": 64, "processed": 100, "time_ms": 36014},
+    ]
+    assert [chunk["choices"][0]["delta"] for chunk in chunks] == [
+        {"role": "assistant", "content": ""},
+        {},
+        {},
+        {"content": "x"},
+        {},
+    ]
+    with server.openai().chat.completions.stream(
+        model="m", messages=[{"role": "user", "content": "hi"}], extra_body={"return_progress": True}
+    ) as stream:
+        assert stream.until_done().get_final_completion().choices[0].message.content == "x"
+
+
+FUNCTION = {"name": "get_weather", "parameters": {"type": "object"}}
+ONE_CALL = Script(
+    [
+        Step((ToolCallStart(0, "functions.get_weather:0", "get_weather"),)),
+        Step((ToolCallArguments(0, '{"city"'),)),
+        Step((ToolCallArguments(0, ':"x"}'), ToolCallEnd(0))),
+    ],
+    finish="tool_calls",
+)
+
+
+def test_whoever_declares_functions_gets_a_function_call(server: Served) -> None:
+    server.model.play(ONE_CALL)
+    choice = server.chat(functions=[FUNCTION]).json()["choices"][0]
+    assert choice["finish_reason"] == "function_call"
+    assert choice["message"]["function_call"] == {"name": "get_weather", "arguments": '{"city":"x"}'}
+    assert choice["message"]["content"] is None
+    assert "tool_calls" not in choice["message"]
+    *chunks, _ = events(server.chat(functions=[FUNCTION], stream=True).text)
+    assert [chunk["choices"][0]["delta"].get("function_call") for chunk in chunks] == [
+        None,
+        {"name": "get_weather", "arguments": ""},
+        {"arguments": '{"city"'},
+        {"arguments": ':"x"}'},
+        None,
+    ]
+    assert chunks[-1]["choices"][0]["finish_reason"] == "function_call"
+
+
+def test_reasoning_can_be_left_out(server: Served) -> None:
+    server.model.play(CALLING)
+    hidden = server.chat(reasoning={"exclude": True}).json()
+    assert hidden["choices"][0]["message"]["reasoning_content"] is None
+    assert hidden["usage"]["completion_tokens_details"]["reasoning_tokens"] == 3
+    assert "I must" not in server.chat(reasoning={"exclude": True}, stream=True).text
 
 
 def test_without_logprobs_the_field_is_null(server: Served) -> None:

@@ -100,7 +100,12 @@ def test_a_port_in_use_is_one_line(tiny_model: Path) -> None:
     ("argv", "code", "said"),
     [
         (["--model", "/nonexistent"], 1, "/nonexistent"),
-        (["--host", "no.such.host.invalid"], 1, "no.such.host.invalid"),
+        (
+            ["--host", "no.such.host.invalid", "--allow-no-key"],
+            1,
+            "cannot resolve --host no.such.host.invalid",
+        ),
+        (["--host", "0.0.0.0"], 1, "--allow-no-key"),
         (["--device", "cuda"], 1, "cuda"),
         (["--isa", "mmx"], 1, "mmx"),
         (["--api-key-file", "/nonexistent"], 1, "/nonexistent"),

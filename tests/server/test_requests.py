@@ -72,6 +72,11 @@ def test_partial_holds_for_the_last_message_only() -> None:
     assert [m.partial for m in messages] == [False, False, True]
 
 
+def test_a_partial_message_may_be_reasoning_alone() -> None:
+    begun = message(role="assistant", content=None, reasoning_content="Let me", partial=True)
+    assert begun == Message("assistant", None, reasoning="Let me", partial=True)
+
+
 def test_every_sampling_field_arrives() -> None:
     assert parsed(
         temperature=0,
@@ -108,6 +113,12 @@ def test_limits_too_large_are_no_error() -> None:
     assert parsed(max_completion_tokens=262144).max_tokens == 262144
     assert parsed(max_tokens=1e30).max_tokens == int(1e30)
     assert parsed(max_tokens=5, max_completion_tokens=7).max_tokens == 7
+    assert parsed(max_tokens=-1).max_tokens is None
+
+
+def test_values_at_their_edges_are_no_error() -> None:
+    sampling = parsed(temperature=5, top_p=0, top_k=-1, presence_penalty=-2, logit_bias={}).sampling
+    assert sampling == SamplingParams(temperature=5.0, top_p=0.0, presence_penalty=-2.0)
 
 
 def test_stop_is_a_string_or_several() -> None:
@@ -134,7 +145,117 @@ def test_tools_pass_verbatim_and_foreign_kinds_are_dropped() -> None:
     ],
 )
 def test_tool_choice(choice: Any, expected: str) -> None:
-    assert parsed(tools=[TOOL], tool_choice=choice).tool_choice == expected
+    request = parsed(tools=[TOOL], tool_choice=choice)
+    if expected == "get_weather":
+        assert (request.tool_choice, request.tool_name) == ("required", expected)
+    else:
+        assert (request.tool_choice, request.tool_name) == (expected, None)
+
+
+def test_one_call_or_several() -> None:
+    assert parsed(tools=[TOOL]).parallel_tool_calls is True
+    assert parsed(tools=[TOOL], parallel_tool_calls=False).parallel_tool_calls is False
+
+
+def test_messages_may_carry_tools() -> None:
+    def named(name: str, **more: Any) -> dict[str, Any]:
+        return {"type": "function", "function": {"name": name, **more}}
+
+    builtin = {"type": "builtin_function", "function": {"name": "$web_search"}}
+    carrier = {"role": "system", "tools": [named("g"), builtin, named("f", description="other"), named("g")]}
+    assert parsed(messages=[carrier, USER], tools=[named("f")]).tools == (named("f"), named("g"))
+    assert parsed(messages=[carrier, USER], tool_choice="required").tools == (
+        named("g"),
+        named("f", description="other"),
+    )
+    assert parsed(messages=[{"role": "developer", "tools": None}, USER]).tools == ()
+
+
+def test_functions_are_tools_of_an_earlier_age() -> None:
+    function = TOOL["function"]
+    call = parse_chat({"messages": [USER], "functions": [function], "function_call": "auto"})
+    assert call.legacy
+    assert call.request.tools == (TOOL,)
+    assert call.request.parallel_tool_calls is False
+    assert not parse_chat({"messages": [USER], "tools": [TOOL], "functions": []}).legacy
+    named = parsed(functions=[function], function_call={"name": "get_weather"})
+    assert (named.tool_choice, named.tool_name) == ("required", "get_weather")
+    assert parsed(functions=[function], function_call="none").tool_choice == "none"
+    asked = message(role="assistant", content=None, function_call={"name": "f", "arguments": '{"x":1}'})
+    assert asked.tool_calls == (ToolCall("", "f", '{"x":1}'),)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "schema"),
+    [
+        ({"type": "text"}, None),
+        ({"type": "json_object"}, {"type": "object"}),
+        (
+            {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "array"}}},
+            {"type": "array"},
+        ),
+    ],
+)
+def test_response_format(wanted: Any, schema: Any) -> None:
+    assert parsed(response_format=wanted).json_schema == schema
+
+
+@pytest.mark.parametrize(
+    ("fields", "enabled", "budget"),
+    [
+        ({}, True, None),
+        ({"thinking": {"type": "disabled"}}, False, None),
+        ({"thinking": {"type": "enabled", "budget_tokens": 9}}, True, 9),
+        ({"thinking": {"type": "enabled", "keep": "all"}}, True, None),
+        ({"thinking": False}, False, None),
+        ({"thinking_budget": 0}, False, None),
+        ({"thinking_budget": 7, "reasoning_effort": "none"}, True, 7),
+        ({"reasoning_effort": "none"}, False, None),
+        ({"reasoning_effort": "low"}, True, 4096),
+        ({"reasoning_effort": "high"}, True, None),
+        ({"reasoning": {"effort": "low"}}, True, 4096),
+        ({"reasoning": {"effort": "low", "max_tokens": 5}}, True, 5),
+        ({"reasoning": {"enabled": False}}, False, None),
+        ({"reasoning": {"enabled": True}}, True, None),
+        ({"chat_template_kwargs": {"thinking": False}}, False, None),
+        ({"chat_template_kwargs": {"enable_thinking": False, "x": 1}}, False, None),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, True, None),
+    ],
+)
+def test_how_much_to_think_in_everyones_words(
+    fields: dict[str, Any], enabled: bool, budget: int | None
+) -> None:
+    request = parsed(**fields)
+    assert (request.thinking, request.thinking_budget) == (enabled, budget)
+
+
+@pytest.mark.parametrize(
+    ("part", "kind"),
+    [
+        ({"type": "image_url", "image_url": {"url": "data:…"}}, "image"),
+        ({"type": "input_image"}, "image"),
+        ({"type": "input_audio", "input_audio": {}}, "audio"),
+        ({"type": "video_url"}, "video"),
+        ({"type": "file", "file": {}}, "file"),
+    ],
+)
+def test_media_are_left_out_aloud_but_for_the_newest_question(part: Any, kind: str) -> None:
+    line = {"type": "text", "text": f"[{kind} omitted: this model reads text only]"}
+    text = {"type": "text", "text": "x"}
+    old = {"role": "user", "content": [text, part]}
+    for before, after in (([old], [USER]), ([USER], [{"role": "tool", "content": [text, part]}])):
+        messages = parse_chat({"messages": [*before, *after]}).request.messages
+        assert (text, line) in [message.content for message in messages]
+    with pytest.raises(RequestError, match="text parts only") as caught:
+        parsed(messages=[USER, old, {"role": "assistant", "content": "x"}])
+    assert caught.value.code == "unsupported_content"
+    assert caught.value.param == "messages[1].content[1].type"
+
+
+def test_progress_is_for_streams() -> None:
+    assert parsed(return_progress=True, stream=True).progress is True
+    assert parsed(return_progress=True).progress is False
+    assert parsed(stream=True).progress is False
 
 
 def test_what_may_be_stored_and_reused() -> None:
@@ -170,7 +291,6 @@ def test_unknown_fields_are_ignored(server: Served) -> None:
         metadata={"a": 1},
         thinking={"type": "enabled", "keep": "all"},
         user=5,
-        parallel_tool_calls="odd",
         model="some-other-model",
     )
     assert response.status_code == 200
