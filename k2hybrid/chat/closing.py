@@ -19,7 +19,8 @@ ATTEMPTS = 4
 Quotes = Literal["outside", "inside", "escaped"]
 
 _CLOSERS = ("}", "]")
-_SMALL = ("null", "true", "false", *"0123456789", "[", "{", ",", ":")
+_SEPARATORS = (",", ":")
+_SMALL = ("null", "true", "false", *"0123456789", "[", "{")
 # One value of each format that grammars hold, and of what many patterns ask for.
 _SAMPLES = (
     "2000-01-01T00:00:00Z", "00:00:00Z", "2000-01-01", "P1D", "a@b.co", "a.co", "127.0.0.1", "::1",
@@ -46,6 +47,7 @@ class Closer:
         self._tokenizer = tokenizer
         self._quote = tokenizer.encode('"')[0]
         self._closers = self._single_tokens(_CLOSERS)
+        self._separators = self._single_tokens(_SEPARATORS)
         self._small = self._single_tokens(_SMALL)
         self._bytes = np.array([self._byte(tokenizer, code) for code in range(256)], np.int64)
         self._samples = [tokenizer.encode(text + '"') for text in _SAMPLES]
@@ -100,6 +102,9 @@ class Closer:
                 return (token,)
         if key := self._first_valid(matcher, keys):
             return key
+        for token in self._separators:  # the value before it is complete
+            if matcher.validate_tokens([token]):
+                return (token,)
         return (self._quote,) if matcher.validate_tokens([self._quote]) else ()
 
     @staticmethod

@@ -1,8 +1,7 @@
 """The process in which a checkpoint's chat template runs: standard library and jinja2 only.
 
-Started by `jinja.py`; reads requests from stdin and writes answers to stdout, each a JSON object after its
-length in bytes (8, little-endian). The template sees a sandbox without attribute access to internals; the
-process sees no secrets of its parent, may use bounded memory and CPU time, and write no file.
+Started by `jinja.py`; `worker_side.py` reads its requests, writes its answers and bounds it. The template sees
+a sandbox without attribute access to internals; the process sees no secrets of its parent.
 
 How control tokens stay the template's own: in the parsed template, every spelling of a special token is
 replaced by a variable whose value is a fresh random number for each request. Only where that number comes out
@@ -230,72 +229,15 @@ def _strftime_now(form: str) -> str:
 # --- the process ----------------------------------------------------------------------------------
 
 
-def _limit(memory_bytes: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-
-
-def _allow_cpu(seconds: int) -> None:
-    """Let this process use `seconds` of CPU time from now on; then the kernel ends it."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    soft = int(used.ru_utime + used.ru_stime) + 1 + seconds
-    resource.setrlimit(resource.RLIMIT_CPU, (soft, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-
-
-def _receive(stream: BinaryIO) -> dict[str, Any] | None:
-    head = stream.read(8)
-    if len(head) < 8:
-        return None
-    request: dict[str, Any] = json.loads(stream.read(int.from_bytes(head, "little")))
-    return request
-
-
-def _send(stream: BinaryIO, answer: dict[str, Any]) -> None:
-    data = json.dumps(answer).encode()
-    stream.write(len(data).to_bytes(8, "little") + data)
-    stream.flush()
-
-
-def _answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
-    """The result of `work`, or what went wrong: whatever a template does, its process answers."""
+def _named(work: Callable[[], Any]) -> dict[str, Any]:
+    """What `work` returns, or in what way the template is wrong; `serve` names all other failures."""
     try:
-        return work()
+        return {"pieces": work()}
     except RejectedError as error:
         return {"rejected": str(error)[:1000]}
     except jinja2.TemplateSyntaxError as error:
         return {"error": f"line {error.lineno}: {error.message}"[:1000]}
     except jinja2.exceptions.SecurityError as error:
         return {"error": f"forbidden: {error}"[:1000]}
-    except MemoryError as error:
-        return {"error": f"too much memory: {error}"[:1000]}
-    except RecursionError:
-        return {"error": "recursion too deep"}
-    except Exception as error:  # the template's own failures have no common class
-        return {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
-def _compile(request: dict[str, Any]) -> TemplateProgram:
-    return TemplateProgram(request["source"], request["specials"], request["variables"])
-
-
-def main() -> None:
-    """Compile the template of the first request, then render until stdin closes."""
-    receiving, sending = sys.stdin.buffer, sys.stdout.buffer
-    program: TemplateProgram | None = None
-    while (request := _receive(receiving)) is not None:
-        _allow_cpu(int(request["cpu_s"]))
-
-        def work(request: dict[str, Any] = request) -> dict[str, Any]:
-            nonlocal program
-            if program is None:
-                _limit(int(request["memory_bytes"]))
-                program = _compile(request)
-                return {"ready": True}
-            return {"pieces": program.render(request["context"], int(request["max_chars"]))}
-
-        _send(sending, _answered(work))
-
-
-if __name__ == "__main__":
-    main()

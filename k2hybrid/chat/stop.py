@@ -16,7 +16,7 @@ class ChatStopRule:
     (microseconds a token), so that both agree on which text is content and where it stops.
 
     Args:
-        pauses: asked after every token whether generation is to end here for a while.
+        pauses: asked at the end of every call whether generation is to end here for a while.
     """
 
     def __init__(
@@ -30,6 +30,7 @@ class ChatStopRule:
         pauses: Callable[[], bool] = lambda: False,
     ) -> None:
         self._pauses = pauses
+        self._call_end = markers.call_end
         self._stop_ids = tokenizer.stop_ids if stop_ids is None else frozenset(stop_ids)
         self._stream = (
             ChatStream(markers, tokenizer, stop=stop, in_reasoning=in_reasoning) if any(stop) else None
@@ -42,7 +43,7 @@ class ChatStopRule:
 
     def push(self, token: int) -> bool:
         """True if generation ends with `token`."""
-        if token in self._stop_ids or self._pauses():
+        if token in self._stop_ids or (token == self._call_end and self._pauses()):
             return True
         if self._stream is None:
             return False

@@ -1,4 +1,4 @@
-"""The `k2hybrid` command: serve, chat, bench, mini-eval, synth, inspect, sessions, doctor.
+"""The `k2hybrid` command: serve, chat, bench, mini-eval, verify, synth, inspect, sessions, doctor.
 
 Each command's code, and what it needs, is imported when that command runs: `--help` answers at once.
 """
@@ -16,6 +16,8 @@ from k2hybrid.server.__main__ import add_options
 from k2hybrid.server.options import USAGE, Parser, add_model_options, fail
 
 _PROGRAM = "k2hybrid"
+_COMMANDS = ("serve", "chat", "bench", "mini-eval", "verify", "synth", "inspect", "sessions", "doctor")
+_WITH_OWN_OPTIONS = ("bench", "mini-eval", "verify")
 
 # (option, type, what it sets); names as `k2hybrid.checkpoint.synth` knows them.
 _SYNTH_SIZES: tuple[tuple[str, str], ...] = (
@@ -58,6 +60,7 @@ def build_parser() -> Parser:
     # Their options are their own: they parse them themselves.
     command("bench", "measure prefill and decode tokens/s and their share of the memory limit")
     command("mini-eval", "count how often the built-in model calls tools rightly, through the HTTP API")
+    command("verify", "count how many tool calls of any endpoint are valid")
 
     synth = command("synth", "write a random checkpoint in the published layout")
     _add_synth_options(synth)
@@ -108,7 +111,7 @@ def _add_synth_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given[:1] == ["bench"] or given[:1] == ["mini-eval"]:
+    if given and given[0] in _WITH_OWN_OPTIONS:
         return _with_own_options(given[0], given[1:])
     parser = build_parser()
     _check_command(parser, given)
@@ -123,10 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check_command(parser: Parser, given: Sequence[str]) -> None:
     """An unknown command fails with the nearest valid name; argparse would list them all."""
-    names = ("serve", "chat", "bench", "mini-eval", "synth", "inspect", "sessions", "doctor")
-    if given and not given[0].startswith("-") and given[0] not in names:
-        near = difflib.get_close_matches(given[0], names, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(names)}"
+    if given and not given[0].startswith("-") and given[0] not in _COMMANDS:
+        near = difflib.get_close_matches(given[0], _COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(_COMMANDS)}"
         parser.exit(USAGE, f"{_PROGRAM}: unknown command {given[0]}; {hint}\n")
 
 
@@ -161,6 +163,8 @@ def _with_own_options(command: str, argv: Sequence[str]) -> int:
     try:
         if command == "bench":
             from k2hybrid.bench import main as run
+        elif command == "verify":
+            from k2hybrid.verify import main as run
         else:
             from k2hybrid.mini_eval.command import main as run
 

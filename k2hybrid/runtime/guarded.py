@@ -14,6 +14,7 @@ from contextlib import aclosing, closing
 from dataclasses import dataclass
 from enum import Enum, auto
 
+from k2hybrid.chat.constraint import Phase
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.runtime.generate import TokenRun
@@ -64,6 +65,7 @@ class Guard:
 
 
 class _State(Enum):
+    START = auto()  # of an answer whose content is held, but for a reasoning that may begin it
     OPEN = auto()  # everything passes
     HEADER = auto()  # of a call: whether it is to be held is not known yet
     CALL = auto()  # its arguments
@@ -74,7 +76,7 @@ class GuardedRun:
     """As a `TokenRun`, with `Malformed` in place of what could not be made valid.
 
     Args:
-        in_reasoning: the prompt ends in an open reasoning, or one may begin.
+        phase: where the prompt ends.
     """
 
     def __init__(
@@ -85,16 +87,17 @@ class GuardedRun:
         markers: Markers,
         tokenizer: Tokenizer,
         *,
-        in_reasoning: bool,
+        phase: Phase,
     ) -> None:
         self._tokens = tokens
         self._guard = guard
         self._mask = mask
         self._markers = markers
         self._tokenizer = tokenizer
-        self._in_reasoning = in_reasoning
-        content = guard.content is not None and not in_reasoning
-        self._state = _State.CONTENT if content else _State.OPEN
+        self._phase = phase
+        self._state = _State.OPEN
+        if guard.content is not None and phase is not Phase.REASONING:
+            self._state = _State.START if phase is Phase.START else _State.CONTENT
         self._passed: list[int] = []  # tokens of the answer that were let out
         self._held: list[TokenEvent] = []
         self._text = b""  # of what is held: the header, then the arguments or the content
@@ -125,7 +128,7 @@ class GuardedRun:
         """See `TokenRun.resumed`."""
         return GuardedRun(
             self._tokens.resumed(), self._guard, self._mask, self._markers, self._tokenizer,
-            in_reasoning=self._in_reasoning,
+            phase=self._phase,
         )  # fmt: skip
 
     def lease(self, seconds: float) -> None:
@@ -174,6 +177,8 @@ class GuardedRun:
             return []
         markers, token = self._markers, event.token
         self._held.append(event)
+        if self._state is _State.START:
+            self._state = _State.OPEN if token == markers.think_begin else _State.CONTENT
         match self._state:
             case _State.OPEN if token == markers.call_begin and self._guard.calls:
                 self._state, self._text = _State.HEADER, b""

@@ -7,7 +7,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from types import TracebackType
 
-from k2hybrid.chat.constraint import Phase
 from k2hybrid.chat.exchanges import Exchanges, Recalled, gather
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.prompt import Prompt
@@ -146,7 +145,7 @@ class Runtime:
             mask,
             self._markers,
             self.tokenizer,
-            in_reasoning=rules.phase is not Phase.CONTENT,
+            phase=rules.phase,
         )
         return ChatRun(
             request,

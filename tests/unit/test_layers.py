@@ -20,7 +20,7 @@ LAYERS = (
     ("model",),
     ("engine",),
     ("runtime",),
-    ("agent", "server", "bench", "mini_eval", "cli"),
+    ("agent", "server", "bench", "mini_eval", "verify", "cli"),
 )
 LAYER_OF = {room: layer for layer, rooms in enumerate(LAYERS) for room in rooms}
 RUNTIME = LAYER_OF["runtime"]

@@ -77,9 +77,72 @@ USER = Message("user", "hi")
         ),
         # a given name stays
         ([calls(("a", "f")), result("a", "other")], [("functions.f:0", "other")], 1),
-        # results of nothing are left alone
-        ([result("a"), USER, result(None)], [("a", None), (None, None)], 0),
-        ([calls(("a", "f")), result("a"), result("a")], [("functions.f:0", "f"), ("a", None)], 1),
+        # ids rewritten in the results alone, in another order
+        (
+            [
+                calls(("functions.f:0", "f"), ("functions.my-tool:1", "my-tool")),
+                result("functions_my_tool_1"),
+                result("functions_f_0"),
+            ],
+            [("functions.my-tool:1", "my-tool"), ("functions.f:0", "f")],
+            2,
+        ),
+        # an exact id goes before one that is alike
+        (
+            [calls(("a_1", "f"), ("a.1", "g")), result("a.1"), result("a_1")],
+            [("functions.g:1", "g"), ("functions.f:0", "f")],
+            2,
+        ),
+        # other dialects' ids
+        (
+            [
+                calls(("toolu_01AbC", "Bash"), ("call_9f", "Read"), ("fc_1|call_2", "Edit")),
+                result("call_9f"),
+                result("fc_1|call_2"),
+                result("toolu_01AbC"),
+            ],
+            [("functions.Read:1", "Read"), ("functions.Edit:2", "Edit"), ("functions.Bash:0", "Bash")],
+            3,
+        ),
+        # no ids at all
+        (
+            [calls(("", "f"), ("", "g"), ("", "f")), result(""), result(""), result("")],
+            [("functions.f:0", "f"), ("functions.g:1", "g"), ("functions.f:2", "f")],
+            3,
+        ),
+        # parallel calls of one tool
+        (
+            [calls(("x", "f"), ("y", "f"), ("z", "f")), result("z"), result("x"), result(None, "f")],
+            [("functions.f:2", "f"), ("functions.f:0", "f"), ("functions.f:1", "f")],
+            3,
+        ),
+        # names as clients have them
+        (
+            [
+                calls(("1", "a.b.c"), ("2", "mcp__server__do"), ("3", "web-search")),
+                result("3"),
+                result("2"),
+                result("1"),
+            ],
+            [
+                ("functions.web-search:2", "web-search"),
+                ("functions.mcp__server__do:1", "mcp__server__do"),
+                ("functions.a.b.c:0", "a.b.c"),
+            ],
+            3,
+        ),
+        # a second result of one call is its call's too
+        (
+            [calls(("a", "f")), result("a"), result("a")],
+            [("functions.f:0", "f"), ("functions.f:0", "f")],
+            1,
+        ),
+        # of the latest call, where ids come again
+        (
+            [calls(("a", "f")), result("a"), calls(("a", "g")), result("a"), result("a")],
+            [("functions.f:0", "f"), ("functions.g:1", "g"), ("functions.g:1", "g")],
+            2,
+        ),
     ],
 )
 def test_results_find_their_calls(messages: list[Message], ids: list[tuple], count: int) -> None:
@@ -95,3 +158,63 @@ def test_the_given_messages_are_untouched() -> None:
     messages = [calls(("a", "f")), result("a")]
     canonicalise(messages)
     assert messages == [calls(("a", "f")), result("a")]
+
+
+@pytest.mark.parametrize(
+    ("orphan", "canonical"),
+    [
+        (result("a"), "functions.unknown:0"),
+        (result(None), "functions.unknown:0"),
+        (result(""), "functions.unknown:0"),
+        (result("toolu_01AbC"), "functions.unknown:0"),
+        (result("call_3"), "functions.unknown:0"),
+        (result("a", "f"), "functions.f:0"),
+        (result("functions.my-tool:7"), "functions.my-tool:0"),
+        (result("functions_Bash_12"), "functions.Bash:0"),
+        (result("functions.mcp__a__b:1"), "functions.mcp__a__b:0"),
+        (result("functions.\nno name:1"), "functions.unknown:0"),
+        (result("x", "no name:\n"), "functions.unknown:0"),
+        (result("functions." + "x" * 65 + ":1"), "functions.unknown:0"),
+    ],
+)
+def test_a_result_of_no_call_has_an_id_of_its_own(orphan: Message, canonical: str) -> None:
+    """Neither a foreign id nor another call's reaches the model: it counts like a call that is not shown."""
+    renamed, count = canonicalise([orphan, USER, calls(("a", "f")), result("a")])
+    assert renamed[0].tool_call_id == canonical
+    assert renamed[0].name == orphan.name
+    assert renamed[2].tool_calls[0].id == renamed[3].tool_call_id == "functions.f:1"
+    assert count == 2
+
+
+def test_an_orphan_between_results_takes_none_of_their_ids() -> None:
+    messages = [calls(("a", "f")), result("a"), result("zz"), result(None), calls(("b", "f")), result("b")]
+    renamed, count = canonicalise(messages)
+    ids = [message.tool_call_id for message in renamed if message.role == "tool"]
+    assert ids == ["functions.f:0", "functions.unknown:1", "functions.unknown:2", "functions.f:3"]
+    assert count == 4
+
+
+def test_what_is_canonical_stays_as_it_is() -> None:
+    """So the ids of a turn are the same in every later one."""
+    messages = [
+        calls(("x", "f"), ("y", "g")),
+        result("y"),
+        result("x"),
+        USER,
+        calls(("x", "f")),
+        result(None),
+    ]
+    once, count = canonicalise(messages)
+    assert canonicalise(once) == (once, count)
+    for end in range(len(messages)):
+        assert canonicalise(messages[:end])[0] == once[:end]
+
+
+def test_a_long_history_is_read_in_one_go() -> None:
+    many = 20_000  # a look-up through all calls for each would take minutes
+    called = calls(*((f"a{i}", "f") for i in range(many)))
+    answered = [result(f"b{i}", "g") for i in reversed(range(many))]
+    renamed, count = canonicalise([called, *answered, *answered])
+    assert count == 2 * many
+    assert renamed[1].tool_call_id == "functions.f:0"
+    assert renamed[-1].tool_call_id == f"functions.g:{2 * many - 1}"
