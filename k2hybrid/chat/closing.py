@@ -57,22 +57,29 @@ class Closer:
         matcher: LLMatcher,
         state: Quotes = "outside",
         keys: Sequence[Sequence[int]] = (),
+        pieces: Sequence[Sequence[int]] = (),
         limit: int = MAX_TOKENS,
     ) -> list[int] | None:
         """Tokens that bring `matcher`, which is left alone, to an end; None if none are found within `limit`.
 
         Greedy: closes what can be closed, else writes one of `keys` (quoted names with their colon, as
-        tokens), else the smallest value. Where that leads nowhere (a pattern, a multiple of seven), it is
-        tried again with chance.
+        tokens), else the smallest value, or in a string one of `pieces` (with its closing quote). Where that
+        leads nowhere (a pattern, a multiple of seven), it is tried again with chance.
         """
         for attempt in range(ATTEMPTS):
-            end = self._attempt(matcher.deep_copy(), state, keys, limit, attempt)
+            end = self._attempt(matcher.deep_copy(), state, keys, pieces, limit, attempt)
             if end is not None:
                 return end
         return None
 
     def _attempt(
-        self, matcher: LLMatcher, state: Quotes, keys: Sequence[Sequence[int]], limit: int, seed: int
+        self,
+        matcher: LLMatcher,
+        state: Quotes,
+        keys: Sequence[Sequence[int]],
+        pieces: Sequence[Sequence[int]],
+        limit: int,
+        seed: int,
     ) -> list[int] | None:
         chance = random.Random(seed) if seed else None
         result: list[int] = []
@@ -81,7 +88,7 @@ class Closer:
                 return result
             chosen = (
                 matcher.compute_ff_tokens()
-                or (self._in_string(matcher) if state != "outside" else self._between(matcher, keys))
+                or (self._in_string(matcher, pieces) if state != "outside" else self._between(matcher, keys))
                 or self._any(matcher, chance, small=state == "outside")
             )
             if not chosen or not matcher.consume_tokens(list(chosen)):
@@ -91,10 +98,10 @@ class Closer:
                 state = after(state, self._tokenizer.token_bytes(token))
         return None
 
-    def _in_string(self, matcher: LLMatcher) -> Sequence[int]:
+    def _in_string(self, matcher: LLMatcher, pieces: Sequence[Sequence[int]]) -> Sequence[int]:
         if matcher.validate_tokens([self._quote]):
             return (self._quote,)
-        return self._first_valid(matcher, self._samples)
+        return self._first_valid(matcher, pieces) or self._first_valid(matcher, self._samples)
 
     def _between(self, matcher: LLMatcher, keys: Sequence[Sequence[int]]) -> Sequence[int]:
         for token in self._closers:

@@ -374,7 +374,9 @@ class Constraint:
             return None
         if not self._state.begun:
             return None if grammar.end is None else [*grammar.end, *tail]
-        end = self._grammars.closer.shortest_end(self._state.matcher, self._state.quotes, grammar.keys)
+        end = self._grammars.closer.shortest_end(
+            self._state.matcher, self._state.quotes, grammar.keys, grammar.pieces
+        )
         return None if end is None else [*end, *tail]
 
     def _header_ending(self, tail: list[int]) -> list[int] | None:

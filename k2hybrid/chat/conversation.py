@@ -23,7 +23,8 @@ class Conversation:
     """Messages as the dictionaries that chat templates know, without a last `partial` one, which is
     `partial`.
 
-    `tools` has its keys sorted at every depth. `calls` counts the tool calls in `messages`.
+    `tools` has its keys sorted at every depth. `calls` counts the tool calls in `messages`, and
+    results whose call is not shown.
     """
 
     messages: list[dict[str, Any]]

@@ -38,13 +38,14 @@ class Grammar:
     """A compiled grammar, not begun.
 
     `exact`: its texts need no validation. `end`: the shortest text found, as tokens; None if none was found.
-    `keys`: hints for `Closer.shortest_end`.
+    `keys` and `pieces`: hints for `Closer.shortest_end`.
     """
 
     matcher: LLMatcher
     exact: bool
     end: tuple[int, ...] | None
     keys: tuple[tuple[int, ...], ...]
+    pieces: tuple[tuple[int, ...], ...]
 
     def begun(self) -> LLMatcher:
         """A matcher at the beginning of a text."""
@@ -93,12 +94,11 @@ class Grammars:
     def _schema(self, schema: Schema) -> Grammar:
         for write in (lark_of, loose_lark):
             try:
-                lark = write(schema)
+                made = self._compiled(write(schema))
             except (UnsupportedSchemaError, RecursionError, TypeError, ValueError) as error:
                 log.debug("no grammar: %s", error)
                 continue
-            made = self._compiled(lark)
-            if made is not None and made.end is not None:
+            if made is not None:
                 return made
         # What no grammar can hold is left to validation.
         value = json.dumps(ANY_OBJECT if _is_object(schema) else True)
@@ -112,8 +112,10 @@ class Grammars:
         keys = tuple(
             tuple(self.tokenizer.encode(json.dumps(key, ensure_ascii=False) + ":")) for key in lark.keys
         )
-        end = self.closer.shortest_end(matcher, keys=keys)
-        return Grammar(matcher, lark.exact, None if end is None else tuple(end), keys)
+        quoted = (json.dumps(piece, ensure_ascii=False)[1:-1] + '"' for piece in lark.pieces)
+        pieces = tuple(tuple(self.tokenizer.encode(piece)) for piece in quoted)
+        end = self.closer.shortest_end(matcher, keys=keys, pieces=pieces)
+        return Grammar(matcher, lark.exact, None if end is None else tuple(end), keys, pieces)
 
     @property
     def vocabulary(self) -> LLTokenizer:

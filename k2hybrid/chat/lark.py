@@ -13,9 +13,11 @@ so (`exact`): then a text of the grammar must still be validated.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import unquote
 
 ANY_ORDER = 8  # properties of an object whose order is free
 MAX_RULES = 1536  # for free orders in one schema; beyond, the declared order
@@ -45,11 +47,13 @@ class Lark:
     """`text` of the grammar, whose rule is `start`.
 
     `exact`: every text of it is valid under the schema. `keys`: property names that some object requires.
+    `pieces`: what patterns spell out, for whoever has to write something that matches.
     """
 
     text: str
     exact: bool
     keys: tuple[str, ...] = ()
+    pieces: tuple[str, ...] = ()
 
 
 class UnsupportedSchemaError(Exception):
@@ -65,7 +69,8 @@ def lark_of(schema: Schema) -> Lark:
     writer = _Writer(schema)
     start = writer.node(schema)
     lines = [f"start: {start}", *writer.rules, f"WS: /{WHITE_SPACE}/"]
-    return Lark("\n".join(lines) + "\n", writer.exact, tuple(sorted(writer.keys)))
+    text = "\n".join(lines) + "\n"
+    return Lark(text, writer.exact, tuple(sorted(writer.keys)), tuple(sorted(writer.pieces)))
 
 
 def loose_lark(schema: Schema) -> Lark:
@@ -74,7 +79,8 @@ def loose_lark(schema: Schema) -> Lark:
     value = writer.held(schema)
     options = {"lenient": True, "coerce_one_of": True, "whitespace_pattern": WHITE_SPACE}
     whole = {**value, "x-guidance": options} if isinstance(value, dict) else value
-    return Lark(f"start: %json {json.dumps(writer.with_definitions(whole))}\n", exact=False)
+    text = f"start: %json {json.dumps(writer.with_definitions(whole))}\n"
+    return Lark(text, exact=False, pieces=tuple(sorted(writer.pieces)))
 
 
 class _Writer:
@@ -83,6 +89,7 @@ class _Writer:
         self.rules: list[str] = []
         self.exact = True
         self.keys: set[str] = set()
+        self.pieces: set[str] = set()
         self._left = MAX_RULES
         self._named: dict[str, str] = {}  # reference → rule
         self._leaves: dict[str, str] = {}  # JSON → rule
@@ -230,6 +237,9 @@ class _Writer:
             elif key == "format":
                 if value in _FORMATS:
                     result[key] = value
+            elif key == "pattern":
+                self.pieces.update(_spelled(value))
+                result[key] = value
             elif key in ("anyOf", "allOf", "prefixItems"):
                 result[key] = [self.held(branch) for branch in value]
             elif key in ("properties", "patternProperties"):
@@ -271,7 +281,7 @@ def resolved(root: Schema, reference: str) -> Schema:
         if not reference.startswith("#/"):
             raise UnsupportedSchemaError(f"the reference {reference!r} is not a pointer into the document")
         for part in reference[2:].split("/"):
-            part = part.replace("~1", "/").replace("~0", "~")
+            part = unquote(part).replace("~1", "/").replace("~0", "~")
             try:
                 value = value[int(part)] if isinstance(value, list) else value[part]
             except (KeyError, IndexError, ValueError, TypeError):
@@ -313,6 +323,13 @@ def _exclusive(branches: list[Any]) -> bool:
         )
     shared = set.intersection(*map(set, constants)) if constants else set()
     return any(len({entry[name] for entry in constants}) == len(branches) for name in shared)
+
+
+def _spelled(pattern: str) -> list[str]:
+    """The stretches of a pattern that stand for themselves, and all of them in one."""
+    plain = re.sub(r"\\([^\w\s])|[][(){}|?*+^$.]|\\\w", lambda at: at[1] or "\0", pattern)
+    pieces = [piece for piece in plain.split("\0") if piece]
+    return [*pieces, "".join(pieces)] if pieces else []
 
 
 def _literal(text: str) -> str:

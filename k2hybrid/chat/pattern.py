@@ -40,7 +40,7 @@ class PatternError(ValueError):
 
 
 class UnsupportedPatternError(PatternError):
-    """The pattern may be well-formed, but no linear-time engine here offers what it uses, or so much of it."""
+    """The pattern may be well-formed, but the engines lack what it uses, or cannot hold as much of it."""
 
 
 def portable(pattern: str) -> str:

@@ -1,7 +1,7 @@
 """The process in which a checkpoint's chat template runs: standard library and jinja2 only.
 
-Started by `jinja.py`; `worker_side.py` reads its requests, writes its answers and bounds it. The template sees
-a sandbox without attribute access to internals; the process sees no secrets of its parent.
+Started by `jinja.py`; `worker_side.py` reads its requests, writes its answers and bounds it. The template
+sees a sandbox without attribute access to internals; the process sees no secrets of its parent.
 
 How control tokens stay the template's own: in the parsed template, every spelling of a special token is
 replaced by a variable whose value is a fresh random number for each request. Only where that number comes out
@@ -15,18 +15,18 @@ from __future__ import annotations
 
 import json
 import re
-import resource
 import secrets
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from typing import Any, BinaryIO
+from typing import Any
 
 import jinja2
 import jinja2.exceptions
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
+
+from k2hybrid.chat.worker_side import Answer, serve
 
 _SEARCHING = frozenset(
     "split rsplit replace startswith endswith strip lstrip rstrip removeprefix removesuffix find rfind index "
@@ -229,15 +229,24 @@ def _strftime_now(form: str) -> str:
 # --- the process ----------------------------------------------------------------------------------
 
 
-def _named(work: Callable[[], Any]) -> dict[str, Any]:
-    """What `work` returns, or in what way the template is wrong; `serve` names all other failures."""
-    try:
-        return {"pieces": work()}
-    except RejectedError as error:
-        return {"rejected": str(error)[:1000]}
-    except jinja2.TemplateSyntaxError as error:
-        return {"error": f"line {error.lineno}: {error.message}"[:1000]}
-    except jinja2.exceptions.SecurityError as error:
-        return {"error": f"forbidden: {error}"[:1000]}
+def _start(request: dict[str, Any]) -> Answer:
+    """Compile the template; what is returned renders with it."""
+    program = TemplateProgram(request["source"], request["specials"], request["variables"])
+    return lambda request: {"pieces": program.render(request["context"], int(request["max_chars"]))}
 
 
+def _failure(error: Exception) -> dict[str, Any] | None:
+    """The answer where a template refuses messages, or is wrong in a way that has a name."""
+    match error:
+        case RejectedError():
+            return {"rejected": str(error)[:1000]}
+        case jinja2.TemplateSyntaxError():
+            return {"error": f"line {error.lineno}: {error.message}"[:1000]}
+        case jinja2.exceptions.SecurityError():
+            return {"error": f"forbidden: {error}"[:1000]}
+        case _:
+            return None
+
+
+if __name__ == "__main__":
+    serve(_start, _failure)

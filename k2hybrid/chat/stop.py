@@ -43,9 +43,10 @@ class ChatStopRule:
 
     def push(self, token: int) -> bool:
         """True if generation ends with `token`."""
-        if token in self._stop_ids or (token == self._call_end and self._pauses()):
+        if token in self._stop_ids:
             return True
-        if self._stream is None:
-            return False
-        self._stream.push(token)
-        return self._stream.stopped
+        if self._stream is not None:
+            self._stream.push(token)
+            if self._stream.stopped:
+                return True
+        return token == self._call_end and self._pauses()

@@ -26,7 +26,7 @@ Which state a token leads to never depends on the declared tools: `stop.py` read
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from enum import Enum, auto
 from typing import Any
 
@@ -59,7 +59,8 @@ class _State(Enum):
 class ChatStream:
     """Feed it every generated token, then `finish()`; the events of both, in order, are the answer.
 
-    `tools` are the request's declarations; `first_call_index` and `in_reasoning` come from the `Prompt`.
+    `tools` are the request's declarations; `first_call_index` and `in_reasoning` come from the `Prompt`;
+    `stop_ids` end the answer (None: the vocabulary's own).
     `stopped` is set once a stop string was met in the content; the text before it is the end of the answer.
     """
 
@@ -72,9 +73,11 @@ class ChatStream:
         tools: Sequence[Mapping[str, Any]] = (),
         first_call_index: int = 0,
         in_reasoning: bool = False,
+        stop_ids: Collection[int] | None = None,
     ) -> None:
         self._markers = markers
         self._tokenizer = tokenizer
+        self._stop_ids = tokenizer.stop_ids if stop_ids is None else frozenset(stop_ids)
         self._tools = DeclaredTools(tools)
         self._first_call_index = first_call_index
         self._calls = 0
@@ -126,7 +129,7 @@ class ChatStream:
             return []
         if 0 <= token < self._tokenizer.num_ranks:
             self._text(self._utf8.push(self._tokenizer.token_bytes(token)))
-        elif token in self._tokenizer.stop_ids:
+        elif token in self._stop_ids:
             self._close(at_stop_token=True)
         else:
             self._text(self._utf8.flush())

@@ -17,8 +17,10 @@ import weakref
 from pathlib import Path
 from typing import Any
 
-_FOLDER = Path(__file__).parent
-_START_TIMEOUT_S = 60.0  # interpreter and imports take 0.2 s; a machine that loads weights may take far longer
+_ROOT = Path(__file__).parents[2]  # where the package lies
+_START_TIMEOUT_S = (
+    60.0  # interpreter and imports take 0.2 s; a machine that loads weights may take far longer
+)
 _MAX_START_ANSWER = 1 << 20
 _CHUNK_BYTES = 1 << 20
 # What an interpreter needs to start and find its packages; keys and tokens of the parent stay with the
@@ -27,19 +29,19 @@ _ENVIRONMENT = ("PATH", "PYTHONPATH", "PYTHONHOME", "LD_LIBRARY_PATH", "VIRTUAL_
 
 
 class WorkerError(Exception):
-    """There was no answer. The message goes on after the name of what was to be done: "took more than 1 s"."""
+    """There was no answer. The message follows the name of what was to be done: "took more than 1 s"."""
 
 
 class Worker:
     """One lazily started process. Thread-safe: requests take turns, and each has a time limit of its own.
 
     Args:
-        script: a file beside this one that calls `worker_side.serve`.
-        start: the first request to each process; its answer is returned by `exchange` if it holds "error".
+        module: the module to run, which calls `worker_side.serve`.
+        start: the first request to each process. If it fails, `exchange` returns its answer.
     """
 
-    def __init__(self, script: str, start: dict[str, Any]) -> None:
-        self._script = script
+    def __init__(self, module: str, start: dict[str, Any]) -> None:
+        self._module = module
         self._start = json.dumps(start).encode()
         self._lock = threading.Lock()
         self._process: _Process | None = None
@@ -57,7 +59,7 @@ class Worker:
                 self._end()  # it died between two requests
             try:
                 if self._process is None:
-                    self._process = _Process(_FOLDER / self._script)
+                    self._process = _Process(self._module)
                     started = self._process.exchange(self._start, _START_TIMEOUT_S, _MAX_START_ANSWER)
                     if "error" in started:
                         self._end()
@@ -81,10 +83,13 @@ class Worker:
 class _Process:
     """The running process and its two pipes."""
 
-    def __init__(self, script: Path) -> None:
+    def __init__(self, module: str) -> None:
         environment = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
-        # -P: the script's own folder is not searched for modules.
-        command = [sys.executable, "-P", "-B", str(script)]
+        # The package is the parent's own, wherever that found it.
+        paths = [str(_ROOT), *filter(None, [environment.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        # -P: the current folder is not searched for modules.
+        command = [sys.executable, "-P", "-B", "-m", module]
         try:
             self._process = subprocess.Popen(
                 command,

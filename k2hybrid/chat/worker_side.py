@@ -13,13 +13,15 @@ from collections.abc import Callable
 from typing import Any, BinaryIO
 
 Answer = Callable[[dict[str, Any]], dict[str, Any]]
+Failure = Callable[[Exception], dict[str, Any] | None]
 
 
-def serve(start: Callable[[dict[str, Any]], Answer]) -> None:
+def serve(start: Callable[[dict[str, Any]], Answer], failure: Failure = lambda error: None) -> None:
     """Answer requests until stdin closes.
 
-    `start` is given the first request, which bounds the memory (`memory_bytes`), and returns what answers all
-    others. Each request has its CPU time (`cpu_s`). What raises an exception is answered by an "error".
+    `start` is given the first request, which bounds the memory (`memory_bytes`), and returns what answers
+    all others. Each request has its CPU time (`cpu_s`). An exception is answered by what `failure` makes of
+    it, or else by an "error" with its message.
     """
     receiving, sending = sys.stdin.buffer, sys.stdout.buffer
     answer: Answer | None = None
@@ -34,10 +36,10 @@ def serve(start: Callable[[dict[str, Any]], Answer]) -> None:
             answer = start(request)
             return {"ready": True}
 
-        _send(sending, _answered(work))
+        _send(sending, _answered(work, failure))
 
 
-def _answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+def _answered(work: Callable[[], dict[str, Any]], failure: Failure) -> dict[str, Any]:
     """The result of `work`, or what went wrong: whatever the input does, its process answers."""
     try:
         return work()
@@ -46,7 +48,7 @@ def _answered(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except RecursionError:
         return {"error": "recursion too deep"}
     except Exception as error:  # failures that hostile input brings about have no common class
-        return {"error": f"{type(error).__name__}: {error}"[:1000]}
+        return failure(error) or {"error": f"{type(error).__name__}: {error}"[:1000]}
 
 
 def _limit(memory_bytes: int) -> None:

@@ -20,7 +20,7 @@ from k2hybrid.mini_eval.client import Client, Reply, at_once
 from k2hybrid.mini_eval.conversation import Conversation
 from k2hybrid.mini_eval.play import opening
 from k2hybrid.runtime import load
-from k2hybrid.types import SamplingParams
+from k2hybrid.types import SamplingParams, TokenEvent
 
 _LATENT_BYTES = 1 << 27  # one conversation at a time
 
@@ -65,7 +65,8 @@ def compare(
         greedy = SamplingParams(temperature=0.0)
 
         def generate(ids: list[int]) -> list[int]:
-            return [event.token for event in runtime.generate(ids, greedy, limit, ends)]
+            run = runtime.generate(ids, greedy, limit, ends)
+            return [event.token for event in run if isinstance(event, TokenEvent)]
 
         ours = [generate(ids) for ids, _ in asked]
         model = deepseek.load(folder)

@@ -157,6 +157,7 @@ class Runtime:
                 tools=request.tools,
                 first_call_index=prompt.first_call_index,
                 in_reasoning=prompt.in_reasoning,
+                stop_ids=self._stop_ids,
             ),
             max_tokens=limit,
             ended=lambda run: self._ended(recalled, prompt, run),

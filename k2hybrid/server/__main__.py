@@ -52,10 +52,7 @@ def serve(args: argparse.Namespace) -> int:
         hosts = hosts_for(args.host)
         with bind(args.host, args.port) as listener:
             if hosts is None and not keys:
-                print(
-                    f"{program}: anyone who reaches {args.host} can use this",
-                    file=sys.stderr,
-                )
+                print(f"{program}: anyone who reaches {args.host} can use this", file=sys.stderr)
             from k2hybrid.runtime import load
             from k2hybrid.server.app import Settings, create_app
             from k2hybrid.server.live import LiveRuns

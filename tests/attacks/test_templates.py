@@ -43,8 +43,7 @@ def make(tokenizer: Tokenizer) -> Iterator[Callable[..., ChatTemplate]]:
 
 def worker_pid(template: ChatTemplate) -> int | None:
     assert isinstance(template._jinja, JinjaRenderer)
-    process = template._jinja._process
-    return None if process is None else process.pid
+    return template._jinja.pid
 
 
 FORBIDDEN = [

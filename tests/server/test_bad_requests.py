@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import logging
 
+import httpx
 import openai
 import orjson
 import pytest
@@ -282,6 +283,12 @@ def test_prompts_are_not_logged(server: Served, caplog: pytest.LogCaptureFixture
         server.post("/v1/completions", json={"prompt": "my secret"})
         server.post("/v1/completions", json={"prompt": "my secret", "stop": 5, "suffix": "my secret"})
         server.post("/tokenize", json={"prompt": "my secret", "return_token_strs": "my secret"})
+        for wrong in ({}, {"top_k": "my secret"}):
+            turn = {"messages": [{"role": "user", "content": "my secret"}], "max_tokens": 5}
+            server.post("/v1/messages", json={**turn, **wrong})
+            server.post("/v1/messages/count_tokens", json={**turn, **wrong})
+            server.post("/v1/responses", json={"input": "my secret", **wrong})
+        httpx.get(f"{server.url}/v1/responses/my%20secret")
         server.post("/v1/chat/completions", content=b'{"my secret', headers=JSON)
         server.post("/v1/chat/completions", content=b"my secret")
         for error in (EngineError("failed on my secret"), ValueError("my secret")):

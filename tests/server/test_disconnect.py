@@ -31,7 +31,10 @@ def endless(delay_s: float) -> Script:
 def send_chat(port: int, **fields: object) -> socket.socket:
     body = orjson.dumps({"messages": [{"role": "user", "content": "hi"}], **fields})
     connection = socket.create_connection(("127.0.0.1", port))
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
+    head = (
+        "POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\n"
+        f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    )
     connection.sendall(head.encode() + body)
     return connection
 

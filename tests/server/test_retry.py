@@ -213,7 +213,7 @@ def test_nothing_is_parked_while_the_server_drains() -> None:
 def test_a_run_that_begins_after_the_end_is_cancelled() -> None:
     live = LiveRuns()
     live.end_all()
-    run = ScriptedRun(Script([]), 1)
+    run = ScriptedRun(Script([]), 1, max_tokens=1)
     live.add([run])  # type: ignore[list-item]
     assert run.cancelled.is_set()
     assert len(live) == 0

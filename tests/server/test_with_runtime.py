@@ -134,6 +134,43 @@ def test_a_stop_string_ends_it_and_is_not_shown(real: Served) -> None:
     assert answer["message"]["content"] == whole[: whole.index(stop)]
 
 
+def test_a_text_is_continued_as_it_stands(real: Served) -> None:
+    client = real.openai()
+    request: dict[str, Any] = {"model": "m", "prompt": "once", "max_tokens": 20, "seed": 4, "logprobs": 2}
+    whole = client.completions.create(**request, extra_body=ENDLESS).choices[0]
+    assert whole.finish_reason == "length"
+    assert len(whole.logprobs.tokens) == len(whole.logprobs.text_offset) <= 20
+    assert all(len(top) in (1, 2) for top in whole.logprobs.top_logprobs)
+    streamed = client.completions.create(**request, stream=True, extra_body=ENDLESS)
+    assert "".join(chunk.choices[0].text for chunk in streamed) == whole.text
+    stop = whole.text[5:7]
+    stopped = client.completions.create(**request, stop=stop, extra_body=ENDLESS).choices[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.text == whole.text[: whole.text.index(stop)]
+    ids = real.post("/tokenize", json={"prompt": "once"}).json()["tokens"]
+    assert client.completions.create(**{**request, "prompt": ids}, extra_body=ENDLESS).choices[0] == whole
+
+
+@pytest.mark.parametrize(
+    ("begun", "end"),
+    [
+        ({"content": "Well, "}, "<think></think>Well, "),
+        ({"content": None, "reasoning_content": "Let me"}, "<think>Let me"),
+        ({"content": "So", "reasoning_content": "Let me"}, "<think>Let me</think>So"),
+    ],
+)
+def test_a_partial_message_is_continued(real: Served, begun: dict[str, Any], end: str) -> None:
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "partial": True, **begun}]
+    tokens = real.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    text = real.post("/detokenize", json={"tokens": tokens}).json()["prompt"]
+    assert text.endswith(f"<|im_middle|>{end}")
+    for more in ({}, {"thinking": {"type": "disabled"}}, {"thinking_budget": 4}):
+        choice = real.chat(messages=messages, max_tokens=12, seed=1, **more, **ENDLESS).json()["choices"][0]
+        assert choice["finish_reason"] == "length"
+        if begun["content"]:
+            assert choice["message"]["reasoning_content"] is None
+
+
 def test_an_over_long_prompt_is_refused_and_a_large_limit_is_not(real: Served, runtime: Runtime) -> None:
     text = "x" * 3 * runtime.context_tokens
     response = real.chat(messages=[{"role": "user", "content": text}])
@@ -146,7 +183,6 @@ def test_an_over_long_prompt_is_refused_and_a_large_limit_is_not(real: Served, r
 @pytest.mark.parametrize(
     ("fields", "param"),
     [
-        ({"tool_choice": "required", "tools": [TOOL]}, "tool_choice"),
         ({"logit_bias": {"999999": 1}}, "logit_bias"),
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "nobody"}]}, None),
     ],
