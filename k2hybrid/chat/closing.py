@@ -12,7 +12,8 @@ from llguidance import LLMatcher
 
 from k2hybrid.chat.tokenizer import Tokenizer
 
-MAX_TOKENS = 256  # of an ending that is worth finding
+MAX_TOKENS = 1024  # of an ending that is worth finding
+BY_CHANCE = 256  # of one that is found by chance
 ATTEMPTS = 4
 
 # Where in a JSON text one stands, as far as quotes tell.
@@ -67,7 +68,8 @@ class Closer:
         leads nowhere (a pattern, a multiple of seven), it is tried again with chance.
         """
         for attempt in range(ATTEMPTS):
-            end = self._attempt(matcher.deep_copy(), state, keys, pieces, limit, attempt)
+            most = min(limit, BY_CHANCE) if attempt else limit
+            end = self._attempt(matcher.deep_copy(), state, keys, pieces, most, attempt)
             if end is not None:
                 return end
         return None
