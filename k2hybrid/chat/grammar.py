@@ -8,6 +8,7 @@ import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import tiktoken
@@ -92,7 +93,7 @@ class Grammars:
         return made
 
     def _schema(self, schema: Schema) -> Grammar:
-        for write in (lark_of, loose_lark):
+        for write in (lark_of, partial(lark_of, coarse=True), loose_lark):
             try:
                 made = self._compiled(write(schema))
             except (UnsupportedSchemaError, RecursionError, TypeError, ValueError) as error:

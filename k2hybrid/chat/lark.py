@@ -38,6 +38,15 @@ _FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid
 _OF_OBJECTS = frozenset("type properties required additionalProperties".split())
 _OF_ARRAYS = frozenset("type items minItems maxItems".split())
 _MAX_REPEATS = 1000
+_MAX_IN_ORDER = 256  # properties; each may be followed by any later one
+# What the library refuses in some of its forms, and what a grammar may therefore do without.
+_DELICATE = frozenset(
+    "pattern patternProperties format minLength maxLength minimum maximum exclusiveMinimum exclusiveMaximum "
+    "multipleOf".split()
+)
+_PATTERN_SYNTAX = re.compile(
+    r"\\x(?P<code>[0-9a-fA-F]{2})|\\(?P<escaped>[^\w\s])|\[(?:\\.|[^\]\\])*\]|\{[^}]*\}|\(\?:|[(){}|?*+^$.]|\\."
+)
 
 Schema = Mapping[str, Any] | bool
 
@@ -60,13 +69,16 @@ class UnsupportedSchemaError(Exception):
     """The schema cannot be written as a grammar of ours; `%json` may still take it."""
 
 
-def lark_of(schema: Schema) -> Lark:
+def lark_of(schema: Schema, *, coarse: bool = False) -> Lark:
     """The grammar of `schema`, whose references are all inside it and lead somewhere.
+
+    Args:
+        coarse: leave out what the library may refuse: patterns, formats, bounds.
 
     Raises:
         UnsupportedSchemaError: nothing fits it, or it needs what cannot be written.
     """
-    writer = _Writer(schema)
+    writer = _Writer(schema, _HELD - _DELICATE if coarse else _HELD)
     start = writer.node(schema)
     lines = [f"start: {start}", *writer.rules, f"WS: /{WHITE_SPACE}/"]
     text = "\n".join(lines) + "\n"
@@ -84,8 +96,9 @@ def loose_lark(schema: Schema) -> Lark:
 
 
 class _Writer:
-    def __init__(self, root: Schema) -> None:
+    def __init__(self, root: Schema, held: frozenset[str] = _HELD) -> None:
         self._root = root
+        self._held = held
         self.rules: list[str] = []
         self.exact = True
         self.keys: set[str] = set()
@@ -117,7 +130,7 @@ class _Writer:
                 return self._rule(" | ".join(self.node({**schema, "type": one}) for one in kind))
             return self._leaf(schema)
         kind = kind[0] if isinstance(kind, list) and kind else kind
-        dropped = said - _HELD
+        dropped = said - self._held
         if kind in ("object", None) and "properties" in schema and said - dropped <= _OF_OBJECTS:
             if schema.get("additionalProperties") in (None, False):
                 self.exact &= not dropped
@@ -152,8 +165,10 @@ class _Writer:
         if count <= ANY_ORDER and (1 << count) <= self._left:
             self._left -= 1 << count
             rest = self._any_order(members, required)
-        else:
+        elif count <= _MAX_IN_ORDER:
             rest = self._in_order(members, required)
+        else:
+            raise UnsupportedSchemaError(f"an object with {count} properties")
         return self._rule(f'"{{" WS? {rest}')
 
     def _any_order(self, members: Mapping[str, str], required: set[str]) -> str:
@@ -230,7 +245,7 @@ class _Writer:
             if key == "oneOf":
                 self._note_one_of(schema)
                 result["anyOf"] = [self.held(branch) for branch in value]
-            elif key not in _HELD:
+            elif key not in self._held:
                 self.exact = False
             elif key == "$ref":
                 result[key] = "#/$defs/" + self._target(value)
@@ -327,9 +342,14 @@ def _exclusive(branches: list[Any]) -> bool:
 
 def _spelled(pattern: str) -> list[str]:
     """The stretches of a pattern that stand for themselves, and all of them in one."""
-    plain = re.sub(r"\\([^\w\s])|[][(){}|?*+^$.]|\\\w", lambda at: at[1] or "\0", pattern)
-    pieces = [piece for piece in plain.split("\0") if piece]
+    pieces = [piece for piece in _PATTERN_SYNTAX.sub(_spelled_out, pattern).split("\0") if piece]
     return [*pieces, "".join(pieces)] if pieces else []
+
+
+def _spelled_out(part: re.Match[str]) -> str:
+    if part["code"]:
+        return chr(int(part["code"], 16))
+    return part["escaped"] or "\0"
 
 
 def _literal(text: str) -> str:

@@ -92,6 +92,11 @@ class Rulebook:
         )
         return rules, Guard(checks, content_check, stop_after, self.invalid_calls)
 
+    def is_exact(self, tool: Mapping[str, Any]) -> bool:
+        """Whether a grammar holds all that `tool` declares."""
+        schema = admit(function_of(tool)[1], "tools[0].function.parameters")
+        return self._grammars.of_schema(schema.value).exact
+
     def mask(self, rules: Rules) -> ConstraintMask:
         """The mask of an answer under `rules`."""
         constraint = Constraint(rules, self._grammars, self._markers, self._stop_ids)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
+from typing import Any
 
 from k2hybrid.chat.exchanges import Exchanges, Recalled, gather
 from k2hybrid.chat.markers import Markers
@@ -77,6 +78,10 @@ class Runtime:
     def invalid_calls(self) -> InvalidCalls:
         """Counts of tool calls that did not fit their schema."""
         return self._rulebook.invalid_calls
+
+    def is_exact(self, tool: Mapping[str, Any]) -> bool:
+        """Whether a grammar holds all that `tool` declares; otherwise its calls are validated as well."""
+        return self._rulebook.is_exact(tool)
 
     def generate(
         self,

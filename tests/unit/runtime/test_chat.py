@@ -122,7 +122,6 @@ def test_max_tokens_end_it_with_length(scripted: tuple[Runtime, ScriptedModel]) 
     assert text_of(events, Content) == "xx"
 
 
-
 @pytest.mark.parametrize("asked", [262_144, None])
 def test_more_output_than_the_context_leaves_is_clamped(
     scripted: tuple[Runtime, ScriptedModel], asked: int | None

@@ -1,0 +1,82 @@
+"""A model of random weights calls thousands of varied tools: nearly every call finishes, and all that do fit."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from k2hybrid.chat.exchanges import gather
+from k2hybrid.checkpoint.synth import synthesize
+from k2hybrid.runtime import Runtime, load
+from k2hybrid.types import ChatRequest, Malformed, Message, SamplingParams
+from tests.schemas import ToolSchema, tool_schemas
+from tests.unit.runtime.conftest import SIZES
+
+TOOLS = 2000
+# The weights know no end of a string; so that texts stay short, what ends something is a little more likely.
+ENDS = {'"': 4.0, "}": 4.0, "]": 4.0, ",": 2.0}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("models") / "random"
+    synthesize(out, overrides={**SIZES, "positions": 16384}, seed=3)
+    return out
+
+
+def fits(parameters: dict[str, Any] | None, arguments: str) -> bool:
+    """By jsonschema, in decimals: in binary 0.3 is no multiple of 0.1."""
+    schema = json.loads(json.dumps(parameters or {}), parse_float=Decimal)
+    value = json.loads(arguments, parse_float=Decimal)
+    return jsonschema.Draft202012Validator(schema).is_valid(value)
+
+
+def outcome(runtime: Runtime, number: int, declared: ToolSchema, bias: dict[int, float]) -> str:
+    request = ChatRequest(
+        (Message("user", "go"),),
+        tools=(declared.tool,),
+        tool_choice="required",
+        thinking=False,
+        parallel_tool_calls=False,
+        max_tokens=1024,
+        sampling=SamplingParams(seed=number, logit_bias=bias),
+    )
+    run = runtime.chat(request)
+    events = [event for delta in run for event in delta.events]
+    calls = gather(events).calls
+    for name, arguments in calls:
+        assert name == declared.name
+    if run.finish_reason != "tool_calls" or any(isinstance(event, Malformed) for event in events):
+        return "unfinished"
+    return "valid" if all(fits(declared.parameters, arguments) for _, arguments in calls) else "invalid"
+
+
+def test_calls_of_a_model_of_random_weights(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tools = tool_schemas(11, TOOLS)
+    with load(model, latent_bytes=64 << 20, max_step_tokens=256, max_running=16, threads=2) as runtime:
+        bias = {runtime.tokenizer.encode(text)[0]: value for text, value in ENDS.items()}
+
+        def one(number: int) -> str:
+            return outcome(runtime, number, tools[number], bias)
+
+        with ThreadPoolExecutor(16) as threads:
+            found = Counter(threads.map(one, range(TOOLS)))
+        counts = runtime.invalid_calls
+        inexact = sum(not runtime.is_exact(declared.tool) for declared in tools)
+    with capsys.disabled():
+        print(
+            f"\n{TOOLS} tools: {found['valid']} calls finished and fit, {found['unfinished']} did not finish; "
+            f"{inexact} needed validation, {counts.retried} tries were generated again, "
+            f"{counts.given_up} given up",
+            file=sys.stderr,
+        )
+    assert found["invalid"] == 0
+    assert found["valid"] >= 0.95 * TOOLS
