@@ -51,7 +51,8 @@ TOOLS: dict[str, dict[str, Any]] = {
     "Edit": _tool("file_path old_string new_string", file_path=TEXT, old_string=TEXT, new_string=TEXT,
                   replace_all={"type": "boolean"}),
     "Grep": _tool("pattern", pattern=TEXT, path=TEXT, glob=TEXT, head_limit=NUMBER,
-                  output_mode={"enum": ["content", "files_with_matches", "count"]}, multiline={"type": "boolean"}),
+                  output_mode={"enum": ["content", "files_with_matches", "count"]},
+                  multiline={"type": "boolean"}),
     "WebFetch": _tool("url prompt", url={"type": "string", "format": "uri"}, prompt=TEXT),
     "TodoWrite": _tool("todos", todos={"type": "array", "minItems": 1, "items": _tool(
         "content status activeForm", content={"type": "string", "minLength": 1}, activeForm=TEXT,
@@ -59,15 +60,16 @@ TOOLS: dict[str, dict[str, Any]] = {
     "Schedule": _tool("at", at={"type": "string", "format": "date-time"}, every={"type": "string",
                       "pattern": "^[0-9]{1,3}[smhd]$"}, tags={"type": "array", "items": TEXT, "maxItems": 5}),
 }  # fmt: skip
-CODE = "def f(x):\n    \"\"\"Twice, for ‘all’ kinds of x.\"\"\"\n    return 2 * x  # \t\\n\n\n" * 8
+CODE = 'def f(x):\n    """Twice, for ‘all’ kinds of x."""\n    return 2 * x  # \t\\n\n\n' * 8
 CALLS: list[tuple[str, Any]] = [
-    ("Bash", {"command": "cd /srv/app && git status --short | head -20; ls -la", "description": "Look around"}),
+    ("Bash", {"command": "cd /srv/app && git status --short | head; ls -la", "description": "Look"}),
     ("Read", {"file_path": "/srv/app/src/main/resources/application-production.yaml", "limit": 120}),
     ("Write", {"content": CODE, "file_path": "/srv/app/füßchen.py"}),
     ("Edit", {"file_path": "/a/b.c", "old_string": "for (;;) {", "new_string": "while (!done) {\n\tstep();"}),
     ("Grep", {"pattern": "\\bclass\\s+\\w+Engine", "output_mode": "content", "glob": "**/*.{ts,tsx}"}),
     ("WebFetch", {"url": "https://example.org/a/b?c=d", "prompt": "What does the page say about 城市?"}),
-    ("TodoWrite", {"todos": [{"content": f"Step {i}", "status": "pending", "activeForm": "Doing"} for i in range(4)]}),
+    ("TodoWrite", {"todos": [
+        {"content": f"Step {i}", "status": "pending", "activeForm": "Doing"} for i in range(4)]}),
     ("Schedule", {"at": "2027-03-04T05:06:07Z", "every": "15m", "tags": ["a", "nightly build"]}),
 ]  # fmt: skip
 
@@ -108,7 +110,7 @@ class Replay:
 def masked_steps(
     replay: Replay, rounds: int, executor: ThreadPoolExecutor | None, work: Callable[[], object]
 ) -> tuple[list[float], list[float], int, int]:
-    """µs of `apply` and of `accept` for every step that a grammar constrains; tokens in all, and forced ones."""
+    """µs of `apply` and `accept` for every step that a grammar constrains; tokens in all, and forced."""
     applied, accepted = [], []
     tokens = forced = 0
     logits = torch.zeros(replay.tokenizer.vocab_size)

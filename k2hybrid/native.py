@@ -149,7 +149,7 @@ class NativeSlot(NamedTuple):
 
 
 def mask_logits(logits: torch.Tensor, allowed: bytes) -> None:
-    """Set entries of `logits` (fp32, one dimension, on the CPU) whose bit in `allowed` is 0 to −inf, in place.
+    """Set entries of `logits` (fp32 [count], on the CPU) whose bit in `allowed` is 0 to −inf, in place.
 
     The lowest bit of a byte comes first. Ten times as fast as torch's `masked_fill_` with as random a mask.
     """

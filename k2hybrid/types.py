@@ -145,6 +145,7 @@ class ToolCallEnd:
     """Call `index` is finished."""
 
     index: int
+    cut: bool = False  # the answer ended inside it
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from typing import Literal
 
@@ -59,18 +60,19 @@ class Closer:
         state: Quotes = "outside",
         keys: Sequence[Sequence[int]] = (),
         pieces: Sequence[Sequence[int]] = (),
-        limit: int = MAX_TOKENS,
+        *,
+        seconds: float = 0.2,
     ) -> list[int] | None:
-        """Tokens that bring `matcher`, which is left alone, to an end; None if none are found within `limit`.
+        """Tokens that bring `matcher`, which is left alone, to an end; None if none are found in time.
 
         Greedy: closes what can be closed, else writes one of `keys` (quoted names with their colon, as
         tokens), else the smallest value, or in a string one of `pieces` (with its closing quote). Where that
         leads nowhere (a pattern, a multiple of seven), it is tried again with chance.
         """
+        until = time.monotonic() + seconds
         for attempt in range(ATTEMPTS):
-            most = min(limit, BY_CHANCE) if attempt else limit
-            end = self._attempt(matcher.deep_copy(), state, keys, pieces, most, attempt)
-            if end is not None:
+            end = self._attempt(matcher.deep_copy(), state, keys, pieces, until, attempt)
+            if end is not None or time.monotonic() > until:
                 return end
         return None
 
@@ -80,12 +82,13 @@ class Closer:
         state: Quotes,
         keys: Sequence[Sequence[int]],
         pieces: Sequence[Sequence[int]],
-        limit: int,
+        until: float,
         seed: int,
     ) -> list[int] | None:
         chance = random.Random(seed) if seed else None
+        limit = BY_CHANCE if seed else MAX_TOKENS
         result: list[int] = []
-        while len(result) <= limit and not matcher.is_error():
+        while len(result) <= limit and not matcher.is_error() and time.monotonic() < until:
             if matcher.is_accepting():
                 return result
             chosen = (

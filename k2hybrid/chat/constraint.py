@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import codecs
 import enum
+import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
@@ -24,6 +25,8 @@ from k2hybrid.chat.toolcall import canonical_id
 
 MAX_CALLS = 128  # of one answer
 _SPARE = 64  # tokens: how much before an ending would no longer fit endings are looked for
+_SEARCH_S = 5e-3  # for one ending, and for all of an answer together: other answers wait meanwhile
+_SEARCHES_S = 0.5
 _CHARACTER = 3  # tokens that a character may still take after the reasoning's last
 
 
@@ -121,11 +124,17 @@ class Constraint:
         longest = max((len(end) for end in endings if end is not None), default=0)
         self._near = 4 * longest + self._least_call + _SPARE
         self._ending: list[int] | None = None  # of the present state, where the end is near
+        self._search_s = _SEARCHES_S
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self.paused = False
         self.broken = False
         self._state = _State(Phase.START)
         self._enter(rules.phase)
+
+    @property
+    def calls(self) -> int:
+        """Calls begun so far."""
+        return self._state.calls
 
     @property
     def needs_grammar(self) -> bool:
@@ -152,6 +161,8 @@ class Constraint:
                     return Allowed(section)
                 return Allowed((*section, *self._stop_ids), text=True)
             case Phase.JSON:
+                if rules.required and section and not self._state.begun:
+                    return Allowed(section)
                 return self._of_grammar(() if self._state.begun else section, end=markers.im_end)
             case Phase.SECTION:
                 more = self._state.calls == 0 or self._may_call_again()
@@ -173,15 +184,19 @@ class Constraint:
         if not self._structured():
             self._ending = None
             return out
-        left = self._rules.max_tokens - self._state.generated
+        left = self._left()
         if left <= self._near:
+            kept = self._ending
+            if kept is not None and out == kept[: len(out)]:
+                self._ending = kept[len(out) :]
+                return out
             ending = self._find_ending()
             if ending is not None and len(ending) <= left:
                 self._ending = ending
-            elif before is not None and self._ending is not None:
-                self._state, ending, self._ending = before, self._ending, None
-                self.paused = False
-                return self._take_all(ending)
+            elif before is not None and kept is not None:
+                self._state, self._ending = before, None
+                self.paused = self.broken = False
+                return self._take_all(kept)
         return out
 
     def resume(self) -> None:
@@ -212,7 +227,7 @@ class Constraint:
             for token in tokens:
                 self._take(token)
                 out.append(token)
-                if self.paused or token in self._stop_ids:
+                if self.paused or token in self._stop_ids or self._left() <= 0:
                     return out
             tokens = self._forced()
         return out
@@ -220,7 +235,9 @@ class Constraint:
     def _take(self, token: int) -> None:
         state, markers = self._state, self._markers
         state.generated += 1
-        if state.phase is Phase.ARGUMENTS and token == markers.call_end:
+        if state.phase is Phase.JSON and token in self._stop_ids:
+            self.broken = state.matcher is None or state.matcher.is_error()
+        elif state.phase is Phase.ARGUMENTS and token == markers.call_end:
             self.broken = state.matcher is None or state.matcher.is_error()
             self.paused = self.broken or state.tool is None or not state.tool.arguments.exact
             self._enter(Phase.SECTION)
@@ -262,7 +279,7 @@ class Constraint:
 
     def _read(self, token: int, data: bytes) -> None:
         state = self._state
-        if state.matcher is not None:
+        if state.matcher is not None and not (state.phase is Phase.HEADER and state.matcher.is_stopped()):
             state.matcher.consume_token(token)
             state.begun = True
             state.quotes = after(state.quotes, data)
@@ -273,10 +290,9 @@ class Constraint:
             phase = Phase.JSON
         state.phase, state.matcher, state.begun, state.quotes = phase, None, False, "outside"
         if phase is Phase.HEADER:
-            headers = self._headers(rules.first_call_index + state.calls)
             state.calls += 1
             state.header = ""
-            state.matcher = self._grammars.of_choices(headers).begun()
+            state.matcher = self._grammars.of_choices(tuple(self._tools)).begun()
         elif rules.content is not None and phase in (Phase.START, Phase.JSON):
             state.matcher = rules.content.begun()
 
@@ -301,12 +317,13 @@ class Constraint:
             case Phase.OVER:
                 return [markers.im_end]
             case Phase.JSON if not state.begun and self._may_begin_section():
-                return []
+                return [markers.section_begin] if self._rules.required else []
+            case Phase.HEADER if state.matcher is not None and state.matcher.is_stopped():
+                return [*self._index_tokens(), markers.argument_begin]
             case Phase.JSON | Phase.HEADER | Phase.ARGUMENTS if state.matcher is not None:
-                end = {Phase.JSON: markers.im_end, Phase.HEADER: markers.argument_begin}
                 if state.matcher.is_stopped():
-                    return [end.get(state.phase, markers.call_end)]
-                return list(state.matcher.compute_ff_tokens())
+                    return [markers.im_end if state.phase is Phase.JSON else markers.call_end]
+                return list(state.matcher.compute_ff_tokens())[: self._left()]
             case _:
                 return []
 
@@ -328,28 +345,28 @@ class Constraint:
         return over >= 0 and (not self._utf8.getstate()[0] or over > _CHARACTER)
 
     def _may_begin_section(self) -> bool:
-        left = self._rules.max_tokens - self._state.generated
-        return bool(self._rules.tools) and not self._state.calls and left > self._least_call
+        return bool(self._rules.tools) and not self._state.calls and self._left() > self._least_call
 
     def _may_call_again(self) -> bool:
-        left = self._rules.max_tokens - self._state.generated
-        return self._rules.parallel and self._state.calls < MAX_CALLS and left > self._least_call
+        roomy = self._left() > self._least_call
+        return self._rules.parallel and self._state.calls < MAX_CALLS and roomy
 
-    def _headers(self, index: int) -> tuple[str, ...]:
-        return tuple(canonical_id(tool.name, index) for tool in self._rules.tools)
+    def _left(self) -> int:
+        return self._rules.max_tokens - self._state.generated
+
+    def _index_tokens(self) -> list[int]:
+        """The open call's number, as it stands behind its name."""
+        return self._tokenizer.encode(str(self._rules.first_call_index + self._state.calls - 1))
 
     # --- endings ----------------------------------------------------------------------------------
 
     def _least_call_tokens(self) -> int:
         """Tokens of a section with the shortest call."""
-        if not self._rules.tools:
-            return 0
-        headers = self._headers(self._rules.first_call_index)
-        lengths = (
+        lengths = [
             len(self._tokenizer.encode(header)) + len(tool.arguments.end or ())
-            for header, tool in zip(headers, self._rules.tools, strict=True)
-        )
-        return min(lengths) + 8  # markers, the end, and what longer indices take
+            for header, tool in self._tools.items()
+        ]
+        return min(lengths) + 12 if lengths else 0  # markers, the end, and the call's number
 
     def _find_ending(self) -> list[int] | None:
         """Tokens from here to the end of the answer; None if none are found."""
@@ -374,23 +391,24 @@ class Constraint:
             return None
         if not self._state.begun:
             return None if grammar.end is None else [*grammar.end, *tail]
+        started = time.monotonic()
+        seconds = min(_SEARCH_S, self._search_s)
         end = self._grammars.closer.shortest_end(
-            self._state.matcher, self._state.quotes, grammar.keys, grammar.pieces
+            self._state.matcher, self._state.quotes, grammar.keys, grammar.pieces, seconds=seconds
         )
+        self._search_s -= time.monotonic() - started
         return None if end is None else [*end, *tail]
 
     def _header_ending(self, tail: list[int]) -> list[int] | None:
         state = self._state
         best: list[int] | None = None
-        index = self._rules.first_call_index + state.calls - 1
-        for tool in self._rules.tools:
-            header = canonical_id(tool.name, index)
+        for header, tool in self._tools.items():
             if tool.arguments.end is None or not header.startswith(state.header) or state.matcher is None:
                 continue
             rest = self._tokenizer.encode(header[len(state.header) :])
             if state.matcher.validate_tokens(rest) != len(rest):
                 continue
-            ending = [*rest, self._markers.argument_begin, *tool.arguments.end, *tail]
+            ending = [*rest, *self._index_tokens(), self._markers.argument_begin, *tool.arguments.end, *tail]
             if best is None or len(ending) < len(best):
                 best = ending
         return best

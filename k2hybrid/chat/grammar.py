@@ -21,9 +21,10 @@ from k2hybrid.chat.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-MAX_KEPT = 512
+# Of all grammars that are kept, characters of their rules: compiled they take a hundred times as much.
+MAX_KEPT_CHARS = 2 << 20
 ANY_OBJECT: Schema = {"type": "object"}
-# Compilation is bounded to about a second, one token's mask to about 20 ms; beyond, the grammar fails.
+# Compilation takes a second or so at most, one token's mask tens of milliseconds; beyond, the grammar fails.
 _LIMITS = LLParserLimits(
     initial_lexer_fuel=5_000_000,
     step_lexer_fuel=200_000,
@@ -47,6 +48,7 @@ class Grammar:
     end: tuple[int, ...] | None
     keys: tuple[tuple[int, ...], ...]
     pieces: tuple[tuple[int, ...], ...]
+    chars: int = 0  # of its rules
 
     def begun(self) -> LLMatcher:
         """A matcher at the beginning of a text."""
@@ -64,6 +66,7 @@ class Grammars:
         self.closer = Closer(tokenizer)
         self._lock = threading.Lock()
         self._kept: OrderedDict[str, Grammar] = OrderedDict()
+        self._kept_chars = 0
         self._vocabulary: LLTokenizer | None = None
         self._building = threading.Thread(target=self._build, name="k2hybrid-grammar", daemon=True)
         self._building.start()
@@ -74,7 +77,7 @@ class Grammars:
         return self._get(f"schema {text}", lambda: self._schema(schema))
 
     def of_choices(self, texts: tuple[str, ...]) -> Grammar:
-        """Exactly one of `texts`."""
+        """Exactly one of `texts`, none of which begins another."""
         lark = "start: " + " | ".join(json.dumps(text, ensure_ascii=False) for text in texts) + "\n"
         return self._get(lark, lambda: self._compiled(Lark(lark, exact=True)) or _failed(texts))
 
@@ -87,9 +90,11 @@ class Grammars:
                 return found
         made: Grammar = make()
         with self._lock:
-            self._kept[digest] = made
-            while len(self._kept) > MAX_KEPT:
-                self._kept.popitem(last=False)
+            if digest not in self._kept:
+                self._kept[digest] = made
+                self._kept_chars += made.chars
+            while self._kept_chars > MAX_KEPT_CHARS and len(self._kept) > 1:
+                self._kept_chars -= self._kept.popitem(last=False)[1].chars
         return made
 
     def _schema(self, schema: Schema) -> Grammar:
@@ -116,7 +121,8 @@ class Grammars:
         quoted = (json.dumps(piece, ensure_ascii=False)[1:-1] + '"' for piece in lark.pieces)
         pieces = tuple(tuple(self.tokenizer.encode(piece)) for piece in quoted)
         end = self.closer.shortest_end(matcher, keys=keys, pieces=pieces)
-        return Grammar(matcher, lark.exact, None if end is None else tuple(end), keys, pieces)
+        known = None if end is None else tuple(end)
+        return Grammar(matcher, lark.exact, known, keys, pieces, len(lark.text))
 
     @property
     def vocabulary(self) -> LLTokenizer:

@@ -36,8 +36,12 @@ _NOTES = frozenset(
 )
 _FORMATS = frozenset("date-time time date duration email hostname ipv4 ipv6 uuid uri uri-reference".split())
 _OF_OBJECTS = frozenset("type properties required additionalProperties".split())
+# Which properties go together, and how many.
+_NARROWING = frozenset("minProperties maxProperties".split())
 _OF_ARRAYS = frozenset("type items minItems maxItems".split())
 _MAX_REPEATS = 1000
+_MAX_STEP = 10_000  # larger divisors take the library seconds
+_MAX_CONSTANT = 1 << 16  # characters of constants that a grammar holds
 _MAX_IN_ORDER = 256  # properties; each may be followed by any later one
 # What the library refuses in some of its forms, and what a grammar may therefore do without.
 _DELICATE = frozenset(
@@ -80,7 +84,7 @@ def lark_of(schema: Schema, *, coarse: bool = False) -> Lark:
     """
     writer = _Writer(schema, _HELD - _DELICATE if coarse else _HELD)
     start = writer.node(schema)
-    lines = [f"start: {start}", *writer.rules, f"WS: /{WHITE_SPACE}/"]
+    lines = [f"start: {start}", *writer.rules, *writer.terminals, f"WS: /{WHITE_SPACE}/"]
     text = "\n".join(lines) + "\n"
     return Lark(text, writer.exact, tuple(sorted(writer.keys)), tuple(sorted(writer.pieces)))
 
@@ -107,6 +111,7 @@ class _Writer:
         self._named: dict[str, str] = {}  # reference → rule
         self._leaves: dict[str, str] = {}  # JSON → rule
         self._targets: dict[str, str] = {}  # reference → its name among definitions
+        self.terminals: list[str] = []
         self._count = 0
 
     # --- rules of our own -------------------------------------------------------------------------
@@ -120,6 +125,8 @@ class _Writer:
             return self._reference(schema["$ref"])
         if said == {"allOf"} and len(schema["allOf"]) == 1:
             return self.node(schema["allOf"][0])
+        if "allOf" in said and (merged := self._merged(schema)) is not None:
+            return self.node(merged)
         if said in ({"anyOf"}, {"oneOf"}):
             (key,) = said
             self._note_one_of(schema)
@@ -131,14 +138,35 @@ class _Writer:
             return self._leaf(schema)
         kind = kind[0] if isinstance(kind, list) and kind else kind
         dropped = said - self._held
-        if kind in ("object", None) and "properties" in schema and said - dropped <= _OF_OBJECTS:
-            if schema.get("additionalProperties") in (None, False):
+        if kind in ("object", None) and "properties" in schema:
+            # What only narrows the choice of properties is left to validation, rather than their order.
+            dropped |= said & _NARROWING | {key for key in ("anyOf", "oneOf") if _only_requires(schema, key)}
+            if said - dropped <= _OF_OBJECTS:
                 self.exact &= not dropped
                 return self._object(schema)
         elif kind == "array" and isinstance(schema.get("items"), dict) and said - dropped <= _OF_ARRAYS:
             self.exact &= not dropped
             return self._array(schema)
         return self._leaf(schema)
+
+    def _merged(self, schema: Mapping[str, Any]) -> Mapping[str, Any] | None:
+        """An object and all parts of its `allOf` in one; None if they are not plain objects."""
+        parts: list[Any] = [{key: value for key, value in schema.items() if key != "allOf"}]
+        for part in schema["allOf"]:
+            while isinstance(part, dict) and {key for key in part if key not in _NOTES} == {"$ref"}:
+                part = resolved(self._root, part["$ref"])
+            parts.append(part)
+        properties: dict[str, Any] = {}
+        required: list[str] = []
+        for part in parts:
+            if not isinstance(part, dict) or part.get("type", "object") != "object":
+                return None
+            if {key for key in part if key not in _NOTES} - (_OF_OBJECTS - {"additionalProperties"}):
+                return None
+            for name, value in (part.get("properties") or {}).items():
+                properties[name] = {"allOf": [properties[name], value]} if name in properties else value
+            required += [name for name in part.get("required") or () if name not in required]
+        return {"type": "object", "properties": properties, "required": required} if properties else None
 
     def _reference(self, reference: str) -> str:
         if reference not in self._named:
@@ -150,8 +178,11 @@ class _Writer:
     def _object(self, schema: Mapping[str, Any]) -> str:
         properties = dict(sorted(schema["properties"].items()))
         required = set(schema.get("required") or ())
+        others = schema.get("additionalProperties")
         for name in sorted(required - set(properties)):
-            properties[name] = {}
+            if others is False:
+                raise UnsupportedSchemaError(f"property {name!r} is required and may not be there")
+            properties[name] = {} if others is None else others
         self.keys |= required
         members = {}
         for name, value in properties.items():
@@ -161,34 +192,55 @@ class _Writer:
                 continue
             key = _literal(json.dumps(name, ensure_ascii=False))
             members[name] = self._rule(f'{key} WS? ":" WS? {self.node(value)} WS?')
+        other = None
+        if others is not None and others is not False:
+            other = self._rule(f'{self._other_name(properties)} WS? ":" WS? {self.node(others)} WS?')
         count = len(members)
         if count <= ANY_ORDER and (1 << count) <= self._left:
             self._left -= 1 << count
-            rest = self._any_order(members, required)
+            rest = self._any_order(members, required, other)
         elif count <= _MAX_IN_ORDER:
-            rest = self._in_order(members, required)
+            rest = self._in_order(members, required, other)
         else:
             raise UnsupportedSchemaError(f"an object with {count} properties")
         return self._rule(f'"{{" WS? {rest}')
 
-    def _any_order(self, members: Mapping[str, str], required: set[str]) -> str:
-        """What may follow an object's opening: a rule for every set of properties that are there."""
+    def _other_name(self, properties: Mapping[str, Any]) -> str:
+        """A terminal for names that are not among `properties`, spelled without escapes."""
+        name = f"NAME{len(self.terminals)}"
+        known = "|".join(re.escape(key).replace("/", r"\/") for key in sorted(properties))
+        but = f' & ~/"({known})"/' if properties else ""
+        self.terminals.append(f'{name}: /"[^"\\\\\\x00-\\x1f]{{0,64}}"/{but}')
+        return name
+
+    def _any_order(self, members: Mapping[str, str], required: set[str], other: str | None) -> str:
+        """What may follow an object's opening: a rule for every set of properties that are there.
+
+        `other` is the rule of members that are not declared, if there may be any.
+        """
         names = list(members)
         needed = sum(1 << i for i, name in enumerate(names) if name in required)
         prefix = self._name()
-        for there in range(1 << len(names)):
-            ways = [
-                f"{'' if there == 0 else _COMMA}{members[name]} {prefix}_{there | 1 << i}"
+
+        def ways(there: int, comma: str) -> str:
+            result = [
+                f"{comma}{members[name]} {prefix}_{there | 1 << i}"
                 for i, name in enumerate(names)
                 if not there >> i & 1
             ]
+            if other is not None:
+                result.append(f"{comma}{other} {prefix}_{there}")
             if there & needed == needed:
-                ways.append('"}"')
-            self.rules.append(f"{prefix}_{there}: " + " | ".join(ways))
-        return f"{prefix}_0"
+                result.append('"}"')
+            return " | ".join(result)
 
-    def _in_order(self, members: Mapping[str, str], required: set[str]) -> str:
-        """As `_any_order`, each property before those that follow it in the declaration."""
+        for there in range(0 if other is not None else 1, 1 << len(names)):
+            self.rules.append(f"{prefix}_{there}: {ways(there, _COMMA)}")
+        self.rules.append(f"{prefix}: {ways(0, '')}")
+        return prefix
+
+    def _in_order(self, members: Mapping[str, str], required: set[str], other: str | None) -> str:
+        """As `_any_order`, each property before those that follow it in the declaration, others last."""
         prefix = self._name()
         for state in ("first", "more"):
             comma = _COMMA if state == "more" else ""
@@ -197,7 +249,8 @@ class _Writer:
                 if name not in required:
                     ways.append(f"{prefix}_{state}_{i + 1}")
                 self.rules.append(f"{prefix}_{state}_{i}: " + " | ".join(ways))
-            self.rules.append(f'{prefix}_{state}_{len(members)}: "}}"')
+            more = "" if other is None else f" | {comma}{other} {prefix}_more_{len(members)}"
+            self.rules.append(f'{prefix}_{state}_{len(members)}: "}}"{more}')
         return f"{prefix}_first_0"
 
     def _array(self, schema: Mapping[str, Any]) -> str:
@@ -255,6 +308,13 @@ class _Writer:
             elif key == "pattern":
                 self.pieces.update(_spelled(value))
                 result[key] = value
+            elif (key == "multipleOf" and value > _MAX_STEP) or (
+                key in ("enum", "const") and len(json.dumps(value)) > _MAX_CONSTANT
+            ):
+                self.exact = False
+            elif key == "allOf" and _patterns(value) + ("pattern" in schema) > 1:
+                self.exact = False  # their intersection may take the library minutes
+                result[key] = [self.held(_without_pattern(branch)) for branch in value]
             elif key in ("anyOf", "allOf", "prefixItems"):
                 result[key] = [self.held(branch) for branch in value]
             elif key in ("properties", "patternProperties"):
@@ -304,6 +364,23 @@ def resolved(root: Schema, reference: str) -> Schema:
     if not isinstance(value, dict | bool):
         raise UnsupportedSchemaError(f"the reference {reference!r} leads to no schema")
     return value
+
+
+def _only_requires(schema: Mapping[str, Any], key: str) -> bool:
+    """Whether the branches under `key` do no more than require properties."""
+    branches = schema.get(key) or ()
+    return bool(branches) and all(
+        isinstance(branch, dict) and {name for name in branch if name not in _NOTES} <= {"required", "type"}
+        for branch in branches
+    )
+
+
+def _patterns(branches: list[Any]) -> int:
+    return sum(isinstance(branch, dict) and "pattern" in branch for branch in branches)
+
+
+def _without_pattern(branch: Any) -> Any:
+    return {k: v for k, v in branch.items() if k != "pattern"} if isinstance(branch, dict) else branch
 
 
 def _has_structure(schema: Any) -> bool:

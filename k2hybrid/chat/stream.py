@@ -313,7 +313,7 @@ class ChatStream:
             case _State.HEADER:
                 self._malformed(self._buffer, "the answer ended inside a call's id")
             case _State.ARGUMENTS:
-                self._events.append(ToolCallEnd(self._calls - 1))
+                self._events.append(ToolCallEnd(self._calls - 1, cut=True))
                 self._stray(reason)
             case _State.UNNAMED:
                 self._malformed(self._header + self._buffer, reason)

@@ -185,11 +185,11 @@ class DeclaredTools:
             return None
         match = _HEADER.fullmatch(header)
         if match:
+            if match["name"] in self._schemas:
+                return match["name"]
             with_prefix = (match["functions"] or "") + match["name"]
             if with_prefix in self._schemas:
                 return with_prefix
-            if match["name"] in self._schemas:
-                return match["name"]
         rewritten = _REWRITTEN.fullmatch(header)
         if rewritten and rewritten["name"] in self._schemas:
             return rewritten["name"]

@@ -64,8 +64,13 @@ class WaitingLine:
         return iter(self._line)
 
     def join(self, sequences: Iterable[Sequence]) -> None:
-        """Newcomers go to the end."""
-        self._line.extend(sequences)
+        """Newcomers go to the end; whoever was let in before, and only paused, to the front."""
+        for sequence in sequences:
+            if sequence.goes_on:
+                self._line.appendleft(sequence)
+                self._blocked = False
+            else:
+                self._line.append(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """`sequence` waits no longer."""

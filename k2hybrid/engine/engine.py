@@ -22,7 +22,7 @@ from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
 from k2hybrid.engine.scheduler import Candidate, Chunk, Scheduler, Share, pages_for
 from k2hybrid.engine.sequence import Phase, Sequence
 from k2hybrid.engine.step import Pass, StepModel, StepResult, StepRunner
-from k2hybrid.errors import EngineError, ExpertReadError, TimeLimitError
+from k2hybrid.errors import EngineError, ExpertReadError, K2Error, TimeLimitError
 from k2hybrid.model.sampler import Sampler
 from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, StopRule, TokenEvent, TokenLogprob
 
@@ -236,6 +236,8 @@ class Engine:
         """See `JobHandle.go_on`."""
         if ended.phase is not Phase.DONE:
             raise EngineError(f"request {ended.job.request_id!r} has not ended")
+        if (done := ended.done) is not None and done.reason != "paused":
+            self.call(lambda _: self.metrics.request(done.reason, done.usage, times=-1))
         length = ended.prompt_tokens + keep
         ended.sampler.forget(ended.ids[length:])
         ended.sampler.warm(temperature)
@@ -508,6 +510,8 @@ class Engine:
                 if ends := job.stop.push(event.token):
                     del events[at:]
         except Exception as error:  # non-finite logits, or a mask or stop rule at fault: this request alone
+            if not isinstance(error, K2Error):
+                log.exception("choosing a token failed for request %r", job.request_id)
             self._fail(sequence, error)
             return
         paged = sequence.computed // self._memory.page_tokens

@@ -50,12 +50,12 @@ class EngineMetrics:
         self.steps += 1
         self.recent.append(record)
 
-    def request(self, reason: ReasonCode, usage: Usage) -> None:
-        """A request ended."""
-        self.finished[reason] += 1
-        self.prompt_tokens += usage.prompt_tokens
-        self.cached_tokens += usage.cached_tokens
-        self.completion_tokens += usage.completion_tokens
+    def request(self, reason: ReasonCode, usage: Usage, times: int = 1) -> None:
+        """A request ended; with −1 times, one that was counted goes on after all."""
+        self.finished[reason] += times
+        self.prompt_tokens += times * usage.prompt_tokens
+        self.cached_tokens += times * usage.cached_tokens
+        self.completion_tokens += times * usage.completion_tokens
 
     def snapshot(self) -> dict[str, Any]:
         """Counters, and rates over the recent steps, under stable names."""

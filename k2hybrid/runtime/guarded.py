@@ -104,6 +104,7 @@ class GuardedRun:
         self._check: Check | None = None  # of the open call
         self._tries = 0
         self._given_up = False
+        self._cancelled = False
         self._retries = False  # what was held is to be generated again, once the job has ended
         self.prompt_tokens = tokens.prompt_tokens
 
@@ -115,13 +116,18 @@ class GuardedRun:
     @property
     def finish_reason(self) -> ReasonCode | None:
         """Why the answer ended; None while it goes on."""
+        if self._mask.broken and self._tokens.finish_reason in ("stop", "paused"):
+            return "length"  # the grammar's limits cut it off
         if self._given_up:
             return "stop"
         reason = self._tokens.finish_reason
+        if self._cancelled and (reason == "paused" or self._retries):
+            return "cancelled"
         return None if reason == "paused" else reason
 
     def cancel(self) -> None:
         """See `TokenRun.cancel`."""
+        self._cancelled = True
         self._tokens.cancel()
 
     def resumed(self) -> GuardedRun:
@@ -186,6 +192,8 @@ class GuardedRun:
                 out = self._let_out()
                 self._state, self._text = _State.CONTENT, b""
                 return out
+            case _State.OPEN if token == markers.call_end and self._mask.broken:
+                self._held.clear()  # so that the call does not look finished
             case _State.OPEN:
                 return self._let_out()
             case _State.HEADER if token == markers.argument_begin:
@@ -210,7 +218,9 @@ class GuardedRun:
         last = self._held[-1].token if self._held else -1
         if self._state is _State.CALL and last == self._markers.call_end:
             return (lambda _: _BROKEN) if self._mask.broken else self._check
-        if at_end and self._state is _State.CONTENT and self._tokens.finish_reason == "stop":
+        # A stop string ended it in its middle: then it is what the client wants.
+        whole = self._tokens.finish_reason == "stop" and last >= self._tokenizer.num_ranks
+        if at_end and self._state is _State.CONTENT and whole:
             return self._guard.content
         return None
 
@@ -241,7 +251,7 @@ class GuardedRun:
     def _goes_on(self) -> bool:
         """Whether there is more to come, as the job has ended: another try, or the rest after a pause."""
         paused = self._tokens.finish_reason == "paused"
-        if self._given_up or not (paused or self._retries):
+        if self._given_up or self._is_cancelled() or not (paused or self._retries):
             return False
         if self._retries:
             self._retries = False
@@ -256,7 +266,12 @@ class GuardedRun:
         else:
             self._mask.resume()
             self._tokens = self._tokens.go_on(len(self._passed))
+        if self._is_cancelled():  # meanwhile
+            self._tokens.cancel()
         return True
+
+    def _is_cancelled(self) -> bool:
+        return self._cancelled
 
     def _held_text(self) -> str:
         return self._text.decode("utf-8", "replace")
@@ -268,9 +283,10 @@ class GuardedRun:
 
     def _rest(self) -> list[Item]:
         """What is still held as the answer is over."""
-        if self._mask.broken and self._state is _State.OPEN:
-            return [Malformed("", _BROKEN, "invalid_tool_call")]
-        if self._given_up:
+        if self._mask.broken and self._state in (_State.OPEN, _State.CONTENT) and not self._cancelled:
+            code = "invalid_json" if self._mask.in_content else "invalid_tool_call"
+            return [*self._let_out(), Malformed("", _BROKEN, code)]
+        if self._given_up or self._cancelled:
             return []
         if self._state is _State.CALL or (self._state is _State.HEADER and self._held):
             self._held.clear()

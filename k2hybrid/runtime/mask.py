@@ -39,6 +39,11 @@ class ConstraintMask:
         """See `Constraint.broken`; from any thread."""
         return self._constraint.broken
 
+    @property
+    def in_content(self) -> bool:
+        """Whether no call was begun."""
+        return self._constraint.calls == 0
+
     def apply(self, logits: torch.Tensor) -> None:
         """Set forbidden entries of `logits` [vocab] to −inf, in place."""
         allowed = self._settled() or self._constraint.allowed()

@@ -14,6 +14,7 @@ from k2hybrid.chat.prompt import Prompt
 from k2hybrid.chat.schema import Schema, admit, admit_all
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.chat.validation import Validator
+from k2hybrid.errors import RequestError
 from k2hybrid.runtime.guarded import Check, Guard, InvalidCalls
 from k2hybrid.runtime.mask import OFFLOAD_FROM, ConstraintMask
 from k2hybrid.types import ChatRequest, StopRule
@@ -74,6 +75,12 @@ class Rulebook:
             content = self._grammars.of_schema(schema.value)
             content_check = None if content.exact else self._check(schema)
         partial = bool(request.messages) and request.messages[-1].partial
+        if partial and content is not None:
+            raise RequestError(
+                "response_format cannot continue a partial message; leave one of the two out",
+                param="response_format",
+                code="invalid_value",
+            )
         rules = Rules(
             max_tokens=max_tokens,
             thinking_budget=thinking_budget(request.thinking_budget, max_tokens),

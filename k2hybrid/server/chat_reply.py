@@ -18,6 +18,7 @@ from k2hybrid.errors import EngineError
 from k2hybrid.server.failures import AnswerCancelledError
 from k2hybrid.server.head import Head
 from k2hybrid.server.logprobs import HeldLogprobs
+from k2hybrid.server.progress import told_progress
 from k2hybrid.server.served import ChatRun, Delta, Run, Tokenizer
 from k2hybrid.types import (
     Content,
@@ -91,13 +92,7 @@ class Choice:
 
     def progress(self, head: Head, progress: PromptProgress, **more: Any) -> dict[str, Any]:
         """A chunk that adds nothing and says, in llama.cpp's words, how far the prompt is."""
-        done = {
-            "total": progress.total,
-            "cache": progress.cached,
-            "processed": progress.processed,
-            "time_ms": round(progress.ms),
-        }
-        return head.chunk([self._entry({})], prompt_progress=done, **more)
+        return head.chunk([self._entry({})], prompt_progress=told_progress(progress), **more)
 
     def closing(self, head: Head, run: ChatRun, **more: Any) -> dict[str, Any]:
         """The last chunk: why it ended, and the usage where the vendor's verifier looks for it."""

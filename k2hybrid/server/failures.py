@@ -1,7 +1,7 @@
 """Which error becomes which HTTP status. One table; every dialect renders from it.
 
-Which dialect a failure is told in depends on the path alone, so that it is the right one too for what is
-refused before any handler sees it.
+Which dialect a failure is told in depends on path and headers alone, so that it is the right one too for what
+is refused before any handler sees it.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import orjson
+from starlette.datastructures import Headers
 from starlette.responses import Response
 from starlette.types import Scope
 
@@ -137,8 +138,13 @@ _ANTHROPIC_TYPES = {
 
 
 def is_anthropic(scope: Scope) -> bool:
-    """Whether a request is to one of Anthropic's paths, those that do not exist included."""
+    """Whether a request is to one of Anthropic's paths, those that do not exist included.
+
+    /v1/models is everybody's: there it is told by the header that their clients always send, and no others.
+    """
     path = str(scope["path"])
+    if path == "/v1/models" or path.startswith("/v1/models/"):
+        return "anthropic-version" in Headers(scope=scope)
     return path == "/v1/messages" or path.startswith("/v1/messages/")
 
 

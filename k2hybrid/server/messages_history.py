@@ -18,7 +18,7 @@ import orjson
 from k2hybrid.errors import RequestError
 from k2hybrid.server.fields import Fields, wrong_type, wrong_value
 from k2hybrid.server.parts import omitted
-from k2hybrid.server.sealed import MAX_REASONING_BYTES, unseal
+from k2hybrid.server.sealed import Unsealing
 from k2hybrid.types import Message, ToolCall
 
 # Begins a line that an agent puts before its system prompt. It changes from request to request in some
@@ -36,7 +36,7 @@ def parse_history(fields: Fields) -> tuple[Message, ...]:
     roles = [entry.required_text("role") for entry in entries]
     last = len(entries) - 1
     newest = max((i for i, role in enumerate(roles) if role == "user"), default=-1)
-    unsealing = _Unsealing()
+    unsealing = Unsealing()
     messages = _system(fields)
     for i, (role, entry) in enumerate(zip(roles, entries, strict=True)):
         if role == "user":
@@ -79,7 +79,7 @@ def _tool_result(block: Fields) -> Message:
     return Message("tool", text, tool_call_id=block.text("tool_use_id"))
 
 
-def _assistant(entry: Fields, unsealing: _Unsealing, *, last: bool) -> Message:
+def _assistant(entry: Fields, unsealing: Unsealing, *, last: bool) -> Message:
     reasoning: list[str] = []
     texts: list[str] = []
     calls: list[ToolCall] = []
@@ -113,23 +113,6 @@ def _tool_call(block: Fields) -> ToolCall:
     else:
         raise wrong_type(block.name("input"), "an object", given)
     return ToolCall(block.text("id") or "", block.required_text("name"), arguments)
-
-
-class _Unsealing:
-    """Reads back reasoning that went out sealed, up to a size that a whole request has in common.
-
-    What others sealed, what is damaged and what is too much counts as no reasoning.
-    """
-
-    def __init__(self) -> None:
-        self._left = MAX_REASONING_BYTES
-
-    def text(self, sealed: str | None) -> str:
-        if not sealed or self._left <= 0:
-            return ""
-        text = unseal(sealed) or ""
-        self._left -= len(text)
-        return text
 
 
 # --- blocks ---------------------------------------------------------------------------------------

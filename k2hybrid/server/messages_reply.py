@@ -7,6 +7,7 @@ do arguments that are no JSON object, which a whole message, having no place for
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -128,7 +129,7 @@ class Reply:
         written = "".join(self._written)
         if self._open == "thinking":
             frames.append(self._delta({"type": "signature_delta", "signature": seal(written)}))
-        elif self._open == "tool_use" and _arguments(written) is None:
+        elif self._open == "tool_use" and not _is_object(written or "{}"):
             reason = "the arguments of a call are not a JSON object"
             self._malformed.append({"text": written, "reason": reason, "code": "invalid_tool_call"})
         frames.append({"type": "content_block_stop", "index": self._blocks})
@@ -165,19 +166,28 @@ def whole_message(frames: Iterable[Frame]) -> dict[str, Any]:
                     message["k2hybrid"] = frame["k2hybrid"]
     for block, written in zip(content, map("".join, pieces), strict=True):
         if block["type"] == "tool_use":
-            block["input"] = _arguments(written) or {}
+            # To the letter, as the stream has it: numbers read and written again may be others.
+            block["input"] = orjson.Fragment(written) if written and _is_object(written) else {}
         else:
             block[block["type"]] = written  # "text" and "thinking" name their field too
     return {**message, "content": content}
 
 
-def _arguments(text: str) -> dict[str, Any] | None:
-    """The JSON object that `text` spells, if it does; no text at all is an empty one."""
+def _is_object(text: str) -> bool:
+    """Whether `text` spells a JSON object: 1e999 and deep nesting, which orjson refuses, are JSON too."""
     try:
-        value = orjson.loads(text or "{}")
+        return isinstance(orjson.loads(text), dict)
     except orjson.JSONDecodeError:
-        return None
-    return value if isinstance(value, dict) else None
+        pass
+    try:
+        value = json.loads(text, parse_int=str, parse_float=str, parse_constant=_no_constant)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict)
+
+
+def _no_constant(name: str) -> None:
+    raise ValueError(f"{name} is not JSON")
 
 
 def _stop_reason(run: ChatRun, asked: int | None) -> str:

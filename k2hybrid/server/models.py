@@ -9,7 +9,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
-from k2hybrid.server.failures import json_response
+from k2hybrid.server.failures import is_anthropic, json_response
 from k2hybrid.server.served import ServedModel
 
 
@@ -23,14 +23,14 @@ class Models:
 
     async def every(self, request: Request) -> Response:
         """The list."""
-        if not _asks_anthropic(request):
+        if not is_anthropic(request.scope):
             return json_response({"object": "list", "data": [self._openai()]})
         ends = {"first_id": self._name, "last_id": self._name}
         return json_response({"data": [self._anthropic()], "has_more": False, **ends})
 
     async def one(self, request: Request) -> Response:
         """The entry, whatever name was asked for: any of them is answered by it."""
-        return json_response(self._anthropic() if _asks_anthropic(request) else self._openai())
+        return json_response(self._anthropic() if is_anthropic(request.scope) else self._openai())
 
     def _openai(self) -> dict[str, Any]:
         return {
@@ -52,8 +52,3 @@ class Models:
             "max_input_tokens": self._model.context_tokens,
             "max_tokens": self._model.context_tokens,
         }
-
-
-def _asks_anthropic(request: Request) -> bool:
-    """Their clients send it with every request, and no others do."""
-    return "anthropic-version" in request.headers

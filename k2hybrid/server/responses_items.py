@@ -19,7 +19,7 @@ from k2hybrid.errors import RequestError
 from k2hybrid.server.fields import Fields, wrong_type, wrong_value
 from k2hybrid.server.parts import omitted
 from k2hybrid.server.responses_tools import Toolbox, custom_arguments
-from k2hybrid.server.sealed import unseal
+from k2hybrid.server.sealed import Unsealing
 from k2hybrid.types import Message, ToolCall
 
 Item = Mapping[str, Any]
@@ -126,7 +126,7 @@ class _Said:
         )
 
 
-def messages_of(items: Sequence[Fields], box: Toolbox) -> Iterator[Message]:
+def messages_of(items: Sequence[Fields], box: Toolbox, unsealing: Unsealing) -> Iterator[Message]:
     """The conversation that `items` are."""
     newest = _to_be_answered(items)
     said: _Said | None = None
@@ -141,7 +141,7 @@ def messages_of(items: Sequence[Fields], box: Toolbox) -> Iterator[Message]:
                 said = None
             said = said or _Said(origin)
             said.response_id = said.response_id or origin
-            _say(said, item, kind, box)
+            _say(said, item, kind, box, unsealing)
             continue
         message = _message(item, kind, strict=i == newest)
         if message is None:
@@ -182,19 +182,20 @@ def _message(item: Fields, kind: str, *, strict: bool) -> Message | None:
     return None
 
 
-def _say(said: _Said, item: Fields, kind: str, box: Toolbox) -> None:
+def _say(said: _Said, item: Fields, kind: str, box: Toolbox, unsealing: Unsealing) -> None:
     if kind == "message":
         said.content += filter(None, [_text(_content(item, "content"))])
     elif kind == "reasoning":
-        said.reasoning += filter(None, [_reasoning(item)])
+        said.reasoning += filter(None, [_reasoning(item, unsealing)])
     else:
         said.calls.append(_call(item, kind, box))
 
 
-def _reasoning(item: Fields) -> str:
+def _reasoning(item: Fields, unsealing: Unsealing) -> str:
     """What was thought: as it is told, or sealed by this server, or at least in summary."""
     told = _text(_content(item, "content"))
-    return told or unseal(item.text("encrypted_content") or "") or _text(_content(item, "summary"), "\n\n")
+    sealed = item.text("encrypted_content")
+    return told or unsealing.text(sealed) or _text(_content(item, "summary"), "\n\n")
 
 
 def _call(item: Fields, kind: str, box: Toolbox) -> ToolCall:

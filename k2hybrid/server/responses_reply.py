@@ -14,6 +14,7 @@ from typing import Any
 from k2hybrid.server.chat_reply import finish_reason
 from k2hybrid.server.failures import Failure
 from k2hybrid.server.logprobs import HeldLogprobs
+from k2hybrid.server.progress import told_progress
 from k2hybrid.server.responses_items import call_id, item_id
 from k2hybrid.server.responses_request import ResponsesCall
 from k2hybrid.server.responses_tools import Origin, custom_input
@@ -56,11 +57,21 @@ class Reply:
 
     def opening(self) -> list[Fields]:
         """The first events."""
-        return [self._whole("response.created", "in_progress"), self.in_progress()]
+        return [self._whole(f"response.{kind}", "in_progress") for kind in ("created", "in_progress")]
 
     def in_progress(self) -> Fields:
-        """The event that says no more than that the response is being worked on."""
-        return self._whole("response.in_progress", "in_progress")
+        """The event that says no more than that the response is being worked on.
+
+        It may come many times, so of the request it repeats only what clients' types insist on.
+        """
+        response = {
+            **self._identity("in_progress"),
+            "output": [],
+            "parallel_tool_calls": self._call.request.parallel_tool_calls,
+            "tool_choice": self._call.request.tool_choice,
+            "tools": [],
+        }
+        return {"type": "response.in_progress", "response": response}
 
     def push(self, delta: Delta) -> list[Fields]:
         """The events that one more token makes."""
@@ -70,14 +81,8 @@ class Reply:
         return events + [fields for event in delta.events for fields in self._event(event)]
 
     def _progressed(self, progress: PromptProgress) -> Fields:
-        """As `in_progress`, and says in llama.cpp's words how far the prompt is."""
-        done = {
-            "total": progress.total,
-            "cache": progress.cached,
-            "processed": progress.processed,
-            "time_ms": round(progress.ms),
-        }
-        return {**self.in_progress(), "prompt_progress": done}
+        """As `in_progress`, and says how far the prompt is."""
+        return {**self.in_progress(), "prompt_progress": told_progress(progress)}
 
     def finish(self, run: ChatRun, completed_at: int) -> list[Fields]:
         """The last events, after the run's end; the very last has the whole response."""
@@ -98,14 +103,10 @@ class Reply:
 
     def _whole(self, kind: str, status: str, usage: Fields | None = None, **more: Any) -> Fields:
         response: Fields = {
-            "id": self._head.id,
-            "object": "response",
-            "created_at": self._head.created,
-            "status": status,
+            **self._identity(status),
             "completed_at": None,
             "error": None,
             "incomplete_details": None,
-            "model": self._head.model,
             # While it grows, items come in events of their own.
             "output": [] if status == "in_progress" else [item.fields() for item in self._items],
             "usage": usage,
@@ -115,6 +116,15 @@ class Reply:
         if self._malformed:
             response["k2hybrid"] = {"malformed": self._malformed}
         return {"type": kind, "response": response}
+
+    def _identity(self, status: str) -> Fields:
+        return {
+            "id": self._head.id,
+            "object": "response",
+            "created_at": self._head.created,
+            "status": status,
+            "model": self._head.model,
+        }
 
     def _event(self, event: Event) -> list[Fields]:
         match event:
@@ -126,8 +136,8 @@ class Reply:
                 return self._start(_Call, self._call.toolbox.origin(name))
             case ToolCallArguments(_, text):
                 return self._located(self._open.delta(text, [])) if self._open else []
-            case ToolCallEnd():
-                return self._close("completed")
+            case ToolCallEnd(_, cut):
+                return self._close("incomplete" if cut else "completed")
             case Malformed(text, reason, code):
                 self._malformed.append({"text": text, "reason": reason, "code": code})
                 return []

@@ -15,8 +15,10 @@ from typing import Any, Protocol
 from k2hybrid.errors import RequestError
 from k2hybrid.server.fields import Fields, wrong_type, wrong_value
 from k2hybrid.server.responses_items import Item, kept_item, kind_of, messages_of
-from k2hybrid.server.responses_tools import Toolbox, parse_choice, parse_toolbox
+from k2hybrid.server.responses_references import References
+from k2hybrid.server.responses_tools import OFFERED, Toolbox, parse_choice, parse_toolbox
 from k2hybrid.server.sampling import MAX_TOP_LOGPROBS, parse_limit, parse_sampling, parse_stop
+from k2hybrid.server.sealed import Unsealing
 from k2hybrid.server.thinking import Thinking, of_effort, of_object
 from k2hybrid.types import ChatRequest, Message
 
@@ -59,12 +61,13 @@ def parse_responses(body: Mapping[str, Any], shelf: Shelf, response_id: str) -> 
         declared += item.objects("tools") if kind_of(item) in _DECLARING else []
     box = parse_toolbox(declared)
     allowed, choice, tool_name = parse_choice(body.get("tool_choice"), box)
-    messages = list(messages_of(items, box))
+    unsealing = Unsealing()
+    messages = list(messages_of(items, box, unsealing))
     if not messages:
         raise RequestError(
             "input holds nothing that could be answered", param="input", code="missing_required"
         )
-    instructions = _instructions(fields)
+    instructions = _instructions(fields, unsealing)
     include = fields.array("include")
     thinking = _thinking(fields)
     stream = fields.flag("stream")
@@ -136,28 +139,14 @@ def _input(fields: Fields, shelf: Shelf, *, optional: bool) -> list[Fields]:
         raise RequestError("input is missing", param="input", code="missing_required")
     if value is not None and not isinstance(value, list):
         raise wrong_type("input", "a string or an array of items", value)
-    return [_looked_up(item, shelf) for item in fields.objects("input")]
+    references = References(shelf.item)
+    return [references.looked_up(item) for item in fields.objects("input")]
 
 
-def _looked_up(item: Fields, shelf: Shelf) -> Fields:
-    # A reference may come without its type, and is then told by holding nothing else.
-    if item.text("type", "item_reference" if item.value.keys() == {"id"} else None) != "item_reference":
-        return item
-    identity = item.required_text("id")
-    found = shelf.item(identity)
-    if found is None:
-        raise RequestError(
-            f"Item with id {identity[:100]!r} not found: send the item itself",
-            param=item.name("id"),
-            code="item_not_found",
-        )
-    return Fields(found, item.path)
-
-
-def _instructions(fields: Fields) -> tuple[Message, ...]:
+def _instructions(fields: Fields, unsealing: Unsealing) -> tuple[Message, ...]:
     value = fields.value.get("instructions")
     if isinstance(value, list):  # as a response may repeat them
-        return tuple(messages_of(fields.objects("instructions"), Toolbox()))
+        return tuple(messages_of(fields.objects("instructions"), Toolbox(), unsealing))
     text = fields.text("instructions")
     return (Message("system", text),) if text else ()
 
@@ -226,5 +215,9 @@ def _metadata(fields: Fields) -> Mapping[str, Any]:
 
 
 def _echoed_tool(tool: Fields) -> Mapping[str, Any]:
+    """A tool as it is offered; of one that is not, no more than which it is."""
+    kind = tool.value.get("type")
+    if kind not in OFFERED:
+        return {key: value for key, value in tool.value.items() if key in ("type", "name", "server_label")}
     defaults = {"description": None, "parameters": None, "strict": False}
-    return {**defaults, **tool.value} if tool.value.get("type") == "function" else tool.value
+    return {**defaults, **tool.value} if kind == "function" else tool.value

@@ -22,6 +22,7 @@ class Kept:
 
     response: Mapping[str, Any]
     items: tuple[Item, ...]
+    by_id: Mapping[str, Item]  # these and the response's own
     size: int
 
 
@@ -40,11 +41,14 @@ class Responses:
             return len(self._kept)
 
     def add(self, response: Mapping[str, Any], items: Sequence[Item]) -> None:
-        """Keep `response`; one too large for the shelf pushes itself off it. Takes as long as it is large."""
+        """Keep `response`, unless it alone is too large for the shelf. Takes as long as it is large."""
         size = len(orjson.dumps(response)) + len(orjson.dumps(items))
+        by_id = _by_id([*items, *response["output"]])
         with self._lock:
             self._remove(response["id"])
-            self._kept[response["id"]] = Kept(response, tuple(items), size)
+            if size > self._max_bytes:
+                return
+            self._kept[response["id"]] = Kept(response, tuple(items), by_id, size)
             self._bytes += size
             while self._bytes > self._max_bytes or len(self._kept) > self._max_responses:
                 self._remove(next(iter(self._kept)))
@@ -70,13 +74,18 @@ class Responses:
     def item(self, identity: str) -> Item | None:
         """The item with an id that was given here."""
         response_id = owner(identity)
-        history = self.history(response_id) if response_id else None
-        return next((item for item in history or () if item.get("id") == identity), None)
+        kept = self.get(response_id) if response_id else None
+        return kept.by_id.get(identity) if kept else None
 
     def _remove(self, response_id: str) -> bool:
         kept = self._kept.pop(response_id, None)
         self._bytes -= kept.size if kept else 0
         return kept is not None
+
+
+def _by_id(items: Sequence[Item]) -> dict[str, Item]:
+    """Of several with one id, the first."""
+    return {item["id"]: item for item in reversed(items) if isinstance(item.get("id"), str)}
 
 
 class ResponsesStore:

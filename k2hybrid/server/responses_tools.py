@@ -18,6 +18,7 @@ from k2hybrid.server.chat_tools import MAX_TOOLS, TOOL_NAME
 from k2hybrid.server.fields import Fields, wrong_type, wrong_value
 from k2hybrid.types import ToolChoice
 
+OFFERED = frozenset({"function", "custom", "namespace"})
 _NAME = re.compile(TOOL_NAME, re.ASCII)
 _NOT_NAME = re.compile(r"[^\w.\-]", re.ASCII)
 _INPUT = {"type": "string", "description": "The whole input, as plain text."}
@@ -39,6 +40,10 @@ class Toolbox:
     functions: tuple[Mapping[str, Any], ...] = ()
     origins: Mapping[str, Origin] = field(default_factory=dict)
     hosted: bool = False
+    _called: Mapping[tuple[str, str | None], str] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_called", _names(self.origins))
 
     def origin(self, called: str) -> Origin:
         """What the client knows `called` as."""
@@ -46,17 +51,24 @@ class Toolbox:
 
     def find(self, name: str, namespace: str | None) -> str | None:
         """What the model calls the client's tool; without a namespace, whichever has that name."""
-        alike = [
-            called
-            for called, origin in self.origins.items()
-            if origin.name == name and namespace in (None, origin.namespace)
-        ]
-        return next((called for called in alike if called == name), alike[0] if alike else None)
+        return self._called.get((name, namespace))
 
     def only(self, called: Collection[str]) -> Toolbox:
         """Those alone."""
         kept = tuple(tool for tool in self.functions if tool["function"]["name"] in called)
         return replace(self, functions=kept)
+
+
+def _names(origins: Mapping[str, Origin]) -> dict[tuple[str, str | None], str]:
+    """What the model calls tools, by their names with and without namespace; its own name comes first."""
+    names: dict[tuple[str, str | None], str] = {}
+    for called, origin in origins.items():
+        for key in ((origin.name, origin.namespace), (origin.name, None)):
+            if called == origin.name:
+                names[key] = called
+            else:
+                names.setdefault(key, called)
+    return names
 
 
 def parse_toolbox(entries: Sequence[Fields]) -> Toolbox:
@@ -67,17 +79,19 @@ def parse_toolbox(entries: Sequence[Fields]) -> Toolbox:
     plain = {_name(tool) for tool, namespace in usable if namespace is None}
     functions: list[Mapping[str, Any]] = []
     origins: dict[str, Origin] = {}
+    seen: set[Origin] = set()
     for tool, namespace in usable:
         origin = Origin(_name(tool), namespace, tool.text("type") == "custom")
-        if origin in origins.values():
+        if origin in seen:
             continue  # declared twice, as when an item of the history declares it again
+        seen.add(origin)
         called = origin.name
         if namespace is not None and (called in plain or called in origins):
             called = _apart(namespace, called, plain | origins.keys())
         if called not in origins:
             origins[called] = origin
             functions.append(_function(tool, called, custom=origin.custom))
-    hosted = any(tool.value.get("type") not in ("function", "custom", "namespace") for tool in entries)
+    hosted = any(tool.value.get("type") not in OFFERED for tool in entries)
     return Toolbox(tuple(functions), origins, hosted)
 
 
@@ -193,10 +207,11 @@ def _mode(mode: str, box: Toolbox) -> ToolChoice:
 
 def _allowed(tools: Sequence[Fields], box: Toolbox) -> set[str]:
     allowed = set()
+    namespaces = set()
     for tool in tools:
         name = tool.text("name") or ""
         if tool.value.get("type") == "namespace":
-            allowed |= {called for called, origin in box.origins.items() if origin.namespace == name}
-        else:
-            allowed |= {called for called in [box.find(name, tool.text("namespace"))] if called}
-    return allowed
+            namespaces.add(name)
+        elif called := box.find(name, tool.text("namespace")):
+            allowed.add(called)
+    return allowed | {called for called, origin in box.origins.items() if origin.namespace in namespaces}

@@ -1,4 +1,4 @@
-"""Which request is a retry of which: the same JSON under the same API key."""
+"""Which request is a retry of which: the same JSON to the same endpoint under the same API key."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 import orjson
 
 
-def retry_key(scope: str, body: Mapping[str, Any]) -> str:
-    """A digest of `scope` and `body`, whatever the order of its fields and its white space.
+def retry_key(scope: str, path: str, body: Mapping[str, Any]) -> str:
+    """A digest of all three, whatever the order of the body's fields and its white space.
 
     SDKs repeat the whole body, so nothing is left out. Takes as long as the body is: call it in a thread.
     """
-    digest = hashlib.sha256(scope.encode() + b"\0")
+    digest = hashlib.sha256(b"%s\0%s\0" % (scope.encode(), path.encode()))
     digest.update(orjson.dumps(body, option=orjson.OPT_SORT_KEYS))
     return digest.hexdigest()
 

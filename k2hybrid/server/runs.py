@@ -33,7 +33,7 @@ def identified(request: ChatRequest, body: Mapping[str, Any], scope: Scope, resp
         response_id=response_id,
         scope=namespace,
         # What is to be computed anew takes nothing up again either.
-        retry_key=retry_key(namespace, body) if request.reuse else "",
+        retry_key=retry_key(namespace, scope["path"], body) if request.reuse else "",
     )
 
 

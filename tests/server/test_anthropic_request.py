@@ -10,7 +10,7 @@ import pytest
 from k2hybrid.errors import RequestError
 from k2hybrid.server.messages_request import MessagesCall, parse_messages
 from k2hybrid.server.parts import omitted
-from k2hybrid.server.sealed import MAX_REASONING_BYTES, seal
+from k2hybrid.server.sealed import MAX_UNSEALED_BYTES, seal
 from k2hybrid.types import Message, ToolCall
 
 HI = {"role": "user", "content": "hi"}
@@ -201,10 +201,10 @@ def test_a_last_assistant_message_is_continued() -> None:
 
 
 def test_reasoning_is_unsealed_up_to_a_size_in_common() -> None:
-    large = seal("x" * (MAX_REASONING_BYTES // 2))
+    large = seal("x" * (MAX_UNSEALED_BYTES // 2))
     message = assistant({"type": "thinking", "thinking": "", "signature": large})
     lengths = [len(m.reasoning or "") for m in history(*[message] * 4)]
-    assert lengths == [MAX_REASONING_BYTES // 2] * 2 + [0, 0]
+    assert lengths == [MAX_UNSEALED_BYTES // 2] * 2 + [0, 0]
 
 
 # --- tools ----------------------------------------------------------------------------------------

@@ -276,6 +276,39 @@ def test_what_cannot_be_parsed_reaches_the_client(server: Served, stream: bool) 
         assert (holder["content"][0]["text"], holder["content"][1]["input"]) == ("xy", {})
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    ['{"a": 1e999}', '{"a": ' + "[" * 500 + "]" * 500 + "}", '{"a": 123456789012345678901, "b": "\\ud800"}'],
+)
+def test_arguments_are_the_same_to_the_letter_streamed_or_whole(server: Served, arguments: str) -> None:
+    events = (ToolCallStart(0, "functions.f:0", "f"), ToolCallArguments(0, arguments), ToolCallEnd(0))
+    server.model.play(Script([Step(events)], finish="tool_calls"))
+    response = post(server)
+    assert f'"input":{arguments}' in response.text
+    assert "k2hybrid" not in response.json()
+    streamed = frames(post(server, stream=True))
+    deltas = [frame["delta"] for frame in streamed if frame["type"] == "content_block_delta"]
+    assert deltas == [{"type": "input_json_delta", "partial_json": arguments}]
+    assert "k2hybrid" not in streamed[-2]
+
+
+@pytest.mark.parametrize("arguments", ['{"a": NaN}', '{"a": ' + "[" * 9999 + "]" * 9999 + "}", '{"a": 1'])
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_no_object_can_be_made_of_is_told(server: Served, arguments: str, stream: bool) -> None:
+    cut = ToolCallEnd(0, cut=True)
+    server.model.play(
+        Script(
+            [Step((ToolCallStart(0, "functions.f:0", "f"), ToolCallArguments(0, arguments), cut))],
+            finish="length",
+        )
+    )
+    response = post(server, stream=stream)
+    holder = frames(response)[-2] if stream else response.json()
+    assert [entry["text"] for entry in holder["k2hybrid"]["malformed"]] == [arguments]
+    assert holder.get("delta", holder)["stop_reason"] == "max_tokens"
+    assert stream or holder["content"][0]["input"] == {}
+
+
 def test_an_answer_may_be_empty(server: Served, client: anthropic.Anthropic) -> None:
     server.model.play(Script([Step((Malformed("<junk>", "no such tool"),))]))
     for message in (create(client), streamed(client)):
@@ -457,6 +490,21 @@ def test_models_in_the_dialect_of_whoever_asks(server: Served, client: anthropic
     }
     (entry,) = server.openai().models.list()
     assert (entry.id, entry.object, entry.owned_by) == ("k2", "model", "k2hybrid")
+
+
+def test_refusals_of_models_are_told_in_the_dialect_of_whoever_asks() -> None:
+    theirs = {"anthropic-version": "2023-06-01"}
+    with serving(ScriptedModel(Script([])), Settings(api_keys=("right",))) as served:
+        url = f"{served.url}/v1/models/k2"
+        refused = httpx.get(url, headers=theirs)
+        assert (refused.status_code, refused.json()["type"]) == (401, "error")
+        assert refused.json()["error"]["type"] == "authentication_error"
+        assert refused.json()["request_id"] == refused.headers["request-id"]
+        assert httpx.get(url).json()["error"]["code"] == "invalid_api_key"
+        elsewhere = httpx.get(f"{served.url}/v1/models", headers={**theirs, "host": "evil.example"})
+        assert elsewhere.json()["error"]["type"] == "permission_error"
+        wrong = served.post("/v1/models", json={}, headers=theirs)
+        assert (wrong.status_code, wrong.json()["type"]) == (405, "error")
 
 
 def test_the_request_id_comes_under_their_name_too(server: Served, client: anthropic.Anthropic) -> None:

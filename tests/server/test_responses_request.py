@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
+import time
+import zlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,13 +18,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from k2hybrid.errors import RequestError
+from k2hybrid.server import responses_references
 from k2hybrid.server.app import create_app
 from k2hybrid.server.body import parse_object
 from k2hybrid.server.responses_items import call_id, item_id
 from k2hybrid.server.responses_request import ResponsesCall, parse_responses
 from k2hybrid.server.responses_store import Responses
-from k2hybrid.server.responses_tools import custom_input
-from k2hybrid.server.sealed import MAX_REASONING_BYTES, seal, unseal
+from k2hybrid.server.responses_tools import custom_input, parse_choice
+from k2hybrid.server.sealed import MAX_REASONING_BYTES, MAX_UNSEALED_BYTES, Unsealing, seal
 from k2hybrid.types import Content, Message, ToolCall
 from tests.server.scripted import Script, ScriptedModel, Step
 
@@ -308,8 +312,34 @@ def test_a_shelf_has_limits_by_count_and_by_size() -> None:
     for identity in ids:
         kept(by_size, identity, input="x" * 500)
     assert [by_size.get(identity) is not None for identity in ids] == [False, False, False, True, True]
-    kept(by_size, OLD, input="x" * 3000)
-    assert len(by_size) == 0
+    kept(by_size, OLD, input="x" * 3000)  # too large for it alone: the others stay
+    assert [by_size.get(identity) is not None for identity in (OLD, *ids[3:])] == [False, True, True]
+    kept(by_size, ids[4], input="x" * 3000)
+    assert [by_size.get(identity) is not None for identity in ids[3:]] == [True, False]
+
+
+def test_references_are_found_at_once_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
+    items = [{**USER, "content": str(i)} for i in range(responses_references.MAX_REFERENCES)]
+    shelf = kept(Responses(), OLD, input=items)
+    names = [
+        {"type": "item_reference", "id": item_id("message", OLD, i, brought=True)} for i in range(len(items))
+    ]
+    began = time.process_time()
+    assert parse(shelf, input=names).request.messages[-1] == Message("user", text(str(len(items) - 1)))
+    assert time.process_time() - began < 1
+    with pytest.raises(RequestError) as many:
+        parse(shelf, input=[*names, names[0]])
+    assert many.value.param == "input"
+    monkeypatch.setattr(responses_references, "MAX_REFERENCED_BYTES", 1000)
+    assert parse(shelf, input=names[:5])
+    with pytest.raises(RequestError) as large:
+        parse(shelf, input=names[:1] * 20)
+    assert large.value.param == "input"
+
+
+def test_a_strange_id_of_an_item_is_no_id() -> None:
+    shelf = kept(Responses(), OLD, input=[{**USER, "id": ["a"]}])
+    assert shelf.item(item_id("message", OLD, 0)) is not None
 
 
 # --- tools ----------------------------------------------------------------------------------------
@@ -360,6 +390,30 @@ def test_a_namespace_is_opened() -> None:
     }
     (said, _) = messages(history, USER, tools=[{**space, "tools": inner}, FUNCTION])
     assert said.tool_calls[0].name == "mcp__docs__f"
+
+
+def test_a_name_is_found_among_many_at_once() -> None:
+    tools = [{"type": "namespace", "name": f"n{i}", "tools": [FUNCTION]} for i in range(1000)]
+    call = parse(tools=[*tools, FUNCTION])
+    box = call.toolbox
+    assert (box.find("f", None), box.find("f", "n7"), box.find("f", "no"), box.find("g", None)) == (
+        "f",
+        "n7__f",
+        None,
+        None,
+    )
+    began = time.process_time()
+    assert all(box.find("f", f"n{i % 1000}") for i in range(100_000))
+    assert time.process_time() - began < 2
+    assert parse_choice(
+        {"type": "allowed_tools", "tools": [{"type": "namespace", "name": "n1"}, {"name": "f"}]}, box
+    )[0].functions == tuple(t for t in box.functions if t["function"]["name"] in ("f", "n1__f"))
+
+
+def test_of_a_hosted_tool_no_more_is_repeated_than_which_it_is() -> None:
+    mcp = {"type": "mcp", "server_label": "a", "authorization": "secret", "headers": {"x": "y" * 99}}
+    tools = parse(tools=[mcp, FUNCTION, {"type": "web_search", "filters": {}}]).echo["tools"]
+    assert tools == [{"type": "mcp", "server_label": "a"}, FUNCTION, {"type": "web_search"}]
 
 
 def test_items_may_declare_tools() -> None:
@@ -494,16 +548,43 @@ def test_a_wrong_field_is_named(body: dict[str, Any], param: str, code: str | No
 
 @given(st.text())
 def test_sealed_reasoning_comes_back(reasoning: str) -> None:
-    assert unseal(seal(reasoning)) == reasoning
+    assert Unsealing().text(seal(reasoning)) == reasoning
 
 
 def test_what_is_not_ours_or_damaged_is_not_unsealed() -> None:
     sealed = seal("x" * 100)
-    assert all(unseal(sealed[:n]) is None for n in range(len(sealed)))
-    assert all(
-        unseal(text) is None for text in ("", "k2s1.", "k2s1.é", "gAAAAA", sealed.swapcase(), sealed + "AAAA")
-    )
-    assert unseal(seal("x" * (MAX_REASONING_BYTES + 1))) is None
+    others = ("", "k2s1.", "k2s1.é", "gAAAAA", sealed.swapcase(), sealed + "AAAA")
+    assert not any(Unsealing().text(text) for text in (*others, *(sealed[:n] for n in range(len(sealed)))))
+    assert not Unsealing().text(seal("x" * (MAX_REASONING_BYTES + 1)))
+    largest = "x" * MAX_REASONING_BYTES
+    assert Unsealing().text(seal(largest)) == largest
+
+
+@pytest.mark.parametrize("damage", ["digest", "checksum", "end"])
+def test_what_unpacks_in_vain_counts_too(damage: str) -> None:
+    raw = b"x" * 5_000_000
+    packed = zlib.compress(raw)
+    data = {"digest": packed, "checksum": packed[:-1] + b"?", "end": packed[:-4]}[damage]
+    broken = "k2s1." + base64.urlsafe_b64encode(b"12345678" + data).decode().rstrip("=")
+    unsealing = Unsealing(8_000_000)
+    assert not unsealing.text(broken)
+    assert unsealing.text(seal("y" * 1_000_000))
+    assert not unsealing.text(broken)
+    assert not unsealing.text(seal("y"))
+
+
+def test_reasoning_is_unsealed_up_to_a_size_in_common() -> None:
+    half = seal("x" * (MAX_UNSEALED_BYTES // 2))
+    items = [
+        item
+        for n in range(4)
+        for item in (
+            {"type": "reasoning", "encrypted_content": half, "summary": []},
+            {**USER, "content": str(n)},
+        )
+    ]
+    said = [m for m in messages(*items) if m.role == "assistant"]
+    assert [len(m.reasoning or "") for m in said] == [MAX_UNSEALED_BYTES // 2] * 2 + [0, 0]
 
 
 # --- anything -------------------------------------------------------------------------------------

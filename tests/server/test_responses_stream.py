@@ -16,7 +16,7 @@ from openai.types.responses import Response, ResponseStreamEvent
 from k2hybrid.errors import CapacityError, ContextLengthError, EngineError
 from k2hybrid.server import sse
 from k2hybrid.server.app import Settings
-from k2hybrid.server.sealed import unseal
+from k2hybrid.server.sealed import Unsealing
 from k2hybrid.types import (
     Content,
     Event,
@@ -280,6 +280,25 @@ def test_half_a_call_is_never_done(server: Served, name: str) -> None:
     assert happened[-1]["response"]["output"][0]["status"] == "incomplete"
 
 
+@pytest.mark.parametrize("name", ["get_weather", "apply_patch"])
+@pytest.mark.parametrize("finish", ["length", "stop"])
+def test_a_call_cut_off_is_not_done_when_it_ends(server: Served, name: str, finish: str) -> None:
+    reason = "the answer ended inside a tool call"
+    happened = (
+        ToolCallStart(0, "x", name),
+        ToolCallArguments(0, '{"inp'),
+        ToolCallEnd(0, cut=True),
+        Malformed("", reason, "invalid_tool_call"),
+    )
+    play(server, *happened, finish=finish)
+    streamed = stream(server, tools=TOOLS)
+    assert not any(event["type"].endswith(".done") for event in streamed)
+    response = streamed[-1]["response"]
+    assert response["output"][0]["status"] == "incomplete"
+    assert response["k2hybrid"]["malformed"][0]["reason"] == reason
+    assert without_ids(create(server, tools=TOOLS).json()["output"]) == without_ids(response["output"])
+
+
 @pytest.mark.parametrize(
     ("error", "code"),
     [
@@ -324,6 +343,20 @@ def test_long_silences_are_filled_with_events(server: Served, monkeypatch: pytes
     assert server.openai().responses.create(model="k2", input="hi").output_text == "a"
 
 
+def test_what_may_come_often_is_small(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sse, "KEEP_ALIVE_S", 0.02)
+    progress = [Step(progress=PromptProgress(9, 1, n, 2.5)) for n in range(2, 9)]
+    server.model.play(Script([*progress, Step((Content("a"),), delay_s=0.2)]))
+    large = {"type": "function", "name": "f", "description": "d" * 5000, "parameters": {"type": "object"}}
+    fields = {"tools": [large], "instructions": "i" * 1000, "metadata": {"a": "b" * 5000}}
+    happened = stream(server, return_progress=True, **fields)
+    sizes = [len(orjson.dumps(event)) for event in happened if event["type"] == "response.in_progress"]
+    assert sizes[0] > 10_000
+    assert len(sizes) > 9
+    assert max(sizes[1:]) < 500
+    assert happened[-1]["response"]["tools"][0]["description"] == large["description"]
+
+
 def test_the_prefill_is_told_to_who_asks(server: Served) -> None:
     server.model.play(Script([Step(progress=PromptProgress(9, 1, 4, 2.5)), Step((Content("a"),))]))
     told = [e["prompt_progress"] for e in stream(server, return_progress=True) if "prompt_progress" in e]
@@ -360,7 +393,7 @@ def test_an_agent_without_state_gets_its_reasoning_back(server: Served) -> None:
     ]
     happened = stream(server, **codex, input=given)
     done = [dict(event["item"]) for event in happened if event["type"] == "response.output_item.done"]
-    assert unseal(done[0]["encrypted_content"]) == "I must look."
+    assert Unsealing().text(done[0]["encrypted_content"]) == "I must look."
     for item in done:
         del item["id"]
         if item["type"] == "reasoning":

@@ -176,6 +176,18 @@ def test_another_key_or_another_body_is_another_request() -> None:
         assert not any(key in scope for key in KEYS for scope in scopes)
 
 
+def test_the_same_body_to_another_endpoint_is_another_request(server: Served) -> None:
+    body = {"messages": [USER], "input": "hi", "max_tokens": 50}
+    answer = Halting()
+    server.model.play(answer.script())
+    give_up(server, **body)
+    server.model.play_next(Script(words("new")))
+    assert server.post("/v1/messages", json=body).json()["content"][0]["text"] == "new"
+    assert server.post("/v1/responses", json=body).json()["output"][0]["content"][0]["text"] == "new"
+    answer.go()
+    assert text_of(ask(server, **body)) == answer.text
+
+
 def test_what_is_to_be_computed_anew_is_not_parked(server: Served) -> None:
     answer = Halting()
     server.model.play(answer.script())
@@ -222,7 +234,8 @@ def test_a_run_that_begins_after_the_end_is_cancelled() -> None:
 def test_a_key_is_of_scope_and_value_not_of_spelling() -> None:
     one, other = orjson.loads(b'{"a": [1, {"b": null, "c": 2.5}], "d": "\\u00e9"}'), {"d": "é", "a": []}
     other["a"] = [1, {"c": 2.5, "b": None}]
-    assert retry_key("s", one) == retry_key("s", other)
-    assert len({retry_key("", one), retry_key("s", one), retry_key("", {**one, "a": []})}) == 3
+    assert retry_key("s", "/a", one) == retry_key("s", "/a", other)
+    keys = {retry_key(scope, path, one) for scope in ("", "s") for path in ("/a", "/b")}
+    assert len(keys | {retry_key("", "/a", {**one, "a": []})}) == 5
     assert choice_key("k", 0) != choice_key("k", 1)
     assert choice_key("", 1) == ""

@@ -308,3 +308,51 @@ def test_the_least_room_still_ends_calls_of_all_lengths(grammars: Grammars, mark
         ids = play(constraint_of(grammars, markers, rules), rules, grammars.tokenizer, rng)
         if markers.section_begin in ids:
             assert ids[-1] == markers.im_end, room
+
+
+def test_a_constant_longer_than_the_answer_is_cut_at_its_end(grammars: Grammars, markers: Markers) -> None:
+    long = {"type": "object", "properties": {"x": {"const": "ab" * 4000}}, "required": ["x"]}
+    tools = (CallableTool("long", grammars.of_schema(long)),)
+    rules = Rules(max_tokens=60, thinking_budget=0, phase=Phase.CONTENT, tools=tools)
+    constraint = constraint_of(grammars, markers, rules)
+    assert len(constraint.accept(markers.section_begin)) <= 60
+
+
+def test_required_calls_come_before_any_json(grammars: Grammars, markers: Markers) -> None:
+    content = grammars.of_schema({"type": "object"})
+    rules = Rules(
+        max_tokens=300, thinking_budget=2, content=content, tools=callable_tools(grammars), required=True
+    )
+    for seed in range(10):
+        ids = play(constraint_of(grammars, markers, rules), rules, grammars.tokenizer, random.Random(seed))
+        answer, _ = read(grammars, markers, ids, rules)
+        assert answer.calls
+        assert not answer.content
+
+
+def test_endings_that_take_long_to_find_do_not_hold_up_the_others(
+    grammars: Grammars, markers: Markers
+) -> None:
+    costly = {
+        "type": "object",
+        "properties": {"x": {"type": "string", "minLength": 3000}},
+        "required": ["x"],
+    }
+    tools = (CallableTool("costly", grammars.of_schema(costly)),)
+    rules = Rules(max_tokens=400, thinking_budget=0, phase=Phase.CONTENT, tools=tools, required=True)
+    searches = 0
+    closer = grammars.closer
+    original = closer.shortest_end
+
+    def counted(*args: Any, **options: Any) -> list[int] | None:
+        nonlocal searches
+        searches += 1
+        assert options.get("seconds", 0.0) <= 5e-3  # without: as a grammar is compiled
+        return original(*args, **options)
+
+    closer.shortest_end = counted  # type: ignore[method-assign]
+    try:
+        play(constraint_of(grammars, markers, rules), rules, grammars.tokenizer, random.Random(1))
+    finally:
+        closer.shortest_end = original  # type: ignore[method-assign]
+    assert searches <= rules.max_tokens

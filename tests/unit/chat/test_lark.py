@@ -162,3 +162,54 @@ def test_grammars_are_kept_by_meaning(grammars: Grammars) -> None:
     schema = record({"b": TEXT, "a": WHOLE})
     assert grammars.of_schema(schema) is grammars.of_schema(json.loads(json.dumps(schema)))
     assert grammars.of_schema(record({"a": WHOLE, "b": TEXT})) is grammars.of_schema(schema)
+
+
+@pytest.mark.parametrize(
+    ("more", "exact"),
+    [
+        ({"additionalProperties": True}, True),
+        ({"additionalProperties": TEXT}, True),
+        ({"minProperties": 1}, False),
+        ({"maxProperties": 3}, False),
+        ({"anyOf": [{"required": ["a"]}, {"required": ["b"]}]}, False),
+        ({"allOf": [record({"c": WHOLE})]}, True),
+        ({"allOf": [{"$ref": "#/$defs/more"}], "$defs": {"more": record({"c": WHOLE}, "b")}}, True),
+    ],
+)
+def test_order_is_free_whatever_else_is_said(grammars: Grammars, more: dict[str, Any], exact: bool) -> None:
+    grammar = grammars.of_schema(record({"a": TEXT, "b": TEXT}, "b", **more))
+    assert grammar.exact == exact
+    assert accepts(grammars, grammar, '{"b":"x","a":"y"}')
+    assert accepts(grammars, grammar, '{"a":"x","b":"y"}')
+    assert not accepts(grammars, grammar, '{"a":1,"b":"y"}')
+
+
+def test_undeclared_properties_go_anywhere_where_there_may_be_any(grammars: Grammars) -> None:
+    free = grammars.of_schema(record({"a": WHOLE, "b/c": WHOLE}, "a", additionalProperties=TEXT))
+    for text in ('{"z":"1","a":1,"y/":"2"}', '{"b/c":1,"z":"","a":1}', '{"a":1,"ab":"x","b/cd":"y"}'):
+        assert accepts(grammars, free, text), text
+    for text in ('{"z":1,"a":1}', '{"a":"x"}', '{"z":"1"}', '{"a":1,"b/c":"x"}'):
+        assert not accepts(grammars, free, text), text
+    many = record({f"p{i}": WHOLE for i in range(12)}, "p3", additionalProperties=TEXT)
+    assert accepts(grammars, grammars.of_schema(many), '{"p3":1,"z":"x"}')
+
+
+@pytest.mark.parametrize(
+    "costly",
+    [
+        {"type": "integer", "multipleOf": 10_000_019},
+        {"type": "string", "allOf": [{"pattern": f"x{i}"} for i in range(24)]},
+        {"const": "x" * 100_000},
+        {"type": "string", "pattern": "a$b^"},
+    ],
+)
+def test_what_would_cost_the_library_dearly_is_left_to_validation(
+    grammars: Grammars, costly: dict[str, Any]
+) -> None:
+    grammar = grammars.of_schema(record({"x": costly, "y": TEXT}, "x"))
+    assert not grammar.exact
+    assert grammar.end is not None
+
+
+def test_a_required_name_that_may_not_be_there_makes_nothing_exact(grammars: Grammars) -> None:
+    assert not grammars.of_schema(record({"a": WHOLE}, "b", additionalProperties=False)).exact

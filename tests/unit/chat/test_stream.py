@@ -376,7 +376,7 @@ def test_nothing_comes_after_the_end(tokenizer: Tokenizer, markers: Markers) -> 
 
 def test_an_end_inside_a_call_is_told(events_of: Callable[..., list[Event]]) -> None:
     events = events_of(f'{SB}{call("functions.f:0", "{}")}{CB}functions.g:1{AB}{{"a": ')
-    assert events[-2:] == [ToolCallEnd(1), Malformed("", "the answer ended inside a tool call")]
+    assert events[-2:] == [ToolCallEnd(1, cut=True), Malformed("", "the answer ended inside a tool call")]
     assert [event for event in events if isinstance(event, Malformed)] == events[-1:]
 
 

@@ -57,10 +57,10 @@ def unfit(header: str, rest: str = "") -> Malformed:
     return Malformed(header + rest, f"no tool fits the call id {header!r}")
 
 
-def called(index: int, name: str, arguments: str = "{}") -> list[Event]:
-    """The joined events of a whole call."""
+def called(index: int, name: str, arguments: str = "{}", *, cut: bool = False) -> list[Event]:
+    """The joined events of a call: a whole one, or one that the answer's end `cut`."""
     start = ToolCallStart(index, f"functions.{name}:{index}", name)
-    return [start, ToolCallArguments(index, arguments), ToolCallEnd(index)]
+    return [start, ToolCallArguments(index, arguments), ToolCallEnd(index, cut)]
 
 
 def call(header: str, arguments: str = "{}") -> str:
@@ -357,7 +357,7 @@ def test_4_the_beginning_of_a_marker_at_the_end_is_text(
 
 # --- 5: what is missing, doubled, or out of place -------------------------------------------------
 
-F_CUT = [*called(0, "f", '{"a'), CUT]
+F_CUT = [*called(0, "f", '{"a', cut=True), CUT]
 
 
 @table(
@@ -365,11 +365,11 @@ F_CUT = [*called(0, "f", '{"a'), CUT]
     ("after the call's begin", [SB, CB], [Malformed("", "the answer ended inside a call's id")]),
     ("in the id", [SB, CB, "functions.f"], [Malformed("functions.f", "the answer ended inside a call's id")]),
     ("before the arguments", [SB, CB, "functions.f:0", AB],
-     [ToolCallStart(0, "functions.f:0", "f"), ToolCallEnd(0), CUT]),
+     [ToolCallStart(0, "functions.f:0", "f"), ToolCallEnd(0, cut=True), CUT]),
     ("in the arguments", [SB, CB, "functions.f:0", AB, '{"a'], F_CUT),
     ("in the arguments, without a section", [CB, "functions.f:0", AB, '{"a'], F_CUT),
     ("in the second call", [SB, call("functions.f:0"), CB, "functions.g:1", AB, "{"],
-     [*called(0, "f"), *called(1, "g", "{"), CUT]),
+     [*called(0, "f"), *called(1, "g", "{", cut=True), CUT]),
     ("in the arguments of a call without a name", [SB, CB, "0", AB, '{"city": "x"}'],
      [Malformed('0{"city": "x"}', "the answer ended inside a tool call")]),
 )  # fmt: skip

@@ -750,7 +750,7 @@ class Forces:
 
 @pytest.mark.parametrize("instead", [False, True])
 def test_forced_tokens_are_run_together_and_the_answer_goes_on_behind_them(instead: bool) -> None:
-    engine, model = build()
+    engine, _ = build()
     sink, prompt = Collector(), [1, 2, 3]
     forced = [4, 5, 6, 7, 8, 9]
     engine.submit(replace(job(prompt, sink, 10), mask=Forces({2: forced}, instead)))

@@ -1,4 +1,4 @@
-"""A model of random weights calls thousands of varied tools: nearly every call finishes, and all that do fit."""
+"""A model of random weights calls thousands of varied tools: nearly all calls finish, and all fit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.unit.runtime.conftest import SIZES
 
 TOOLS = 2000
 # The weights know no end of a string; so that texts stay short, what ends something is a little more likely.
-ENDS = {'"': 4.0, "}": 4.0, "]": 4.0, ",": 2.0}
+ENDS = {'"': 6.0, "}": 6.0, "]": 6.0, ",": 2.0}
 
 
 @pytest.fixture(scope="module")
@@ -30,6 +30,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("models") / "random"
     synthesize(out, overrides={**SIZES, "positions": 16384}, seed=3)
     return out
+
+
+def lean(value: Any) -> Any:
+    """A declaration without prose, which the model would only have to read."""
+    if isinstance(value, dict):
+        prose = ("description", "title")
+        return {k: lean(v) for k, v in value.items() if not (k in prose and isinstance(v, str))}
+    return [lean(item) for item in value] if isinstance(value, list) else value
 
 
 def fits(parameters: dict[str, Any] | None, arguments: str) -> bool:
@@ -42,7 +50,7 @@ def fits(parameters: dict[str, Any] | None, arguments: str) -> bool:
 def outcome(runtime: Runtime, number: int, declared: ToolSchema, bias: dict[int, float]) -> str:
     request = ChatRequest(
         (Message("user", "go"),),
-        tools=(declared.tool,),
+        tools=(lean(declared.tool),),
         tool_choice="required",
         thinking=False,
         parallel_tool_calls=False,
@@ -52,8 +60,7 @@ def outcome(runtime: Runtime, number: int, declared: ToolSchema, bias: dict[int,
     run = runtime.chat(request)
     events = [event for delta in run for event in delta.events]
     calls = gather(events).calls
-    for name, arguments in calls:
-        assert name == declared.name
+    assert {name for name, _ in calls} <= {declared.name}
     if run.finish_reason != "tool_calls" or any(isinstance(event, Malformed) for event in events):
         return "unfinished"
     return "valid" if all(fits(declared.parameters, arguments) for _, arguments in calls) else "invalid"
@@ -73,8 +80,8 @@ def test_calls_of_a_model_of_random_weights(model: Path, capsys: pytest.CaptureF
         inexact = sum(not runtime.is_exact(declared.tool) for declared in tools)
     with capsys.disabled():
         print(
-            f"\n{TOOLS} tools: {found['valid']} calls finished and fit, {found['unfinished']} did not finish; "
-            f"{inexact} needed validation, {counts.retried} tries were generated again, "
+            f"\n{TOOLS} tools: {found['valid']} calls finished and fit, {found['unfinished']} did not "
+            f"finish; {inexact} needed validation, {counts.retried} tries were generated again, "
             f"{counts.given_up} given up",
             file=sys.stderr,
         )

@@ -13,6 +13,7 @@ import jsonschema
 import pytest
 
 from k2hybrid.chat.exchanges import Answer, gather
+from k2hybrid.errors import RequestError
 from k2hybrid.runtime import ChatRun, Runtime
 from k2hybrid.runtime.guarded import RETRIES
 from k2hybrid.runtime.rules import thinking_budget
@@ -244,8 +245,6 @@ def test_progress_of_the_prompt(runtime: Runtime) -> None:
 
 
 def test_a_schema_at_fault_is_named(runtime: Runtime) -> None:
-    from k2hybrid.errors import RequestError
-
     bad = {"type": "function", "function": {"name": "f", "parameters": {"$ref": "http://127.0.0.1:9/x"}}}
     with pytest.raises(RequestError) as refused:
         runtime.chat(ChatRequest(HELLO, tools=(bad,)))
@@ -253,3 +252,47 @@ def test_a_schema_at_fault_is_named(runtime: Runtime) -> None:
     # Where no tool may be called, nothing is compiled.
     run = runtime.chat(ChatRequest(HELLO, tools=(bad,), tool_choice="none", max_tokens=1, thinking=False))
     answer_of(run)
+
+
+def test_cancelled_while_validated_it_ends(runtime: Runtime) -> None:
+    request = ChatRequest(
+        HELLO, tools=(CHOOSY,), tool_choice="required", max_tokens=600, thinking=False,
+        sampling=SamplingParams(seed=5),
+    )  # fmt: skip
+    run = runtime.chat(request)
+    check = runtime._rulebook._validator.check
+
+    def cancels(*args: Any) -> str | None:
+        run.cancel()
+        return check(*args)
+
+    runtime._rulebook._validator.check = cancels  # type: ignore[method-assign]
+    try:
+        answer_of(run)
+    finally:
+        runtime._rulebook._validator.check = check  # type: ignore[method-assign]
+    assert run.finish_reason == "cancelled"
+
+
+def test_a_request_counts_once_however_often_it_was_generated_again(runtime: Runtime) -> None:
+    before = dict(runtime.engine.metrics.finished)
+    ask(runtime, tool_choice="auto", json_schema=NEVER["function"]["parameters"])
+    ask(runtime, NEVER)
+    assert sum(runtime.engine.metrics.finished.values()) - sum(before.values()) <= 2
+
+
+def test_a_stop_string_in_held_json_ends_it_as_it_is(scripted: tuple[Runtime, ScriptedModel]) -> None:
+    runtime, model = scripted
+    schema = {"type": "object", "properties": {"s": {"type": "string", "not": {"const": "no"}}}}
+    model.play(runtime.tokenizer.encode_with_specials('{"s":"one STOP two"}<|im_end|>'))
+    run = runtime.chat(ChatRequest(HELLO, json_schema=schema, stop=("STOP",), max_tokens=300, thinking=False))
+    answer, events = answer_of(run)
+    assert answer.content == '{"s":"one '
+    assert run.stop_sequence == "STOP"
+    assert not any(isinstance(event, Malformed) for event in events)
+
+
+def test_json_cannot_continue_a_partial_message(runtime: Runtime) -> None:
+    messages = (*HELLO, Message("assistant", "{", partial=True))
+    with pytest.raises(RequestError, match="partial"):
+        runtime.chat(ChatRequest(messages, json_schema={"type": "object"}))
