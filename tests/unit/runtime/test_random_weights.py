@@ -20,7 +20,8 @@ from k2hybrid.types import ChatRequest, Malformed, Message, SamplingParams
 from tests.schemas import ToolSchema, tool_schemas
 from tests.unit.runtime.conftest import SIZES
 
-TOOLS = 2000
+TOOLS = 2000  # with --slow; else the first of them
+FIRST = 300
 # The weights know no end of a string; so that texts stay short, what ends something is a little more likely.
 ENDS = {'"': 6.0, "}": 6.0, "]": 6.0, ",": 2.0}
 
@@ -63,11 +64,16 @@ def outcome(runtime: Runtime, number: int, declared: ToolSchema, bias: dict[int,
     assert {name for name, _ in calls} <= {declared.name}
     if run.finish_reason != "tool_calls" or any(isinstance(event, Malformed) for event in events):
         return "unfinished"
-    return "valid" if all(fits(declared.parameters, arguments) for _, arguments in calls) else "invalid"
+    if all(fits(declared.parameters, arguments) for _, arguments in calls):
+        return "valid"
+    return f"invalid: {calls} for {declared.tool}"
 
 
-def test_calls_of_a_model_of_random_weights(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tools = tool_schemas(11, TOOLS)
+@pytest.mark.parametrize("count", [FIRST, pytest.param(TOOLS, marks=pytest.mark.slow)])
+def test_calls_of_a_model_of_random_weights(
+    model: Path, capsys: pytest.CaptureFixture[str], count: int
+) -> None:
+    tools = tool_schemas(11, count)
     with load(model, latent_bytes=64 << 20, max_step_tokens=256, max_running=16, threads=2) as runtime:
         bias = {runtime.tokenizer.encode(text)[0]: value for text, value in ENDS.items()}
 
@@ -75,15 +81,15 @@ def test_calls_of_a_model_of_random_weights(model: Path, capsys: pytest.CaptureF
             return outcome(runtime, number, tools[number], bias)
 
         with ThreadPoolExecutor(16) as threads:
-            found = Counter(threads.map(one, range(TOOLS)))
+            found = Counter(threads.map(one, range(count)))
         counts = runtime.invalid_calls
         inexact = sum(not runtime.is_exact(declared.tool) for declared in tools)
     with capsys.disabled():
         print(
-            f"\n{TOOLS} tools: {found['valid']} calls finished and fit, {found['unfinished']} did not "
+            f"\n{count} tools: {found['valid']} calls finished and fit, {found['unfinished']} did not "
             f"finish; {inexact} needed validation, {counts.retried} tries were generated again, "
             f"{counts.given_up} given up",
             file=sys.stderr,
         )
-    assert found["invalid"] == 0
-    assert found["valid"] >= 0.95 * TOOLS
+    assert not [text for text in found if text.startswith("invalid")]
+    assert found["valid"] >= 0.95 * count
