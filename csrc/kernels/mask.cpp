@@ -1,5 +1,6 @@
 #include "kernels/mask.h"
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <limits>
@@ -31,11 +32,17 @@ inline void MaskFour(float* logits, unsigned nibble) {
 }  // namespace
 
 void MaskLogits(float* logits, const uint8_t* allowed, int64_t count) {
-  const int64_t whole = count / 8 * 8;
-  for (int64_t i = 0; i < whole; i += 8) {
-    const unsigned byte = allowed[i / 8];
-    MaskFour(logits + i, byte & 15u);
-    MaskFour(logits + i + 4, byte >> 4);
+  const int64_t whole = count / 64 * 64;
+  for (int64_t i = 0; i < whole; i += 64) {
+    uint64_t bits;
+    std::memcpy(&bits, allowed + i / 8, sizeof bits);
+    // Mostly a grammar allows nearly all tokens (in a string) or nearly none (between strings).
+    if (bits == ~uint64_t{0}) continue;
+    if (bits == 0) {
+      std::fill_n(logits + i, 64, -std::numeric_limits<float>::infinity());
+      continue;
+    }
+    for (int nibble = 0; nibble < 16; ++nibble) MaskFour(logits + i + 4 * nibble, bits >> (4 * nibble) & 15u);
   }
   for (int64_t i = whole; i < count; ++i)
     if (!(allowed[i / 8] >> (i % 8) & 1)) logits[i] = -std::numeric_limits<float>::infinity();

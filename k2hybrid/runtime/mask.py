@@ -48,10 +48,10 @@ class ConstraintMask:
         """Set forbidden entries of `logits` [vocab] to −inf, in place."""
         allowed = self._settled() or self._constraint.allowed()
         row = logits.numpy()  # the same memory; numpy is quicker with a few
-        ids = list(allowed.specials)
-        kept = row[ids]
-        row[self._plain :] = -np.inf
-        row[ids] = kept
+        kept = [row[token] for token in allowed.specials]
+        row[self._plain :].fill(-np.inf)
+        for token, value in zip(allowed.specials, kept, strict=True):
+            row[token] = value
         if allowed.bits is not None:
             mask_logits(logits[: self._plain], allowed.bits)
         elif not allowed.text:
