@@ -4,7 +4,7 @@ app: create_app(model, settings), the routes
 served: ServedModel, all that the server needs to know of a runtime
 openai: /v1/chat/completions; chat_request (with chat_tools) and chat_reply parse and render it, purely
 completions, anthropic, responses: the other dialects, each with its modules named alike
-parts, sampling, thinking, head, logprobs, sealed: what dialects have in common
+parts, sampling, thinking, head, logprobs, progress, sealed: what dialects have in common
 models, tokenize: /v1/models; /tokenize and /detokenize
 openapi, openapi_schemas: /openapi.json, the description of all of them
 guard, origin: host, web page and API key; request ids, the last exception handler

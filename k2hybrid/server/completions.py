@@ -21,7 +21,7 @@ from k2hybrid.server.guard import key_scope, request_id
 from k2hybrid.server.head import Head
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.patient import PatientResponse
-from k2hybrid.server.runs import failure_of, log_answer, merge
+from k2hybrid.server.runs import failure_of, log_answer, merge, seeded, start_all
 from k2hybrid.server.served import ServedModel, TextRun
 from k2hybrid.server.sse import DONE, EventStream, data_event
 
@@ -55,22 +55,17 @@ class Completions:
     def _start(self, body: dict[str, Any], scope: Scope) -> tuple[CompletionCall, list[TextRun]]:
         """In a thread: parse, tokenize, queue. With a seed, each choice gets its own."""
         call = parse_completion(body)
-        runs: list[TextRun] = []
-        try:
-            for request in call.requests:
-                for i in range(call.choices):
-                    sampling = request.sampling
-                    if sampling.seed is not None:
-                        sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
-                    one = dataclasses.replace(
-                        request, sampling=sampling, request_id=request_id(scope), scope=key_scope(scope)
-                    )
-                    runs.append(self._model.complete(one))
-        except BaseException:
-            for run in runs:
-                run.cancel()
-            raise
-        return call, runs
+        requests = (
+            dataclasses.replace(
+                request,
+                sampling=seeded(request.sampling, i),
+                request_id=request_id(scope),
+                scope=key_scope(scope),
+            )
+            for request in call.requests
+            for i in range(call.choices)
+        )
+        return call, start_all(self._model.complete, requests)
 
     def _choices(self, call: CompletionCall) -> list[TextChoice]:
         tokenizer = self._model.tokenizer

@@ -8,6 +8,7 @@ What the model wrote that is neither text nor a usable call is not dropped: the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
@@ -196,7 +197,7 @@ def _error_code(failure: Failure) -> str:
 # --- items as they grow ---------------------------------------------------------------------------
 
 
-class _Item:
+class _Item(ABC):
     """One output item. `opening` follows upon its addition, `closing` precedes its end."""
 
     kind = ""
@@ -220,8 +221,9 @@ class _Item:
     def opening(self) -> list[Fields]:
         return []
 
+    @abstractmethod
     def delta(self, text: str, logprobs: list[Fields]) -> list[Fields]:
-        raise NotImplementedError
+        """The events that more of its text makes."""
 
     def closing(self) -> list[Fields]:
         return []
@@ -232,8 +234,9 @@ class _Parted(_Item):
 
     events = ""  # the beginning of their names
 
+    @abstractmethod
     def part(self) -> Fields:
-        raise NotImplementedError
+        """The part as it is now."""
 
     def logprobs(self) -> Fields:
         """Of all of the text; in an object that is empty where the part has none."""

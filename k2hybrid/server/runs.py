@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
-from collections.abc import AsyncGenerator, AsyncIterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterable, Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from starlette.types import Scope
@@ -14,9 +14,11 @@ from k2hybrid.server.failures import Failure, classify
 from k2hybrid.server.guard import key_scope, log_unexpected, request_id
 from k2hybrid.server.retry import choice_key, retry_key
 from k2hybrid.server.served import ChatRun, Run, ServedModel
-from k2hybrid.types import ChatRequest
+from k2hybrid.types import ChatRequest, SamplingParams
 
 T = TypeVar("T")
+_Request = TypeVar("_Request")
+_Run = TypeVar("_Run", bound=Run)
 
 _log = logging.getLogger("k2hybrid.server")
 
@@ -39,19 +41,37 @@ def identified(request: ChatRequest, body: Mapping[str, Any], scope: Scope, resp
 
 def start_runs(model: ServedModel, request: ChatRequest, choices: int = 1) -> list[ChatRun]:
     """Queue one run per choice. With a seed, each choice gets its own. Call it in a thread."""
-    runs: list[ChatRun] = []
+    return start_all(
+        model.chat,
+        (
+            dataclasses.replace(
+                request,
+                sampling=seeded(request.sampling, i),
+                retry_key=choice_key(request.retry_key, i),
+            )
+            for i in range(choices)
+        ),
+    )
+
+
+def start_all(start: Callable[[_Request], _Run], requests: Iterable[_Request]) -> list[_Run]:
+    """Start a run for each request; if one cannot be, those before it are cancelled."""
+    runs: list[_Run] = []
     try:
-        for i in range(choices):
-            sampling = request.sampling
-            if sampling.seed is not None:
-                sampling = dataclasses.replace(sampling, seed=sampling.seed + i)
-            one = dataclasses.replace(request, sampling=sampling, retry_key=choice_key(request.retry_key, i))
-            runs.append(model.chat(one))
+        for request in requests:
+            runs.append(start(request))
     except BaseException:
         for run in runs:
             run.cancel()
         raise
     return runs
+
+
+def seeded(sampling: SamplingParams, choice: int) -> SamplingParams:
+    """`sampling` of one of several answers: with a seed, each has its own."""
+    if sampling.seed is None:
+        return sampling
+    return dataclasses.replace(sampling, seed=sampling.seed + choice)
 
 
 async def merge(runs: Sequence[AsyncIterable[T]]) -> AsyncGenerator[tuple[int, T | None], None]:
