@@ -8,10 +8,10 @@
 TIKTOKEN_MODEL is the published vocabulary file, which only lends its words. `train` resumes where `--state`
 exists, saves there every five minutes and on SIGTERM, and writes its log as JSON lines beside it
 (`tools/mini/curves.py` draws them). The curriculum (`data.STAGES`) has gates: copy drills until nearly every
-token of unseen sequences is copied; one tool with one parameter until held-out calls are right; then the full
-mix. Steps of `--batch` tokens; Muon and AdamW, the rate held, then falling linearly to zero; INT4 fake
-quantization of the routed experts from the first step on. Sums of other threads and CPUs round differently: a
-run elsewhere gives its like, not its bits.
+token of unseen sequences is copied; one tool with one parameter until held-out calls are right; up to three
+tools; then the full mix. Steps of `--batch` tokens; Muon and AdamW, the rate held, then falling linearly to
+zero; INT4 fake quantization of the routed experts from the first step on. Sums of other threads and CPUs round
+differently: a run elsewhere gives its like, not its bits.
 """
 
 from __future__ import annotations
@@ -44,10 +44,16 @@ from tools.mini.start import start_near_copying
 WARMUP_STEPS = 50
 # Looked at and exported are weights averaged over about so many steps, which lack the noise of the last ones.
 AVERAGE_STEPS = 200
-DECAY_SHARE = 0.72
+DECAY_SHARE = 0.8
 SAVE_SECONDS = 300
 # Stage → (kind of held-out lesson, figure, value that opens the next stage).
-GATES = {"drills": ("repeat", "tokens", 0.98), "one tool": ("first_tool", "calls", 0.90)}
+GATES = {
+    "drills": ("repeat", "tokens", 0.98),
+    "one tool": ("first_tool", "calls", 0.90),
+    "few tools": ("few_tools", "calls", 0.80),
+}
+# A stage that has not reached its gate after this share of all tokens is left, and the log says so.
+PATIENCE = 0.25
 
 
 def learning_rate(peak: float, step: int, tokens: int, total: float) -> float:
@@ -85,7 +91,7 @@ class Trainer:
         self.stage = list(STAGES)[0 if args.start_from is None else -1]
         self.packer = Packer(lambda: self.lessons.draw(STAGES[self.stage]), self.pad_id, args.batch)
         self.step = 0
-        self.tokens = 0
+        self.tokens = self.stage_began = 0
         self.learnt = 0
         self.seconds = 0.0
         self.stopping = False
@@ -103,7 +109,7 @@ class Trainer:
             "random": self.lessons.rng.getstate(),
             "waiting": self.packer.waiting,
             "stage": self.stage,
-            "counters": (self.step, self.tokens, self.learnt, self.seconds),
+            "counters": (self.step, self.tokens, self.stage_began, self.learnt, self.seconds),
         }
         partial = self.args.state.with_suffix(".partial")
         torch.save(state, partial)
@@ -118,7 +124,7 @@ class Trainer:
         self.lessons.rng.setstate(state["random"])
         self.packer.waiting = state["waiting"]
         self.stage = state["stage"]
-        self.step, self.tokens, self.learnt, self.seconds = state["counters"]
+        self.step, self.tokens, self.stage_began, self.learnt, self.seconds = state["counters"]
 
     def train_step(self) -> tuple[float, float]:
         """One optimizer step; returns the mean loss and the heaviest expert load over the mean."""
@@ -176,13 +182,15 @@ class Trainer:
             return
         kind, name, bar = GATES[self.stage]
         reached = figures[kind].as_dict()[name]
-        if reached >= bar:
+        late = self.tokens - self.stage_began > PATIENCE * self.args.tokens
+        if reached >= bar or late:
             stages = list(STAGES)
             following = stages[stages.index(self.stage) + 1]
             self.log(
-                "gate", passed=self.stage, figure=f"{kind} {name}", reached=reached, bar=bar, next=following
-            )
-            self.stage = following
+                "gate" if reached >= bar else "patience",
+                passed=self.stage, figure=f"{kind} {name}", reached=reached, bar=bar, next=following,
+            )  # fmt: skip
+            self.stage, self.stage_began = following, self.tokens
 
     def log(self, event: str, **values: object) -> None:
         """One JSON line to the terminal and to the run's log."""

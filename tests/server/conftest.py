@@ -6,8 +6,8 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
@@ -43,13 +43,18 @@ TINY = {
 class Served:
     model: ScriptedModel
     url: str
+    clients: ExitStack = field(default_factory=ExitStack)
 
     @property
     def port(self) -> int:
         return int(self.url.rpartition(":")[2])
 
     def openai(self, **options: object) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="any", max_retries=0, **options)
+        """A client that the fixture closes: one left to the collector warns wherever it happens to run."""
+        client = openai.OpenAI(
+            **{"base_url": f"{self.url}/v1", "api_key": "any", "max_retries": 0, **options}
+        )
+        return self.clients.enter_context(client)
 
     def post(self, path: str, **options: object) -> httpx.Response:
         return httpx.post(self.url + path, timeout=20, **options)
@@ -80,7 +85,9 @@ def serving(
         assert thread.is_alive()
         time.sleep(0.01)
     try:
-        yield Served(model, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        served = Served(model, f"http://127.0.0.1:{listener.getsockname()[1]}")
+        with served.clients:
+            yield served
     finally:
         server.should_exit = True
         server.force_exit = True
@@ -95,10 +102,11 @@ def shared_server() -> Iterator[Served]:
 
 
 @pytest.fixture
-def server(shared_server: Served) -> Served:
+def server(shared_server: Served) -> Iterator[Served]:
     """One server for all tests; each starts with a model that answers "Hello."."""
     shared_server.model.play(Script([Step((Content("Hello"),)), Step((Content("."),))]))
-    return shared_server
+    with shared_server.clients:  # of this test; the stack is empty again for the next
+        yield shared_server
 
 
 @pytest.fixture(scope="session")

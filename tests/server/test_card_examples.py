@@ -48,17 +48,17 @@ def test_they_end_right(url: str, tmp_path: Path) -> None:
 
 
 def test_a_seed_repeats_its_answer_whole_or_streamed(url: str) -> None:
-    client = openai.OpenAI(base_url=url, api_key="none")
     request = {
         "model": "m",
         "messages": [{"role": "user", "content": "which is bigger, 3.7 or 3.12?"}],
         "seed": 11,
     }
-    whole = client.chat.completions.create(**request).choices[0].message
-    again = client.chat.completions.create(**request).choices[0].message
-    assert (again.content, again.reasoning_content) == (whole.content, whole.reasoning_content)
-    content, reasoning = "", ""
-    for chunk in client.chat.completions.create(**request, stream=True):
-        content += chunk.choices[0].delta.content or ""
-        reasoning += getattr(chunk.choices[0].delta, "reasoning_content", None) or ""
+    with openai.OpenAI(base_url=url, api_key="none") as client:
+        whole = client.chat.completions.create(**request).choices[0].message
+        again = client.chat.completions.create(**request).choices[0].message
+        assert (again.content, again.reasoning_content) == (whole.content, whole.reasoning_content)
+        content, reasoning = "", ""
+        for chunk in client.chat.completions.create(**request, stream=True):
+            content += chunk.choices[0].delta.content or ""
+            reasoning += getattr(chunk.choices[0].delta, "reasoning_content", None) or ""
     assert (content, reasoning) == (whole.content, whole.reasoning_content or "")

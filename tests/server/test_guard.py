@@ -94,7 +94,7 @@ def test_some_paths_are_open(locked: Served) -> None:
 
 
 def test_the_served_name_is_what_clients_see(locked: Served) -> None:
-    client = openai.OpenAI(base_url=f"{locked.url}/v1", api_key="key-one")
+    client = locked.openai(api_key="key-one")
     (model,) = client.models.list().data
     assert model.id == "org/served-name"
     assert model.max_model_len == 4096

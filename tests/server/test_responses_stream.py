@@ -513,9 +513,7 @@ def test_a_wrong_page_is_refused(server: Served, query: str) -> None:
 
 def test_keys_do_not_see_each_others_responses() -> None:
     with serving(ScriptedModel(HI), Settings(api_keys=("one", "two"))) as served:
-        one, two = (
-            openai.OpenAI(base_url=f"{served.url}/v1", api_key=key, max_retries=0) for key in ("one", "two")
-        )
+        one, two = (served.openai(api_key=key) for key in ("one", "two"))
         response = one.responses.create(model="k2", input="hi")
         assert one.responses.retrieve(response.id).id == response.id
         with pytest.raises(openai.NotFoundError):

@@ -102,7 +102,7 @@ def test_a_retry_may_give_up_too(server: Served, stream: bool) -> None:
 def test_the_sdk_retries_by_itself_until_it_has_the_answer(server: Served) -> None:
     text = "abcdefghij" * 4
     server.model.play(Script(words(*text, delay_s=0.05)))
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=READ_S, max_retries=20)
+    client = server.openai(timeout=READ_S, max_retries=20)
     answer = client.chat.completions.create(model="m", messages=[USER])  # type: ignore[list-item]
     assert answer.choices[0].message.content == text
     assert len(server.model.runs) > 1
@@ -112,7 +112,7 @@ def test_the_sdk_retries_by_itself_until_it_has_the_answer(server: Served) -> No
 def test_the_sdk_asks_again_after_a_broken_stream(server: Served) -> None:
     answer = Halting()
     server.model.play(answer.script())
-    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="any", timeout=READ_S, max_retries=0)
+    client = server.openai(timeout=READ_S)
 
     def read() -> Iterator[str]:
         with client.chat.completions.create(model="m", messages=[USER], stream=True) as chunks:  # type: ignore[list-item]

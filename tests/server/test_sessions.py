@@ -27,8 +27,10 @@ def served(*options: object, key: str = "none") -> Iterator[tuple[OpenAI, subpro
         for part in command("--port", 0, *options)
         if part != "--no-journal" or "--journal" not in options
     ]
-    with listening(argv) as (process, url, _):
-        client = OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
+    with (
+        listening(argv) as (process, url, _),
+        OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0) as client,
+    ):
         yield client, process
 
 

@@ -15,17 +15,24 @@ import matplotlib.pyplot as plt
 
 _LABELS = {
     "repeat": "repeats: tokens", "look_up": "look-ups: whole", "first_tool": "one tool: calls",
-    "tools": "1–8 tools: calls",
+    "few_tools": "1–3 tools: calls", "tools": "1–8 tools: calls",
     "talk": "talk: whole answers",
 }  # fmt: skip
-_FIGURE = {"repeat": "tokens", "look_up": "whole", "first_tool": "calls", "tools": "calls", "talk": "whole"}
+_FIGURE = {
+    "repeat": "tokens",
+    "look_up": "whole",
+    "first_tool": "calls",
+    "few_tools": "calls",
+    "tools": "calls",
+    "talk": "whole",
+}
 
 
 def draw(lines: list[dict[str, Any]], out: Path) -> None:
     """Write the picture: the loss above, the shares right on the dev side below, over millions of tokens."""
     train = [line for line in lines if line["event"] == "train"]
     dev = [line for line in lines if line["event"] == "dev"]
-    gates = [line for line in lines if line["event"] == "gate"]
+    gates = [line for line in lines if line["event"] in ("gate", "patience")]
     figure, (upper, lower) = plt.subplots(2, 1, figsize=(8, 6.5), sharex=True, layout="constrained")
     upper.plot(_millions(train), [line["loss"] for line in train], color="0.3", linewidth=1)
     upper.set_yscale("log")
@@ -42,8 +49,9 @@ def draw(lines: list[dict[str, Any]], out: Path) -> None:
     for gate in gates:
         for axes in (upper, lower):
             axes.axvline(gate["tokens"] / 1e6, color="tab:red", linestyle=":", linewidth=1)
-        upper.annotate(f"gate: {gate['passed']}", (gate["tokens"] / 1e6, upper.get_ylim()[1]), rotation=90,
-                       va="top", ha="right", fontsize=8, color="tab:red")  # fmt: skip
+        label = f"{gate['event']}: {gate['passed']}"
+        upper.annotate(label, (gate["tokens"] / 1e6, upper.get_ylim()[1]), rotation=90, va="top", ha="right",
+                       fontsize=8, color="tab:red")  # fmt: skip
     mpl.rcParams["svg.hashsalt"] = "k2hybrid"  # the same log gives the same bytes
     figure.savefig(out, metadata={"Date": None})
 

@@ -20,6 +20,14 @@ from tools.mini.vocab import N_SPECIAL
 STAGES: dict[str, dict[str, float]] = {
     "drills": {"repeat": 0.80, "look_up": 0.12, "first_tool": 0.03, "talk": 0.05},
     "one tool": {"repeat": 0.15, "look_up": 0.25, "first_tool": 0.45, "talk": 0.15},
+    "few tools": {
+        "repeat": 0.08,
+        "look_up": 0.12,
+        "declared": 0.12,
+        "first_tool": 0.13,
+        "few_tools": 0.45,
+        "talk": 0.10,
+    },
     "full mix": {"repeat": 0.07, "look_up": 0.12, "declared": 0.12, "tools": 0.30, "talk": 0.11},
 }
 _BRANCHES = 6
@@ -57,6 +65,10 @@ class Lessons:
                     self.author.with_tools(rng, toolset, None, "one", history_share=0.0) for _ in range(4)
                 ]
                 return self._encode(made)
+            case "few_tools":
+                toolset, system = self.author.toolset(rng, rng.randint(1, 3)), self.author.system(rng)
+                kinds = rng.choices(["one", "parallel", "none"], [6, 2, 2], k=_BRANCHES)
+                return self._encode([self.author.with_tools(rng, toolset, system, kind) for kind in kinds])
             case "tools":
                 toolset, system = self.author.toolset(rng), self.author.system(rng)
                 return self._encode([self.author.with_tools(rng, toolset, system) for _ in range(_BRANCHES)])

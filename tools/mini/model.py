@@ -22,6 +22,7 @@ from tools.mini.packing import Batch, Segment
 
 GROUP = 32
 ROWS = 64
+PADDING = 32
 LATENT_EPS = 1e-6
 
 
@@ -197,25 +198,41 @@ class Attention(nn.Module):
         queries, keys, values = (torch.split(t, lengths, 1) for t in self.project(x, cos, sin))
         outs = []
         for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
-            if segment.after is None:
-                seen = F.scaled_dot_product_attention(
-                    q[None], k[None], v[None], is_causal=True, scale=self.scale
-                )
-            else:
+            before = 0 if segment.after is None else lengths[segment.after]
+            if segment.after is not None:
                 k, v = torch.cat((keys[segment.after], k), 1), torch.cat((values[segment.after], v), 1)
-                mask = masks[lengths[segment.after], segment.length]
-                seen = F.scaled_dot_product_attention(
-                    q[None], k[None], v[None], attn_mask=mask, scale=self.scale
-                )
-            outs.append(seen[0])
+            outs.append(attend(q, k, v, masks[before, segment.length], self.scale))
         out: Tensor = self.o_proj(torch.cat(outs, 1).transpose(0, 1).flatten(1))
         return out
 
 
-def branch_masks(segments: list[Segment], dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:
-    """(prefix length, branch length) → mask [branch, prefix + branch], causal within the branch."""
-    shapes = {(segments[s.after].length, s.length) for s in segments if s.after is not None}
-    return {(p, b): torch.full((b, p + b), float("-inf"), dtype=dtype).triu_(p + 1) for p, b in shapes}
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
+    """softmax(scale · q kᵀ + mask) v for q [heads, n, D], k and v [heads, m, D]; `mask` may be larger.
+
+    On a CPU two plain products are several times faster than the fused ones, whose backward pass is slow for
+    short rows.
+    """
+    n, m = q.shape[1], k.shape[1]
+    q = F.pad(q, (0, 0, 0, mask.shape[0] - n))
+    k, v = (F.pad(t, (0, 0, 0, mask.shape[1] - m)) for t in (k, v))
+    scores = torch.baddbmm(mask.expand(len(q), -1, -1), q, k.mT, alpha=scale)
+    return torch.bmm(scores.softmax(-1), v)[:, :n]
+
+
+def causal_masks(segments: list[Segment], dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:
+    """(prefix length, segment length) → mask [segment, prefix + segment], causal within the segment.
+
+    In bfloat16 the matrix library compiles a kernel per shape, so both sides are padded to multiples; padded
+    keys come after all that a row may see, and padded rows are dropped.
+    """
+    step = PADDING if dtype == torch.bfloat16 else 1
+    shapes = {(0 if s.after is None else segments[s.after].length, s.length) for s in segments}
+    return {
+        (p, b): torch.full(
+            (-(-b // step) * step, -(-(p + b) // step) * step), float("-inf"), dtype=dtype
+        ).triu_(p + 1)
+        for p, b in shapes
+    }
 
 
 class SwiGLU(nn.Module):
@@ -391,7 +408,7 @@ class MiniModel(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Logits [len(wanted), vocab] at the batch's wanted positions, in the compute dtype."""
         cos, sin = self.rotation(batch.positions)
-        masks = branch_masks(batch.segments, self.config.compute)
+        masks = causal_masks(batch.segments, self.config.compute)
         x = F.embedding(batch.ids, as_exported(self.embed_tokens))
         for index, layer in enumerate(self.blocks):
             x = x + layer.self_attn(layer.input_layernorm(x), batch.segments, cos, sin, masks)

@@ -16,7 +16,15 @@ from tools.mini.packing import pack
 from tools.mini.vocab import special_tokens
 
 # Lessons of a look, by kind: some seconds in all.
-_LESSONS = {"repeat": 48, "look_up": 24, "declared": 16, "first_tool": 40, "tools": 16, "talk": 20}
+_LESSONS = {
+    "repeat": 48,
+    "look_up": 24,
+    "declared": 16,
+    "first_tool": 40,
+    "few_tools": 16,
+    "tools": 16,
+    "talk": 20,
+}
 
 
 @dataclass(frozen=True)
