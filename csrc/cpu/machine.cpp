@@ -9,9 +9,11 @@
 namespace k2 {
 namespace {
 
-// A chunk's weights stay in a core's L2 while the tokens pass by, and a token tile beside them.
+// A chunk's weights stay in a core's L2 while the tokens pass by. Few tokens leave memory as the limit, which small
+// chunks share out evenly; of many, every chunk reads all from a farther cache, which large chunks do less often.
 constexpr ptrdiff_t kChunkBytes = 128 << 10;
-constexpr int kTokenTile = 16;
+constexpr ptrdiff_t kManyTokensChunkBytes = 384 << 10;
+constexpr int kTokenTile = 64;
 
 struct LinearCall {
   const KernelTable& kernels;
@@ -88,7 +90,8 @@ Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cp
 void Machine::Linear(const Activations& x, const Weights& w, float* y) {
   if (x.tokens == 0 || w.rows == 0) return;
   const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(w.columns) * static_cast<ptrdiff_t>(sizeof(bf16));
-  const int fit = static_cast<int>(std::max<ptrdiff_t>(2, kChunkBytes / std::max<ptrdiff_t>(1, row_bytes)));
+  const ptrdiff_t chunk_bytes = x.tokens < kTokenTile ? kChunkBytes : kManyTokensChunkBytes;
+  const int fit = static_cast<int>(std::max<ptrdiff_t>(2, chunk_bytes / std::max<ptrdiff_t>(1, row_bytes)));
   const int fair = std::max(2, w.rows * w.heads / (8 * pool_.threads()));
   const int rows = std::min(std::min(fit, fair) & ~1, w.rows + 1);
   LinearCall call{kernels_, x, w, y, rows, (w.rows + rows - 1) / rows};

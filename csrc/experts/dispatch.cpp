@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <chrono>
-#include <cmath>
 #include <cstdlib>
 #include <cstring>
 
@@ -37,12 +36,12 @@ class Buffer {
   T* data_;
 };
 
+constexpr int kRowStep = 16;  // rows of a chunk come in whole registers; sizes are multiples of 32
+
 int BlockRows(int rows, int most, int threads) {
   // At least eight chunks a thread where there are rows enough: the last chunk is what others wait for.
-  return std::clamp(rows / (8 * threads) & ~1, 2, most);
+  return std::clamp(rows / (8 * threads) / kRowStep * kRowStep, kRowStep, most);
 }
-
-float Silu(float v) { return v / (1.0f + std::exp(-v)); }
 
 }  // namespace
 
@@ -217,8 +216,9 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
       kernels.int4_rows(group.view->up, row, rows, x, tokens, up, kGateRows);
       for (int t = 0; t < tokens; ++t) {
         bf16* h = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
-        for (int r = 0; r < rows; ++r)
-          h[PreparedIndex(row + r)] = ToBf16(Silu(gate[t * kGateRows + r]) * up[t * kGateRows + r]);
+        bf16 plain[kGateRows];
+        kernels.swiglu(gate + t * kGateRows, up + t * kGateRows, rows, plain);
+        for (int r = 0; r < rows; ++r) h[PreparedIndex(row + r)] = plain[r];
       }
     }
   });
@@ -232,6 +232,7 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
   const ExpertSizes& sizes = self.store_.sizes();
   const int row = chunk * self.down_rows_;
   const int rows = std::min(self.down_rows_, sizes.hidden - row);
+  const KernelTable& kernels = self.machine_.kernels();
   float* y = self.scratch_[worker].data();
   for (int t = 0; t < slot.rows; ++t)
     std::memset(slot.out.get() + static_cast<ptrdiff_t>(t) * sizes.hidden + row, 0, rows * sizeof(float));
@@ -244,12 +245,12 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
         for (int t = 0; t < tokens; ++t)
           h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
         slot.job.Beat();
-        self.machine_.kernels().int4_rows(group.view->down, row, rows, h, tokens, y, kDownRows);
+        kernels.int4_rows(group.view->down, row, rows, h, tokens, y, kDownRows);
         for (int t = 0; t < tokens; ++t) {
           const int a = slot.assignment[begin + t];
           const float weight = slot.weights.get()[a];
           float* out = slot.out.get() + static_cast<ptrdiff_t>(a / self.top_k_) * sizes.hidden + row;
-          for (int r = 0; r < rows; ++r) out[r] = __builtin_fmaf(weight, y[t * kDownRows + r], out[r]);
+          kernels.add_scaled(weight, y + t * kDownRows, rows, out);
         }
       }
     });

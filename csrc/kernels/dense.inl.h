@@ -1,71 +1,57 @@
-// bf16 rows times bf16 activations. Included once per instruction set, inside its namespace, after `Simd`.
+// bf16 rows times bf16 activations. Included once per instruction set, inside its namespace, after `Simd` and tiles.
 //
-// Order, the same for every tile shape: two accumulators of 16 lanes take the blocks of 32 columns in turn
-// (one alone would be bound by the latency of the dot product), are added at the end, and summed as a tree.
+// Order, the same for every tile shape: blocks of 32 columns in ascending order into one accumulator of 16 lanes
+// per row and token, which is summed as a tree at the end. The chain of one row and token takes six cycles a cache
+// line, a third of what memory needs for it; with several tokens the chains of a tile hide each other's latency.
 
-template <int R, int T>
-static inline void DenseTile(const bf16* w, ptrdiff_t ldw, int in, const bf16* const* x, float* y,
-                             ptrdiff_t ldy) {
-  typename Simd::F32 even[R][T];
-  typename Simd::F32 odd[R][T];
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) even[r][t] = odd[r][t] = Simd::Zero();
-  int i = 0;
-  for (; i + 64 <= in; i += 64) {
-    typename Simd::Bf16 a[R];
-    typename Simd::Bf16 b[R];
-    for (int r = 0; r < R; ++r) {
-      Simd::Prefetch(w + r * ldw + i + kPrefetchBytes / 4);
-      Simd::Prefetch(w + r * ldw + i + kPrefetchBytes / 4 + 32);
-      a[r] = Simd::Load(w + r * ldw + i);
-      b[r] = Simd::Load(w + r * ldw + i + 32);
-    }
-    for (int t = 0; t < T; ++t) {
-      const typename Simd::Bf16 u = Simd::Load(x[t] + i);
-      const typename Simd::Bf16 v = Simd::Load(x[t] + i + 32);
+inline constexpr int kDenseBlock = 32;
+
+struct DensePanel {
+  static constexpr int kTokens = Simd::kDenseTokens;
+  static constexpr int kRows = Simd::kDenseRows;
+  static constexpr int kStepBytes = kDenseBlock * 2;
+  static constexpr int kPartBytes = 16 << 10;  // its weights are four times as wide
+
+  const bf16* w;
+  ptrdiff_t ldw;
+  int in;
+
+  int steps() const { return (in + kDenseBlock - 1) / kDenseBlock; }
+
+  template <int R, int T>
+  inline void Tile(int row, int begin, int end, const bf16* const* x, typename Simd::F32* total) const {
+    const bf16* at[R];
+    typename Simd::F32 sum[R * T];
+    for (int r = 0; r < R; ++r) at[r] = w + (row + r) * ldw;
+    for (int i = 0; i < R * T; ++i) sum[i] = total[i];
+    const int full = in / kDenseBlock;
+    // A tile that takes a part of its rows is followed by the same part of the next ones.
+    const ptrdiff_t ahead = end - begin < steps() ? R * ldw : kPrefetchBytes / 4;
+    for (int b = begin; b < end && b < full; ++b) {
+      typename Simd::Bf16 rows[R];
       for (int r = 0; r < R; ++r) {
-        even[r][t] = Simd::Dot(even[r][t], a[r], u);
-        odd[r][t] = Simd::Dot(odd[r][t], b[r], v);
+        Simd::Prefetch(at[r] + b * kDenseBlock + ahead);
+        rows[r] = Simd::Load(at[r] + b * kDenseBlock);
+      }
+      for (int t = 0; t < T; ++t) {
+        const typename Simd::Bf16 v = Simd::Load(x[t] + b * kDenseBlock);
+        for (int r = 0; r < R; ++r) sum[r * T + t] = Simd::Dot(sum[r * T + t], rows[r], v);
       }
     }
-  }
-  for (bool first = true; i < in; i += 32, first = false) {
-    const int n = in - i < 32 ? in - i : 32;
-    for (int t = 0; t < T; ++t) {
-      const typename Simd::Bf16 v = Simd::LoadTail(x[t] + i, n);
-      for (int r = 0; r < R; ++r) {
-        typename Simd::F32& sum = first ? even[r][t] : odd[r][t];
-        sum = Simd::Dot(sum, Simd::LoadTail(w + r * ldw + i, n), v);
+    if (end > full)
+      for (int t = 0; t < T; ++t) {
+        const int n = in % kDenseBlock;
+        const typename Simd::Bf16 v = Simd::LoadTail(x[t] + full * kDenseBlock, n);
+        for (int r = 0; r < R; ++r)
+          sum[r * T + t] = Simd::Dot(sum[r * T + t], Simd::LoadTail(at[r] + full * kDenseBlock, n), v);
       }
-    }
+    for (int i = 0; i < R * T; ++i) total[i] = sum[i];
   }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) y[t * ldy + r] = Simd::Sum(Simd::Add(even[r][t], odd[r][t]));
-}
-
-template <int R>
-static inline void DenseTokens(const bf16* w, ptrdiff_t ldw, int in, const bf16* const* x, int tokens,
-                               float* y, ptrdiff_t ldy) {
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) DenseTile<R, 4>(w, ldw, in, x + t, y + t * ldy, ldy);
-  switch (tokens - t) {
-    case 3:
-      return DenseTile<R, 3>(w, ldw, in, x + t, y + t * ldy, ldy);
-    case 2:
-      return DenseTile<R, 2>(w, ldw, in, x + t, y + t * ldy, ldy);
-    case 1:
-      return DenseTile<R, 1>(w, ldw, in, x + t, y + t * ldy, ldy);
-    default:
-      return;
-  }
-}
+};
 
 static void DenseRows(const bf16* w, ptrdiff_t ldw, int in, int rows, const bf16* const* x, int tokens,
                       float* y, ptrdiff_t ldy) {
-  int r = 0;
-  if (tokens > 1)
-    for (; r + 2 <= rows; r += 2) DenseTokens<2>(w + r * ldw, ldw, in, x, tokens, y + r, ldy);
-  for (; r < rows; ++r) DenseTokens<1>(w + r * ldw, ldw, in, x, tokens, y + r, ldy);
+  Walk(DensePanel{w, ldw, in}, rows, x, tokens, y, ldy);
 }
 
 // Ascending k into one accumulator per column; 128 columns at a time stay in registers.

@@ -19,6 +19,8 @@ namespace avx2 {
 namespace {
 
 struct Simd {
+  static constexpr int kInt4Rows = 2, kChains = 1;
+  static constexpr int kDenseRows = 2, kDenseTokens = 4;
   struct F32 {
     __m256 lo, hi;
   };
@@ -49,6 +51,21 @@ struct Simd {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
   }
   static inline F32 Widen(const bf16* p) { return {WidenHalf(p), WidenHalf(p + 8)}; }
+  static inline F32 LoadF32(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static inline __m128i Bf16Half(__m256 v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i near = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+    const __m256i quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x400000));
+    const __m256i nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+    const __m256i kept = _mm256_srli_epi32(_mm256_blendv_epi8(near, quiet, nan), 16);
+    const __m256i packed = _mm256_packus_epi32(kept, kept);
+    return _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08));
+  }
+  static inline void StoreBf16(bf16* p, const F32& v) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), Bf16Half(v.lo));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8), Bf16Half(v.hi));
+  }
   static inline void Store(float* p, const F32& v) {
     _mm256_storeu_ps(p, v.lo);
     _mm256_storeu_ps(p + 8, v.hi);
@@ -109,6 +126,31 @@ struct Simd {
   static inline F32 Add(const F32& a, const F32& b) {
     return {_mm256_add_ps(a.lo, b.lo), _mm256_add_ps(a.hi, b.hi)};
   }
+  static inline F32 Mul(const F32& a, const F32& b) {
+    return {_mm256_mul_ps(a.lo, b.lo), _mm256_mul_ps(a.hi, b.hi)};
+  }
+  static inline F32 Div(const F32& a, const F32& b) {
+    return {_mm256_div_ps(a.lo, b.lo), _mm256_div_ps(a.hi, b.hi)};
+  }
+  static inline F32 Min(const F32& a, const F32& b) {
+    return {_mm256_min_ps(a.lo, b.lo), _mm256_min_ps(a.hi, b.hi)};
+  }
+  static inline F32 Max(const F32& a, const F32& b) {
+    return {_mm256_max_ps(a.lo, b.lo), _mm256_max_ps(a.hi, b.hi)};
+  }
+  static inline F32 Round(const F32& v) {
+    return {_mm256_round_ps(v.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+            _mm256_round_ps(v.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+  }
+  static inline __m256 Exp2Half(__m256 n) {
+    const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+  }
+  static inline F32 Exp2(const F32& n) { return {Exp2Half(n.lo), Exp2Half(n.hi)}; }
+  template <int N>
+  static inline void Sums(const F32* v, float* out) {
+    for (int i = 0; i < N; ++i) out[i] = Sum(v[i]);
+  }
   static inline float Sum(const F32& v) {
     const __m256 eight = _mm256_add_ps(v.lo, v.hi);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
@@ -133,15 +175,20 @@ uint64_t ReadBytes(const void* data, size_t bytes, int ahead_bytes) {
   return lanes[0] + lanes[1] + lanes[2] + lanes[3];
 }
 
+#include "kernels/tiles.inl.h"
+//
 #include "kernels/matmul.inl.h"
 //
 #include "kernels/dense.inl.h"
+//
+#include "kernels/ffn.inl.h"
 
 }  // namespace
 }  // namespace avx2
 
-const KernelTable kAvx2Kernels = {"avx2",          avx2::Prepare,      avx2::Int4Rows,
-                                  avx2::DenseRows, avx2::DenseColumns, avx2::ReadBytes};
+const KernelTable kAvx2Kernels = {"avx2",          avx2::Prepare,   avx2::Int4Rows,     avx2::SwiGlu,
+                                  avx2::AddScaled, avx2::DenseRows, avx2::DenseColumns, avx2::ReadBytes,
+                                  nullptr};
 
 }  // namespace k2
 

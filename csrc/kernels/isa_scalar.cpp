@@ -1,4 +1,5 @@
 // The kernels in plain C++: every CPU, and the slow witness of the others. Same lanes, same order.
+#include <cmath>
 #include <cstring>
 
 #include "kernels/isa.h"
@@ -8,6 +9,8 @@ namespace scalar {
 namespace {
 
 struct Simd {
+  static constexpr int kInt4Rows = 2, kChains = 1;
+  static constexpr int kDenseRows = 2, kDenseTokens = 4;
   static constexpr int kLanes = 16;
   struct F32 {
     float lane[kLanes];
@@ -39,6 +42,14 @@ struct Simd {
     F32 out;
     for (int j = 0; j < kLanes; ++j) out.lane[j] = ToFloat(p[j]);
     return out;
+  }
+  static F32 LoadF32(const float* p) {
+    F32 out;
+    std::memcpy(out.lane, p, sizeof(out.lane));
+    return out;
+  }
+  static void StoreBf16(bf16* p, const F32& v) {
+    for (int j = 0; j < kLanes; ++j) p[j] = ToBf16(v.lane[j]);
   }
   static void Store(float* p, const F32& v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
   static Weights Unpack(const uint8_t* p) { return UnpackTail(p, kBlock / 2); }
@@ -74,6 +85,35 @@ struct Simd {
     for (int j = 0; j < kLanes; ++j) a.lane[j] += b.lane[j];
     return a;
   }
+  template <typename Function>
+  static F32 Each(const F32& a, const F32& b, Function&& function) {
+    F32 out;
+    for (int j = 0; j < kLanes; ++j) out.lane[j] = function(a.lane[j], b.lane[j]);
+    return out;
+  }
+  static F32 Mul(const F32& a, const F32& b) {
+    return Each(a, b, [](float u, float v) { return u * v; });
+  }
+  static F32 Div(const F32& a, const F32& b) {
+    return Each(a, b, [](float u, float v) { return u / v; });
+  }
+  // The second where they cannot be compared, as the instructions do.
+  static F32 Min(const F32& a, const F32& b) {
+    return Each(a, b, [](float u, float v) { return u < v ? u : v; });
+  }
+  static F32 Max(const F32& a, const F32& b) {
+    return Each(a, b, [](float u, float v) { return u > v ? u : v; });
+  }
+  static F32 Round(const F32& v) {
+    return Each(v, v, [](float u, float) { return std::nearbyint(u); });
+  }
+  static F32 Exp2(const F32& n) {
+    return Each(n, n, [](float u, float) { return std::ldexp(1.0f, static_cast<int>(u)); });
+  }
+  template <int N>
+  static void Sums(const F32* v, float* out) {
+    for (int i = 0; i < N; ++i) out[i] = Sum(v[i]);
+  }
   static float Sum(F32 v) {
     for (int half = kLanes / 2; half > 0; half /= 2)
       for (int j = 0; j < half; ++j) v.lane[j] += v.lane[j + half];
@@ -89,14 +129,19 @@ uint64_t ReadBytes(const void* data, size_t bytes, int) {
   return sum;
 }
 
+#include "kernels/tiles.inl.h"
+//
 #include "kernels/matmul.inl.h"
 //
 #include "kernels/dense.inl.h"
+//
+#include "kernels/ffn.inl.h"
 
 }  // namespace
 }  // namespace scalar
 
-const KernelTable kScalarKernels = {"scalar",          scalar::Prepare,      scalar::Int4Rows,
-                                    scalar::DenseRows, scalar::DenseColumns, scalar::ReadBytes};
+const KernelTable kScalarKernels = {
+    "scalar",          scalar::Prepare,      scalar::Int4Rows,  scalar::SwiGlu, scalar::AddScaled,
+    scalar::DenseRows, scalar::DenseColumns, scalar::ReadBytes, nullptr};
 
 }  // namespace k2

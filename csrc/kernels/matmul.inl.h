@@ -1,4 +1,4 @@
-// INT4 rows times bf16 activations. Included once per instruction set, inside its namespace, after `Simd`.
+// INT4 rows times bf16 activations. Included once per instruction set, inside its namespace, after `Simd` and tiles.
 //
 // Identity:  y = sum_g scale_g * sum_{i in g} (nibble_i - 8) * x_i,  products exact, sums in fp32.
 // Order, the same for every tile shape: per block of 128 weights four chained dot products from zero, over
@@ -7,78 +7,93 @@
 // are summed as a tree. Four sums of two products of |x| * 8 cannot overflow fp32 for bf16 |x| < 1e36.
 //
 // A tile is R rows times T tokens: the nibbles are unpacked once for T tokens, an activation is loaded once
-// for R rows. One row at a time for a single token: eight streams defeat the hardware prefetcher, one does
-// not.
+// for R rows. The chains of `Simd::kChains` tokens run side by side, which hides the latency of the dot product.
 
-inline constexpr int kPrefetchBytes =
-    8192;  // ahead of the row stream: 200 ns of DRAM latency at 40 GB/s a core
+// Ahead of the row stream: 200 ns of DRAM latency at 40 GB/s a core.
+inline constexpr int kPrefetchBytes = 8192;
 
 template <int R, int T>
-static inline void Int4Tile(const uint8_t* const* packed, const bf16* const* scale, int in,
-                            const bf16* const* x, float* y, ptrdiff_t ldy) {
-  typename Simd::F32 sum[R][T];
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) sum[r][t] = Simd::Zero();
-  const int full = in / kBlock;
-  const int tail = in % kBlock;
-  for (int b = 0; b < full + (tail != 0); ++b) {
-    typename Simd::Weights w[R];
-    typename Simd::F32 s[R];
-    for (int r = 0; r < R; ++r) {
-      if (b < full) {
-        Simd::Prefetch(packed[r] + b * (kBlock / 2) + kPrefetchBytes);
-        // A line of scales serves eight blocks; its stream is too thin for the hardware to run ahead of.
-        if (b % 8 == 0) Simd::Prefetch(scale[r] + b * (kBlock / kGroup) + kPrefetchBytes / 16);
-        w[r] = Simd::Unpack(packed[r] + b * (kBlock / 2));
-        s[r] = Simd::Scales(scale[r] + b * (kBlock / kGroup));
-      } else {
-        w[r] = Simd::UnpackTail(packed[r] + b * (kBlock / 2), tail / 2);
-        s[r] = Simd::ScalesTail(scale[r] + b * (kBlock / kGroup), tail / kGroup);
+static inline void Int4Block(const typename Simd::Weights (&w)[R], const typename Simd::F32 (&scale)[R],
+                             const bf16* const* x, ptrdiff_t at, typename Simd::F32* sum) {
+  constexpr int U = T < Simd::kChains ? T : Simd::kChains;
+#pragma GCC unroll 8
+  for (int t = 0; t < T; t += U) {
+    typename Simd::F32 dot[R][U];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) dot[r][u] = Simd::Zero();
+#pragma GCC unroll 8
+    for (int k = 0; k < 4; ++k)
+#pragma GCC unroll 8
+      for (int u = 0; u < U; ++u) {
+        if (t + u >= T) break;
+        const typename Simd::Bf16 v = Simd::Load(x[t + u] + at + k * (kBlock / 4));
+#pragma GCC unroll 8
+        for (int r = 0; r < R; ++r) dot[r][u] = Simd::Dot(dot[r][u], w[r].part[k], v);
       }
-    }
-    for (int t = 0; t < T; ++t) {
-      typename Simd::F32 dot[R];
-      for (int r = 0; r < R; ++r) dot[r] = Simd::Zero();
-      for (int k = 0; k < 4; ++k) {
-        const typename Simd::Bf16 v = Simd::Load(x[t] + b * kBlock + k * (kBlock / 4));
-        for (int r = 0; r < R; ++r) dot[r] = Simd::Dot(dot[r], w[r].part[k], v);
-      }
-      for (int r = 0; r < R; ++r) sum[r][t] = Simd::Fma(dot[r], s[r], sum[r][t]);
+#pragma GCC unroll 8
+    for (int u = 0; u < U; ++u) {
+      if (t + u >= T) break;
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r * T + t + u] = Simd::Fma(dot[r][u], scale[r], sum[r * T + t + u]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int t = 0; t < T; ++t) y[t * ldy + r] = Simd::Sum(sum[r][t]);
 }
 
-template <int R>
-static inline void Int4Tokens(const Int4Matrix& m, int row, const bf16* const* x, int tokens, float* y,
-                              ptrdiff_t ldy) {
-  const uint8_t* packed[R];
-  const bf16* scale[R];
-  for (int r = 0; r < R; ++r) {
-    packed[r] = m.PackedRow(row + r);
-    scale[r] = m.ScaleRow(row + r);
+struct Int4Panel {
+  static constexpr int kTokens = 4;
+  static constexpr int kRows = Simd::kInt4Rows;
+  static constexpr int kStepBytes = kBlock * 2;
+  static constexpr int kPartBytes = 28 << 10;
+
+  const Int4Matrix& matrix;
+  int row0;
+
+  int steps() const { return PaddedBlocks(matrix.in); }
+
+  template <int R, int T>
+  inline void Tile(int row, int begin, int end, const bf16* const* x, typename Simd::F32* total) const {
+    const uint8_t* packed[R];
+    const bf16* scale[R];
+    typename Simd::F32 sum[R * T];
+    for (int r = 0; r < R; ++r) {
+      packed[r] = matrix.PackedRow(row0 + row + r);
+      scale[r] = matrix.ScaleRow(row0 + row + r);
+    }
+    for (int i = 0; i < R * T; ++i) sum[i] = total[i];
+    // What comes `ahead` bytes later is read next but a few: of one row the stream itself, of several the same
+    // columns of the rows that follow, since a tile takes a part of them only.
+    const int tile_bytes = R * (matrix.in / 2);
+    const int ahead = T == 1 ? kPrefetchBytes : (kPrefetchBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
+    const int full = matrix.in / kBlock;
+    typename Simd::Weights w[R];
+    typename Simd::F32 s[R];
+    for (int b = begin; b < end && b < full; ++b) {
+      for (int r = 0; r < R; ++r) {
+        Simd::Prefetch(packed[r] + b * (kBlock / 2) + ahead);
+        // A line of scales serves eight blocks; its stream is too thin for the hardware to run ahead of.
+        if (b % 8 == 0) Simd::Prefetch(scale[r] + b * (kBlock / kGroup) + ahead / 16);
+        w[r] = Simd::Unpack(packed[r] + b * (kBlock / 2));
+        s[r] = Simd::Scales(scale[r] + b * (kBlock / kGroup));
+      }
+      Int4Block<R, T>(w, s, x, static_cast<ptrdiff_t>(b) * kBlock, sum);
+    }
+    if (end > full) {
+      const int tail = matrix.in % kBlock;
+      for (int r = 0; r < R; ++r) {
+        w[r] = Simd::UnpackTail(packed[r] + full * (kBlock / 2), tail / 2);
+        s[r] = Simd::ScalesTail(scale[r] + full * (kBlock / kGroup), tail / kGroup);
+      }
+      Int4Block<R, T>(w, s, x, static_cast<ptrdiff_t>(full) * kBlock, sum);
+    }
+    for (int i = 0; i < R * T; ++i) total[i] = sum[i];
   }
-  int t = 0;
-  for (; t + 4 <= tokens; t += 4) Int4Tile<R, 4>(packed, scale, m.in, x + t, y + t * ldy, ldy);
-  switch (tokens - t) {
-    case 3:
-      return Int4Tile<R, 3>(packed, scale, m.in, x + t, y + t * ldy, ldy);
-    case 2:
-      return Int4Tile<R, 2>(packed, scale, m.in, x + t, y + t * ldy, ldy);
-    case 1:
-      return Int4Tile<R, 1>(packed, scale, m.in, x + t, y + t * ldy, ldy);
-    default:
-      return;
-  }
-}
+};
 
 static void Int4Rows(const Int4Matrix& m, int row0, int rows, const bf16* const* x, int tokens, float* y,
                      ptrdiff_t ldy) {
-  int r = 0;
-  if (tokens > 1)
-    for (; r + 2 <= rows; r += 2) Int4Tokens<2>(m, row0 + r, x, tokens, y + r, ldy);
-  for (; r < rows; ++r) Int4Tokens<1>(m, row0 + r, x, tokens, y + r, ldy);
+  Walk(Int4Panel{m, row0}, rows, x, tokens, y, ldy);
 }
 
 static void Prepare(const bf16* x, int in, bf16* prepared) {

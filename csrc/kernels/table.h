@@ -8,6 +8,16 @@
 
 namespace k2 {
 
+// Room for engines that multiply tiles (AMX and its like): they want many rows of one expert at once and a layout of
+// activations of their own. No set has one yet; where there is one, groups of `least_rows` and more go to it.
+struct TileEngine {
+  int least_rows;
+  size_t (*prepared_bytes)(int in);
+  void (*prepare)(const bf16* x, int in, void* prepared);
+  void (*int4_rows)(const Int4Matrix& weights, int row0, int rows, const void* const* x, int tokens, float* y,
+                    ptrdiff_t ldy);
+};
+
 // A tile of activations is a list of row pointers: the rows an expert got need not be neighbours.
 struct KernelTable {
   const char* name;
@@ -19,6 +29,10 @@ struct KernelTable {
   void (*int4_rows)(const Int4Matrix& weights, int row0, int rows, const bf16* const* x, int tokens, float* y,
                     ptrdiff_t ldy);
 
+  // out[i] = bf16(silu(gate[i]) * up[i]), and out[i] += weight * y[i]: n values, n a multiple of 16.
+  void (*swiglu)(const float* gate, const float* up, int n, bf16* out);
+  void (*add_scaled)(float weight, const float* y, int n, float* out);
+
   // y[t * ldy + r] = w.row(r) . x[t] for bf16 weights of `in` columns, rows `ldw` elements apart.
   void (*dense_rows)(const bf16* w, ptrdiff_t ldw, int in, int rows, const bf16* const* x, int tokens,
                      float* y, ptrdiff_t ldy);
@@ -28,6 +42,8 @@ struct KernelTable {
 
   // Sum of all 64-bit words of `bytes` bytes: the bandwidth probe. `ahead_bytes` of software prefetch.
   uint64_t (*read_bytes)(const void* data, size_t bytes, int ahead_bytes);
+
+  const TileEngine* tiles;  // null: none
 };
 
 // Entries this CPU can run, best first; the last is always "scalar".
