@@ -77,6 +77,7 @@ class ChatRequest:
     tool_name: str | None = None  # with "required": the one tool that is to be called
     parallel_tool_calls: bool = True  # False: one call at most
     json_schema: Mapping[str, Any] | None = None  # the content is JSON that fits it, and nothing else
+    constrained: bool = True  # False: nothing is enforced or validated; tokens are the model's own
     thinking: bool = True  # False: the answer begins after an empty reasoning
     thinking_budget: int | None = None  # tokens of reasoning at most; None: so many that an answer has room
     sampling: SamplingParams = SamplingParams()

@@ -57,9 +57,13 @@ class Reply:
 
 
 class Client:
-    """Talks to the server at `url` (with or without /v1). Any thread may use it."""
+    """Talks to the server at `url` (with or without /v1). Any thread may use it.
 
-    def __init__(self, url: str) -> None:
+    `constrained`: whether a grammar holds the answers in their format; without it they are the model's own.
+    """
+
+    def __init__(self, url: str, *, constrained: bool = False) -> None:
+        self._constrained = constrained
         parts = urlsplit(url)
         try:
             port = parts.port
@@ -75,7 +79,7 @@ class Client:
         self, messages: Sequence[dict[str, Any]], tools: Sequence[dict[str, Any]], **options: Any
     ) -> Reply:
         """One chat completion. ReplyError: the request was refused, or the answer is none."""
-        body = {"model": "mini-eval", "messages": list(messages), **options}
+        body = {"model": "mini-eval", "messages": list(messages), "constrain": self._constrained, **options}
         if tools:
             body["tools"] = list(tools)
         answer = self._post("/v1/chat/completions", body)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -78,6 +78,25 @@ class Evaluation:
         name = "temperature 1.0"
         drawn = draw(self.author, self.options.seed, self.options.sampled_n)
         return _by_cell(name, self._play(drawn, 1.0, name), overall=0.8, cell=None, used=None)
+
+    def with_grammar(self) -> Result:
+        """Both temperatures again as clients are served: a grammar holds the calls to their declarations."""
+        constrained = replace(self, client=Client(self.client.url, constrained=True))
+        result = Result()
+        for temperature, count in ((0.0, self.options.n), (1.0, self.options.sampled_n)):
+            name = f"with the grammar, {temperature:g}"
+            drawn = draw(self.author, self.options.seed, count)
+            of_cells = _by_cell(
+                name, constrained._play(drawn, temperature, name), overall=None, cell=None, used=None
+            )
+            result.rows += [row for row in of_cells.rows if row.cell in ("all", "results used rightly")]
+        outcomes = at_once(
+            constrained._player(0.0).first_calls, handwritten.load(), self.options.concurrency, "hand-written"
+        )
+        result.rows.append(
+            Row("with the grammar, 0", "hand-written", len(outcomes), sum(o.right for o in outcomes))
+        )
+        return result
 
     def handwritten(self) -> Result:
         """Other people's style: only the calls."""
@@ -173,6 +192,7 @@ PARTS: dict[str, Callable[[Evaluation], Result]] = {
     "cases": Evaluation.cases,
     "sampled": Evaluation.sampled,
     "handwritten": Evaluation.handwritten,
+    "grammar": Evaluation.with_grammar,
     "controls": Evaluation.controls,
     "transformers": Evaluation.transformers,
     "card": Evaluation.card,
@@ -180,7 +200,7 @@ PARTS: dict[str, Callable[[Evaluation], Result]] = {
 
 
 def _by_cell(
-    part: str, outcomes: Sequence[Outcome], overall: float, cell: float | None, used: float | None
+    part: str, outcomes: Sequence[Outcome], overall: float | None, cell: float | None, used: float | None
 ) -> Result:
     """Rows for all, for each cell, and for what the answers make of the results."""
     result = Result([Row(part, "all", len(outcomes), sum(o.right for o in outcomes), overall)])

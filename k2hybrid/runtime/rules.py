@@ -97,6 +97,8 @@ class Rulebook:
             content=content,
             first_call_index=prompt.first_call_index,
         )
+        if not request.constrained:
+            checks, content_check = {}, None
         return rules, Guard(checks, content_check, stop_after, self.invalid_calls)
 
     def is_exact(self, tool: Mapping[str, Any]) -> bool:

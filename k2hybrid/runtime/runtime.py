@@ -118,7 +118,8 @@ class Runtime:
         Several answers to one request are several calls, with different seeds; they share one prefill.
 
         Without tools, and with tool_choice "none", no tool call can begin. Declared tools are rendered either
-        way, so that the prefix of the conversation stays the same.
+        way, so that the prefix of the conversation stays the same. An answer that is not to be constrained
+        may hold anything, and nothing of it is validated.
 
         Raises:
             RequestError: the request is at fault (`param` names the field).
@@ -228,7 +229,7 @@ class Runtime:
             max_tokens=limit,
             stop=self._stop_rule(request, prompt, mask),
             sink=sink,
-            mask=mask,
+            mask=mask if request.constrained else None,
             request_id=request.request_id,
             scope=request.scope,
             store=request.store,

@@ -66,6 +66,7 @@ def parse_chat(body: Mapping[str, Any]) -> ChatCall:
         # `function_call` has room for one.
         parallel_tool_calls=fields.flag("parallel_tool_calls", default=True) and not legacy,
         json_schema=_json_schema(fields),
+        constrained=fields.flag("constrain", default=True),
         thinking=thinking.enabled,
         thinking_budget=thinking.budget,
         sampling=parse_sampling(fields, _logprobs(fields)),

@@ -138,6 +138,7 @@ REQUESTS: dict[str, Schema] = {
                 {}, {"enabled": FLAG, "effort": _EFFORT, "max_tokens": _integer(0), "exclude": FLAG}
             ),
             "chat_template_kwargs": _object({}, {"thinking": FLAG, "enable_thinking": FLAG}),
+            "constrain": FLAG,
             "return_progress": FLAG,
         },
     ),

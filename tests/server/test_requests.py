@@ -97,7 +97,7 @@ def test_null_means_default() -> None:
     names = (
         "temperature top_p top_k min_p seed presence_penalty frequency_penalty repetition_penalty logit_bias "
         "logprobs top_logprobs max_tokens max_completion_tokens stop tools tool_choice n stream "
-        "stream_options response_format store cache_prompt"
+        "stream_options response_format store cache_prompt constrain"
     )
     assert parse_chat({"messages": [USER], **dict.fromkeys(names.split())}) == parse_chat(
         {"messages": [USER]}
@@ -262,7 +262,8 @@ def test_what_may_be_stored_and_reused() -> None:
     assert (parsed().store, parsed().reuse) == (True, True)
     assert (parsed(store=False).store, parsed(store=True).store) == (False, True)
     assert (parsed(cache_prompt=False).reuse, parsed(cache_prompt=True).reuse) == (False, True)
-    for wrong in ({"store": 0}, {"cache_prompt": "no"}):
+    assert (parsed(constrain=False).constrained, parsed().constrained) == (False, True)
+    for wrong in ({"store": 0}, {"cache_prompt": "no"}, {"constrain": "no"}):
         with pytest.raises(RequestError, match="must be a boolean"):
             parsed(**wrong)
 

@@ -134,6 +134,14 @@ def test_a_stop_string_ends_it_and_is_not_shown(real: Served) -> None:
     assert answer["message"]["content"] == whole[: whole.index(stop)]
 
 
+def test_an_answer_that_is_not_constrained_is_the_models_own(real: Served) -> None:
+    fields = {"tools": [TOOL], "tool_choice": "required", "max_tokens": 64, "seed": 3, **ENDLESS}
+    (held,) = real.chat(**fields).json()["choices"]
+    assert held["finish_reason"] == "tool_calls"
+    (free,) = real.chat(**fields, constrain=False).json()["choices"]
+    assert free["finish_reason"] == "length"  # random weights call nothing
+
+
 def test_a_text_is_continued_as_it_stands(real: Served) -> None:
     client = real.openai()
     request: dict[str, Any] = {"model": "m", "prompt": "once", "max_tokens": 20, "seed": 4, "logprobs": 2}
