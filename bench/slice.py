@@ -19,18 +19,12 @@ import torch
 
 from k2hybrid.bench.command import Bench
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
+from k2hybrid.hardware.bandwidth import quick_gb_s
 from k2hybrid.hardware.memory import MemoryUse
 from k2hybrid.native import Machine
 
 PROBE_BYTES = 1 << 30
 BARS = {"submit to collect, one MoE layer": 1.5, "decode step": 2.0}
-
-
-def bandwidth_gb_s(machine: Machine, data: torch.Tensor) -> float:
-    """The best variant of one quick probe."""
-    stretch = data.nbytes // machine.threads
-    variants = [(stripe, ahead) for stripe in (128 << 10, stretch) for ahead in (0, 4096)]
-    return max(data.nbytes / machine.read_seconds(data, *variant) / 1e9 for variant in variants)
 
 
 def main() -> int:
@@ -58,7 +52,7 @@ def main() -> int:
     limits = []
     at = options.prompt
     for _ in range(options.rounds):
-        limits.append(bandwidth_gb_s(machine, data))
+        limits.append(quick_gb_s(machine, data))
         steps, layers = [], []
         for _ in range(8):
             bench.reset()

@@ -2,9 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <optional>
 #include <string_view>
 
 #include "cpu/machine.h"
+#include "cpu/probe.h"
 #include "experts/dispatch.h"
 #include "gpu/bind_doorbell.h"
 #include "kernels/mask.h"
@@ -43,10 +45,15 @@ void BindMachine(py::module_& m) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def(
-          "read_seconds",
-          [](k2::Machine& self, uintptr_t data, size_t bytes, size_t stripe_bytes, int ahead_bytes) {
-            return self.ReadSeconds(Pointer<void>(data), bytes, stripe_bytes, ahead_bytes);
+          "probe_read_seconds",
+          [](k2::Machine& self, uintptr_t data, size_t bytes, size_t stripe_bytes, int ahead_bytes,
+             int streams) {
+            return k2::ProbeReadSeconds(self, Pointer<void>(data), bytes,
+                                        {stripe_bytes, ahead_bytes, streams});
           },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "probe_peak", [](k2::Machine& self, const std::string& kind) { return k2::ProbePeak(self, kind); },
           py::call_guard<py::gil_scoped_release>());
 }
 
@@ -108,11 +115,17 @@ PYBIND11_MODULE(_native, m) {
     for (const k2::KernelTable* table : k2::AvailableKernels()) names.emplace_back(table->name);
     return names;
   });
-  m.def("mask_logits", [](uintptr_t logits, const py::bytes& allowed, int64_t count) {
-    const std::string_view bits = allowed;
-    k2::Require(count >= 0 && static_cast<int64_t>(bits.size()) * 8 >= count, "mask: fewer bits than logits");
-    k2::MaskLogits(Pointer<float>(logits), reinterpret_cast<const uint8_t*>(bits.data()), count);
-  });
+  m.def("mask_logits",
+        [](uintptr_t logits, int64_t count, int64_t plain, const std::optional<py::bytes>& allowed, bool all,
+           const std::vector<int64_t>& specials) {
+          const uint8_t* bits = nullptr;
+          if (allowed.has_value()) {
+            const std::string_view view = *allowed;
+            k2::Require(static_cast<int64_t>(view.size()) * 8 >= plain, "mask: fewer bits than plain tokens");
+            bits = reinterpret_cast<const uint8_t*>(view.data());
+          }
+          k2::MaskLogits(Pointer<float>(logits), count, plain, bits, all, specials);
+        });
   BindMachine(m);
   BindExperts(m);
   k2::bind_doorbell(m);

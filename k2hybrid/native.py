@@ -113,12 +113,39 @@ class Machine:
             )  # fmt: skip
         return out
 
-    def read_seconds(self, data: torch.Tensor, stripe_bytes: int, ahead_bytes: int) -> float:
-        """Seconds that all threads need to read `data` once; see `hardware.bandwidth`."""
-        if not data.is_contiguous():
-            raise NativeError("read_seconds needs contiguous data")
+    def probe_read_seconds(
+        self, data: torch.Tensor, stripe_bytes: int, ahead_bytes: int, streams: int
+    ) -> float:
+        """Seconds that all threads need to read `data` once; see `hardware.bandwidth`.
+
+        Args:
+            stripe_bytes: what a thread takes at a time, at least 4096.
+            ahead_bytes: of software prefetch; 0 leaves it to the hardware.
+            streams: 1, 2, 4 or 8 parts of a stripe that are read in turn.
+        """
+        if not data.is_contiguous() or data.device.type != "cpu":
+            raise NativeError("probe_read_seconds needs contiguous data on the CPU")
+        if min(stripe_bytes, ahead_bytes) < 0:
+            raise NativeError("probe_read_seconds needs sizes that are not negative")
         with _errors():
-            return float(self.handle.read_seconds(data.data_ptr(), data.nbytes, stripe_bytes, ahead_bytes))
+            return float(
+                self.handle.probe_read_seconds(
+                    data.data_ptr(), data.nbytes, stripe_bytes, ahead_bytes, streams
+                )
+            )
+
+    def peak(self, kind: str) -> float | None:
+        """Operations per second of all threads on registers alone, a multiply-add counted as two.
+
+        Args:
+            kind: "bf16" (AVX512-BF16), "int8" (AVX512-VNNI) or "fp32".
+
+        Returns:
+            None if the instruction set has no such instruction.
+        """
+        with _errors():
+            found = self.handle.probe_peak(kind)
+        return None if found is None else float(found)
 
 
 class NativeStore:
@@ -148,17 +175,24 @@ class NativeSlot(NamedTuple):
     out: torch.Tensor  # fp32 [max_rows, hidden]
 
 
-def mask_logits(logits: torch.Tensor, allowed: bytes) -> None:
-    """Set entries of `logits` (fp32 [count], on the CPU) whose bit in `allowed` is 0 to −inf, in place.
+def mask_logits(
+    logits: torch.Tensor, plain: int, allowed: bytes | None, *, text: bool, specials: Sequence[int]
+) -> None:
+    """Set forbidden entries of `logits` (fp32 [count], on the CPU) to −inf, in place.
 
-    The lowest bit of a byte comes first. Ten times as fast as torch's `masked_fill_` with as random a mask.
+    Args:
+        plain: ids below are plain tokens, the others specials.
+        allowed: a bit per plain token, the lowest bit of a byte first; None: all of them or none, as `text`.
+        specials: those that stay.
+
+    Ten times as fast as torch's `masked_fill_` with as random a mask.
     """
     if logits.dtype != torch.float32 or logits.device.type != "cpu" or logits.dim() != 1:
         raise NativeError(f"logits must be one row of float32 on the CPU, not {logits.dtype}")
     if not logits.is_contiguous():
         raise NativeError("logits must be contiguous")
     with _errors():
-        _native.mask_logits(logits.data_ptr(), allowed, logits.numel())
+        _native.mask_logits(logits.data_ptr(), logits.numel(), plain, allowed, text, specials)
 
 
 class CollectReport(NamedTuple):

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 
 #include "cpu/fault.h"
 
@@ -62,24 +61,6 @@ void RequireReadable(const LinearCall& call) {
   Require(!call.failed.load(), "weights could not be read: their file shrank or its disk failed");
 }
 
-struct ReadCall {
-  const KernelTable& kernels;
-  const char* data;
-  size_t bytes;
-  size_t stripe_bytes;
-  int ahead_bytes;
-  std::atomic<uint64_t> sum{0};
-};
-
-void RunRead(void* context, int chunk, int) {
-  auto& call = *static_cast<ReadCall*>(context);
-  const size_t begin = static_cast<size_t>(chunk) * call.stripe_bytes;
-  const size_t bytes = std::min(call.stripe_bytes, call.bytes - begin);
-  // The sum is used, so that the reads cannot be dropped.
-  call.sum.fetch_add(call.kernels.read_bytes(call.data + begin, bytes, call.ahead_bytes),
-                     std::memory_order_relaxed);
-}
-
 }  // namespace
 
 Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cpus)
@@ -107,16 +88,6 @@ void Machine::LinearTransposed(const Activations& x, const Weights& w, float* y)
   job.Reset(&call, {{RunTransposed, x.tokens == 0 ? 0 : w.heads}});
   pool_.Run(&job);
   RequireReadable(call);
-}
-
-double Machine::ReadSeconds(const void* data, size_t bytes, size_t stripe_bytes, int ahead_bytes) {
-  Require(stripe_bytes >= 4096, "a stripe has at least 4096 bytes");
-  ReadCall call{kernels_, static_cast<const char*>(data), bytes, stripe_bytes, ahead_bytes};
-  Job job;
-  job.Reset(&call, {{RunRead, static_cast<int>((bytes + stripe_bytes - 1) / stripe_bytes)}});
-  const auto start = std::chrono::steady_clock::now();
-  pool_.Run(&job);
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
 }  // namespace k2

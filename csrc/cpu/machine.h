@@ -41,9 +41,6 @@ class Machine {
   // y[t, h, c] = sum_r x[t, h, r] * w[h, r, c], fp32, y contiguous.
   void LinearTransposed(const Activations& x, const Weights& w, float* y);
 
-  // Seconds to read `bytes` once with all threads: in stripes of `stripe_bytes`, prefetching `ahead_bytes`.
-  double ReadSeconds(const void* data, size_t bytes, size_t stripe_bytes, int ahead_bytes);
-
  private:
   const KernelTable& kernels_;
   Pool pool_;

@@ -160,21 +160,6 @@ struct Simd {
   static inline void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
-uint64_t ReadBytes(const void* data, size_t bytes, int ahead_bytes) {
-  const char* p = static_cast<const char*>(data);
-  __m256i sum[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(),
-                    _mm256_setzero_si256()};
-  for (size_t i = 0; i + 128 <= bytes; i += 128)
-    for (int j = 0; j < 4; ++j) {
-      if (ahead_bytes != 0 && j % 2 == 0) _mm_prefetch(p + i + j * 32 + ahead_bytes, _MM_HINT_T0);
-      sum[j] = _mm256_add_epi64(sum[j], Simd::LoadHalf(p + i + j * 32));
-    }
-  alignas(32) uint64_t lanes[4];
-  const __m256i all = _mm256_add_epi64(_mm256_add_epi64(sum[0], sum[1]), _mm256_add_epi64(sum[2], sum[3]));
-  _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), all);
-  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
-}
-
 #include "kernels/tiles.inl.h"
 //
 #include "kernels/matmul.inl.h"
@@ -187,8 +172,7 @@ uint64_t ReadBytes(const void* data, size_t bytes, int ahead_bytes) {
 }  // namespace avx2
 
 const KernelTable kAvx2Kernels = {"avx2",          avx2::Prepare,   avx2::Int4Rows,     avx2::SwiGlu,
-                                  avx2::AddScaled, avx2::DenseRows, avx2::DenseColumns, avx2::ReadBytes,
-                                  nullptr};
+                                  avx2::AddScaled, avx2::DenseRows, avx2::DenseColumns, nullptr};
 
 }  // namespace k2
 

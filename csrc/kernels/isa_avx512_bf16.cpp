@@ -129,19 +129,6 @@ struct Simd {
   static inline void Prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 };
 
-uint64_t ReadBytes(const void* data, size_t bytes, int ahead_bytes) {
-  const char* p = static_cast<const char*>(data);
-  __m512i sum[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(),
-                    _mm512_setzero_si512()};
-  for (size_t i = 0; i + 256 <= bytes; i += 256)
-    for (int j = 0; j < 4; ++j) {
-      if (ahead_bytes != 0) _mm_prefetch(p + i + j * 64 + ahead_bytes, _MM_HINT_T0);
-      sum[j] = _mm512_add_epi64(sum[j], _mm512_loadu_si512(p + i + j * 64));
-    }
-  const __m512i all = _mm512_add_epi64(_mm512_add_epi64(sum[0], sum[1]), _mm512_add_epi64(sum[2], sum[3]));
-  return static_cast<uint64_t>(_mm512_reduce_add_epi64(all));
-}
-
 #include "kernels/tiles.inl.h"
 //
 #include "kernels/matmul.inl.h"
@@ -153,15 +140,9 @@ uint64_t ReadBytes(const void* data, size_t bytes, int ahead_bytes) {
 }  // namespace
 }  // namespace avx512_bf16
 
-const KernelTable kAvx512Bf16Kernels = {"avx512_bf16",
-                                        avx512_bf16::Prepare,
-                                        avx512_bf16::Int4Rows,
-                                        avx512_bf16::SwiGlu,
-                                        avx512_bf16::AddScaled,
-                                        avx512_bf16::DenseRows,
-                                        avx512_bf16::DenseColumns,
-                                        avx512_bf16::ReadBytes,
-                                        nullptr};
+const KernelTable kAvx512Bf16Kernels = {
+    "avx512_bf16",          avx512_bf16::Prepare,   avx512_bf16::Int4Rows,     avx512_bf16::SwiGlu,
+    avx512_bf16::AddScaled, avx512_bf16::DenseRows, avx512_bf16::DenseColumns, nullptr};
 
 }  // namespace k2
 

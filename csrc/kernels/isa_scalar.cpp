@@ -122,13 +122,6 @@ struct Simd {
   static void Prefetch(const void*) {}
 };
 
-uint64_t ReadBytes(const void* data, size_t bytes, int) {
-  const auto* words = static_cast<const uint64_t*>(data);
-  uint64_t sum = 0;
-  for (size_t i = 0; i < bytes / sizeof(uint64_t); ++i) sum += words[i];
-  return sum;
-}
-
 #include "kernels/tiles.inl.h"
 //
 #include "kernels/matmul.inl.h"
@@ -141,7 +134,7 @@ uint64_t ReadBytes(const void* data, size_t bytes, int) {
 }  // namespace scalar
 
 const KernelTable kScalarKernels = {
-    "scalar",          scalar::Prepare,      scalar::Int4Rows,  scalar::SwiGlu, scalar::AddScaled,
-    scalar::DenseRows, scalar::DenseColumns, scalar::ReadBytes, nullptr};
+    "scalar",          scalar::Prepare,   scalar::Int4Rows,     scalar::SwiGlu,
+    scalar::AddScaled, scalar::DenseRows, scalar::DenseColumns, nullptr};
 
 }  // namespace k2

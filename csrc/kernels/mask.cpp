@@ -29,9 +29,7 @@ inline void MaskFour(float* logits, unsigned nibble) {
   std::memcpy(logits, bits, sizeof bits);
 }
 
-}  // namespace
-
-void MaskLogits(float* logits, const uint8_t* allowed, int64_t count) {
+void MaskPlain(float* logits, const uint8_t* allowed, int64_t count) {
   const int64_t whole = count / 64 * 64;
   for (int64_t i = 0; i < whole; i += 64) {
     uint64_t bits;
@@ -46,6 +44,25 @@ void MaskLogits(float* logits, const uint8_t* allowed, int64_t count) {
   }
   for (int64_t i = whole; i < count; ++i)
     if (!(allowed[i / 8] >> (i % 8) & 1)) logits[i] = -std::numeric_limits<float>::infinity();
+}
+
+}  // namespace
+
+void MaskLogits(float* logits, int64_t count, int64_t plain, const uint8_t* allowed, bool all,
+                const std::vector<int64_t>& specials) {
+  Require(plain >= 0 && plain <= count, "mask: more plain tokens than logits");
+  std::vector<float> kept;
+  kept.reserve(specials.size());
+  for (const int64_t token : specials) {
+    Require(token >= plain && token < count, "mask: token " + std::to_string(token) + " is no special");
+    kept.push_back(logits[token]);
+  }
+  if (allowed != nullptr)
+    MaskPlain(logits, allowed, plain);
+  else if (!all)
+    std::fill_n(logits, plain, -std::numeric_limits<float>::infinity());
+  std::fill(logits + plain, logits + count, -std::numeric_limits<float>::infinity());
+  for (size_t i = 0; i < specials.size(); ++i) logits[specials[i]] = kept[i];
 }
 
 }  // namespace k2

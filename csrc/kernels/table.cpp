@@ -6,13 +6,20 @@ namespace k2 {
 namespace {
 
 // CPUID says what the core has; XCR0 says which registers the operating system saves.
-bool HasAvx512Bf16() {
+bool HasAvx512() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-         __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("fma") &&
-         __builtin_cpu_supports("bmi2");
+         __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+#else
+  return false;
+#endif
+}
+
+bool HasAvx512Bf16() {
+#if defined(__x86_64__)
+  return HasAvx512() && __builtin_cpu_supports("avx512bf16");
 #else
   return false;
 #endif
@@ -34,6 +41,7 @@ const std::vector<const KernelTable*>& AvailableKernels() {
     std::vector<const KernelTable*> found;
 #if defined(__x86_64__)
     if (HasAvx512Bf16()) found.push_back(&kAvx512Bf16Kernels);
+    if (HasAvx512()) found.push_back(&kAvx512Kernels);
     if (HasAvx2()) found.push_back(&kAvx2Kernels);
 #endif
     found.push_back(&kScalarKernels);

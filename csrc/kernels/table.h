@@ -40,9 +40,6 @@ struct KernelTable {
   // y[n] = sum_k x[k] * w[k * ldw + n]: the transposed product of absorbed attention.
   void (*dense_columns)(const bf16* w, ptrdiff_t ldw, int in, int columns, const bf16* x, float* y);
 
-  // Sum of all 64-bit words of `bytes` bytes: the bandwidth probe. `ahead_bytes` of software prefetch.
-  uint64_t (*read_bytes)(const void* data, size_t bytes, int ahead_bytes);
-
   const TileEngine* tiles;  // null: none
 };
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from concurrent.futures import Executor, Future
 
-import numpy as np
 import torch
 
 from k2hybrid.chat.constraint import Allowed, Constraint
@@ -47,15 +46,7 @@ class ConstraintMask:
     def apply(self, logits: torch.Tensor) -> None:
         """Set forbidden entries of `logits` [vocab] to −inf, in place."""
         allowed = self._settled() or self._constraint.allowed()
-        row = logits.numpy()  # the same memory; numpy is quicker with a few
-        kept = [row[token] for token in allowed.specials]
-        row[self._plain :].fill(-np.inf)
-        for token, value in zip(allowed.specials, kept, strict=True):
-            row[token] = value
-        if allowed.bits is not None:
-            mask_logits(logits[: self._plain], allowed.bits)
-        elif not allowed.text:
-            row[: self._plain] = -np.inf
+        mask_logits(logits, self._plain, allowed.bits, text=allowed.text, specials=allowed.specials)
 
     def accept(self, token: int) -> list[int]:
         """`token` was chosen; see `Constraint.accept`."""

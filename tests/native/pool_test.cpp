@@ -1,21 +1,40 @@
-// The pool under load: order of phases, jobs from several threads, a stuck chunk. Exits 1 with a line if one
-// fails.
+// The pool from start to stop, and under load: order of phases, jobs from several threads, a stuck chunk.
 #include "cpu/pool.h"
 
-#include <cstdio>
-#include <cstdlib>
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <memory>
 #include <thread>
 #include <vector>
 
+#include "check.h"
+
+// Threads that the system still grants: a negative number is no limit.
+static std::atomic<int> granted{-1};
+
+// The sanitizers' own, where they are linked statically: the name below hides it from dlsym.
+extern "C" __attribute__((weak)) int __interceptor_pthread_create(pthread_t*, const pthread_attr_t*,
+                                                                  void* (*)(void*), void*);
+
+// Stands before the C library's, so that the test decides which thread is refused.
+extern "C" int pthread_create(pthread_t* thread, const pthread_attr_t* attributes, void* (*start)(void*),
+                              void* argument) noexcept {
+  if (granted.load() == 0) return EAGAIN;
+  if (granted.load() > 0) granted.fetch_sub(1);
+  if (__interceptor_pthread_create != nullptr)
+    return __interceptor_pthread_create(thread, attributes, start, argument);
+  static const auto next = reinterpret_cast<decltype(&pthread_create)>(dlsym(RTLD_NEXT, "pthread_create"));
+  return next(thread, attributes, start, argument);
+}
+
 namespace {
 
+using k2::test::Check;
+using k2::test::CheckRefused;
+using k2::test::Step;
+using std::chrono::microseconds;
 using std::chrono::milliseconds;
-
-void Check(bool holds, const char* what) {
-  if (holds) return;
-  std::fprintf(stderr, "failed: %s\n", what);
-  std::exit(1);
-}
 
 // Each phase adds its weight once per chunk; a chunk of phase p must see phase p - 1 complete.
 struct Counting {
@@ -40,24 +59,173 @@ void RunOne(k2::Pool& pool, int seed) {
   Check(c.early.load() == 0, "a phase opens only when the one before is done");
 }
 
-void TestManyJobs(int threads) {
-  k2::Pool pool(threads, {});
-  for (int i = 0; i < 20000; ++i) RunOne(pool, i);
+void TestCounts() {
+  for (int threads : {0, -1, -1024, 1025, 1 << 30})
+    CheckRefused([&] { k2::Pool pool(threads, {}); }, "threads must lie in 1..1024");
+  for (int threads : {1, 2, 17}) {
+    k2::Pool pool(threads, {});
+    Check(pool.threads() == threads, "the pool has the threads asked for");
+    RunOne(pool, 5);
+  }
 }
 
-void TestSeveralCallers() {
+void TestRefusedThreads() {
+  for (int grant : {0, 1, 3}) {
+    granted.store(grant);
+    CheckRefused([] { k2::Pool pool(5, {}); }, "ask for fewer threads");
+    Check(granted.load() == 0, "those before the refused one were started, and stopped");
+  }
+  granted.store(0);
+  {
+    k2::Pool alone(1, {});
+    RunOne(alone, 11);  // one thread is the caller's own
+  }
+  granted.store(-1);
+  k2::Pool pool(5, {});
+  RunOne(pool, 11);
+}
+
+void TestPins() {
+  // Places to run that do not exist, or are fewer than threads: workers float, and work.
+  for (const std::vector<int>& cpus :
+       {std::vector<int>{0}, {-1, -1, -1}, {0, 100000, 1 << 30}, {0, 0, 0, 0}}) {
+    k2::Pool pool(3, cpus);
+    for (int i = 0; i < 20; ++i) RunOne(pool, i);
+  }
+  std::thread caller([] {
+    k2::Pool pool(2, {0, 0});
+    pool.PinCaller();
+    RunOne(pool, 11);
+  });
+  caller.join();
+}
+
+// The end comes at any moment of a worker's life: while it starts, spins, goes to sleep or leaves a job.
+void TestStopAnyMoment(int rounds) {
+  for (int i = 0; i < rounds; ++i) {
+    k2::Pool pool(2 + i % 3, {});
+    for (int job = 0; job < i % 4; ++job) RunOne(pool, i + job);
+    if (i % 16 == 0) std::this_thread::sleep_for(microseconds(i % 512));  // workers spin for 200
+  }
+}
+
+void TestStopAsleep() {
+  for (int threads : {2, 5}) {
+    k2::Pool pool(threads, {});
+    RunOne(pool, 11);
+    std::this_thread::sleep_for(milliseconds(20));
+  }
+}
+
+// What nobody waited for is either done or was not begun; the pool does not touch it afterwards.
+void TestStopOutstanding(int rounds) {
+  constexpr int kJobs = 8;
+  for (int threads : {1, 2, 3})
+    for (int round = 0; round < rounds; ++round) {
+      std::vector<Counting> counting(kJobs);
+      auto jobs = std::make_unique<std::array<k2::Job, kJobs>>();
+      {
+        k2::Pool pool(threads, {});
+        for (int i = 0; i < kJobs; ++i) {
+          counting[i].chunks[0] = 3;
+          counting[i].chunks[1] = 1 + i;
+          counting[i].chunks[2] = i % 3;
+          (*jobs)[i].Reset(&counting[i], {{Count<0>, 3}, {Count<1>, 1 + i}, {Count<2>, i % 3}});
+          pool.Submit(&(*jobs)[i]);
+        }
+        if (round % 2 == 0) std::this_thread::sleep_for(microseconds(round % 64));
+      }
+      for (int i = 0; i < kJobs; ++i) {
+        const bool done = (*jobs)[i].Done();
+        Check(threads > 1 || !done, "without workers nothing runs that nobody waits for");
+        for (int p = 0; p < 3; ++p)
+          Check(counting[i].done[p].load() == (done ? counting[i].chunks[p] : 0),
+                "a job that the end overtook is whole or untouched");
+        Check(counting[i].early.load() == 0, "and its phases kept their order");
+      }
+    }
+}
+
+// The end waits for a chunk that runs; those behind it in the same job still run.
+void TestStopInsideChunk() {
+  std::atomic<bool> inside{false};
+  std::atomic<int> ran{0};
+  struct Context {
+    std::atomic<bool>& inside;
+    std::atomic<int>& ran;
+  } context{inside, ran};
+  k2::Job job;
+  job.Reset(&context, {{[](void* at, int, int) {
+                          auto& c = *static_cast<Context*>(at);
+                          c.inside.store(true);
+                          std::this_thread::sleep_for(milliseconds(30));
+                          c.ran.fetch_add(1);
+                        },
+                        3}});
+  {
+    k2::Pool pool(2, {});
+    pool.Submit(&job);
+    while (!inside.load()) std::this_thread::yield();
+  }
+  Check(job.Done() && ran.load() == 3, "the end waits for a job that was begun");
+}
+
+// A job may go as soon as it was waited for, or retired: no worker looks at it any more.
+void TestJobsComeAndGo(int rounds) {
+  k2::Pool pool(3, {});
+  for (int i = 0; i < rounds; ++i) {
+    Counting c{{1 + i % 3, i % 2, 2}};
+    auto job = std::make_unique<k2::Job>();
+    job->Reset(&c, {{Count<0>, c.chunks[0]}, {Count<1>, c.chunks[1]}, {Count<2>, 2}});
+    pool.Submit(job.get());
+    if (i % 2 == 0) {
+      Check(pool.Wait(job.get(), milliseconds(60000)), "it completes");
+    } else {
+      while (!pool.Retire(job.get())) std::this_thread::yield();
+    }
+    Check(c.done[2].load() == 2, "it ran");
+  }
+}
+
+void TestEmptyJobs() {
+  k2::Pool pool(3, {});
+  for (int i = 0; i < 200; ++i) {
+    k2::Job none;
+    none.Reset(nullptr, {});
+    pool.Run(&none);
+    k2::Job empty;
+    empty.Reset(nullptr, {{Count<0>, 0}, {Count<1>, 0}});
+    Check(empty.Done(), "phases without chunks are done");
+    pool.Run(&empty);
+    Counting c{{0, 0, 4}};
+    k2::Job last;
+    last.Reset(&c, {{Count<0>, 0}, {Count<1>, 0}, {Count<2>, 4}});
+    pool.Run(&last);
+    Check(c.done[2].load() == 4, "empty phases are passed over");
+  }
+  k2::Job job;
+  constexpr k2::Phase kPhase{Count<0>, 1};
+  CheckRefused([&] { job.Reset(nullptr, {kPhase, kPhase, kPhase, kPhase, kPhase}); }, "at most 4 phases");
+}
+
+void TestManyJobs(int threads, int rounds) {
+  k2::Pool pool(threads, {});
+  for (int i = 0; i < rounds; ++i) RunOne(pool, i);
+}
+
+void TestSeveralCallers(int rounds) {
   k2::Pool pool(3, {});
   std::vector<std::thread> callers;
   for (int t = 0; t < 3; ++t)
-    callers.emplace_back([&pool, t] {
-      for (int i = 0; i < 3000; ++i) RunOne(pool, i + t);
+    callers.emplace_back([&pool, t, rounds] {
+      for (int i = 0; i < rounds; ++i) RunOne(pool, i + t);
     });
   for (auto& caller : callers) caller.join();
 }
 
-void TestTicketsInFlight() {
+void TestTicketsInFlight(int rounds) {
   k2::Pool pool(2, {});
-  for (int round = 0; round < 2000; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     Counting first{{3, 2, 2}};
     Counting second{{1, 4, 1}};
     k2::Job a;
@@ -96,9 +264,9 @@ void TestStuckChunk() {
 }
 
 // Not collected while the ring goes around: neither lost nor overwritten.
-void TestOldTicket() {
+void TestOldTicket(int rounds) {
   k2::Pool pool(3, {});
-  for (int round = 0; round < 50; ++round) {
+  for (int round = 0; round < rounds; ++round) {
     Counting old{{5, 3, 2}};
     k2::Job ticket;
     ticket.Reset(&old, {{Count<0>, 5}, {Count<1>, 3}, {Count<2>, 2}});
@@ -115,13 +283,7 @@ void TestFullRing() {
   std::vector<k2::Job> jobs(65);
   for (k2::Job& job : jobs) job.Reset(&counting, {{Count<0>, 1}});
   for (int i = 0; i < 64; ++i) pool.Submit(&jobs[i]);
-  bool refused = false;
-  try {
-    pool.Submit(&jobs[64]);
-  } catch (const k2::Error&) {
-    refused = true;
-  }
-  Check(refused, "a 65th outstanding job is refused");
+  CheckRefused([&] { pool.Submit(&jobs[64]); }, "64 jobs are outstanding");
   for (int i = 0; i < 64; ++i) Check(pool.Wait(&jobs[i], milliseconds(10000)), "each completes");
   Check(counting.done[0].load() == 64, "the 64 ran");
 }
@@ -151,14 +313,24 @@ void TestSleepAndWake() {
 
 }  // namespace
 
-int main() {
-  for (int threads : {1, 2, 3, 5}) TestManyJobs(threads);
-  TestSeveralCallers();
-  TestTicketsInFlight();
-  TestStuckChunk();
-  TestOldTicket();
-  TestFullRing();
-  TestSlowChunk();
-  TestSleepAndWake();
-  std::puts("pool: all held");
+int main(int argc, char** argv) {
+  const k2::test::Effort effort(argc, argv);
+  Step("thread counts", TestCounts);
+  Step("refused threads", TestRefusedThreads);
+  Step("pins", TestPins);
+  Step("stop at any moment", [&] { TestStopAnyMoment(effort.Rounds(4000)); });
+  Step("stop while workers sleep", TestStopAsleep);
+  Step("stop with jobs outstanding", [&] { TestStopOutstanding(effort.Rounds(500)); });
+  Step("stop inside a chunk", TestStopInsideChunk);
+  for (int threads : {1, 2, 3, 5}) Step("many jobs", [&] { TestManyJobs(threads, effort.Rounds(20000)); });
+  Step("jobs come and go", [&] { TestJobsComeAndGo(effort.Rounds(5000)); });
+  Step("empty jobs", TestEmptyJobs);
+  Step("several callers", [&] { TestSeveralCallers(effort.Rounds(3000)); });
+  Step("tickets in flight", [&] { TestTicketsInFlight(effort.Rounds(2000)); });
+  Step("stuck chunk", TestStuckChunk);
+  Step("old ticket", [&] { TestOldTicket(effort.Rounds(50)); });
+  Step("full ring", TestFullRing);
+  Step("slow chunk", TestSlowChunk);
+  Step("sleep and wake", TestSleepAndWake);
+  std::puts("all held");
 }
