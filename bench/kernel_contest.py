@@ -28,6 +28,11 @@ PROBES = (
 )
 
 
+# Of a round, for cases that are over sooner: a single run would begin with sleeping threads.
+_ROUND_SECONDS = 0.06
+_MOST_LAPS = 16
+
+
 class Team:
     """A machine of some threads, and a hand-off that holds random activations."""
 
@@ -47,20 +52,28 @@ class Team:
             self._slot.x.copy_(self._x)
             self._slot.weights.copy_(torch.rand(rows, TOP_K, generator=random))
 
-    def run(self, case: Case, routing: torch.Tensor | None) -> Round:
-        """Probe, then the case.
+    def run(self, case: Case, routings: Sequence[torch.Tensor]) -> Round:
+        """Probe, then the case, once for each routing and without a pause between: as layers follow each other.
 
         Args:
-            routing: int32 [tokens or more, TOP_K], of which the first rows count; None for the dense matrix.
+            routings: int32 [tokens or more, TOP_K] each, of which the first rows count.
+
+        Returns:
+            Means over the routings.
 
         Raises:
             NativeError: an expert could not be read.
         """
         ceiling = self._ceiling()
-        if routing is None:
-            return self._dense(case.tokens, ceiling)
+        lap = self._layer if case.experts else self._dense
+        laps = [lap(case, routing) for routing in routings]
+        seconds, nbytes = (sum(part) / len(laps) for part in zip(*laps, strict=True))
+        operations = (expert_operations if case.experts else dense_operations)(case.tokens)
+        return Round(seconds, round(nbytes), operations, ceiling)
+
+    def _layer(self, case: Case, routing: torch.Tensor) -> tuple[float, int]:
+        """Seconds from submit to collect, and the bytes of the experts read."""
         ids = routing[: case.tokens]
-        nbytes = int(torch.unique(ids).numel()) * self._memory.store.expert_bytes
         slot = self._native.acquire()
         self._slot.ids[: case.tokens].copy_(ids)
         start = time.perf_counter()
@@ -68,14 +81,12 @@ class Team:
         seconds = time.perf_counter() - start
         if any(report.status):
             raise NativeError(f"{case.name}: an expert could not be read")
-        return Round(seconds, nbytes, expert_operations(case.tokens), ceiling)
+        return seconds, report.bytes_read
 
-    def _dense(self, tokens: int, ceiling: Ceiling) -> Round:
-        x = self._x[:tokens]
+    def _dense(self, case: Case, _: torch.Tensor) -> tuple[float, int]:
         start = time.perf_counter()
-        self.machine.linear(x, self._memory.dense)
-        seconds = time.perf_counter() - start
-        return Round(seconds, self._memory.dense.nbytes, dense_operations(tokens), ceiling)
+        self.machine.linear(self._x[: case.tokens], self._memory.dense)
+        return time.perf_counter() - start, self._memory.dense.nbytes
 
     def _ceiling(self) -> Ceiling:
         peak = self.machine.peak(self.peak_kind)
@@ -89,21 +100,26 @@ class Router:
     def __init__(self, seed: int = 0) -> None:
         self._random = torch.Generator().manual_seed(seed)
 
-    def draw(self, tokens: int, experts: int) -> torch.Tensor | None:
-        """int32 [tokens, TOP_K]; None where there are no experts."""
-        if experts == 0:
-            return None
-        return torch.rand(tokens, experts, generator=self._random).topk(TOP_K).indices.int()
+    def draw(self, tokens: int, experts: int, laps: int) -> list[torch.Tensor]:
+        """int32 [tokens, TOP_K] for each lap; without experts they say nothing."""
+        chosen = torch.rand(laps, tokens, max(experts, TOP_K), generator=self._random)
+        return list(chosen.topk(TOP_K).indices.int())
 
 
 def contest(team: Team, case: Case, router: Router, rounds: int, most_seconds: float) -> list[Round]:
     """Rounds of one case after one to warm up; at least three, however long they take."""
     found: list[Round] = []
-    team.run(case, router.draw(case.tokens, case.experts))
+    warm = team.run(case, router.draw(case.tokens, case.experts, 1))
+    laps = _laps(warm.seconds)
     end = time.perf_counter() + most_seconds
     while len(found) < rounds and (len(found) < 3 or time.perf_counter() < end):
-        found.append(team.run(case, router.draw(case.tokens, case.experts)))
+        found.append(team.run(case, router.draw(case.tokens, case.experts, laps)))
     return found
+
+
+def _laps(seconds: float) -> int:
+    """How often a case of so many seconds runs in a round."""
+    return max(1, min(_MOST_LAPS, round(_ROUND_SECONDS / seconds)))
 
 
 def contest_in_turn(team: Team, cases: Sequence[Case], router: Router, rounds: int) -> list[list[Round]]:
@@ -113,10 +129,10 @@ def contest_in_turn(team: Team, cases: Sequence[Case], router: Router, rounds: i
     """
     found: list[list[Round]] = [[] for _ in cases]
     most = max(case.tokens for case in cases)
-    for warm in range(rounds + 1):
-        routing = router.draw(most, cases[0].experts)
-        for case, done in zip(cases, found, strict=True):
-            one = team.run(case, routing)
-            if warm:
-                done.append(one)
+    routings = router.draw(most, cases[0].experts, 1)
+    laps = [_laps(team.run(case, routings).seconds) for case in cases]
+    for _ in range(rounds):
+        routings = router.draw(most, cases[0].experts, max(laps))
+        for case, done, count in zip(cases, found, laps, strict=True):
+            done.append(team.run(case, routings[:count]))
     return found

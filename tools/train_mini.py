@@ -52,8 +52,8 @@ GATES = {
     "one tool": ("first_tool", "calls", 0.90),
     "few tools": ("few_tools", "calls", 0.80),
 }
-# Copying is found at a high rate; what comes after is learnt better at half of it.
-CALM = 0.5
+# Copying is found at a high rate; what comes after is learnt better below it.
+CALM = 0.7
 # A stage that has not reached its gate after this share of all tokens is left, and the log says so.
 PATIENCE = 0.15
 
@@ -221,7 +221,7 @@ def main() -> None:
         "--start-from", type=Path, metavar="DIR",
         help="begin with the weights of an exported checkpoint, and with the full mix",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=float, default=28e6, help="tokens to train on, padding included")
+    parser.add_argument("--tokens", type=float, default=36e6, help="tokens to train on, padding included")
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="stop earlier after so many, to be resumed"
     )

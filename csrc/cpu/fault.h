@@ -17,15 +17,14 @@ class FaultGuard {
   template <typename Fn>
   static bool Run(Fn&& fn) {
     sigjmp_buf here;
-    sigjmp_buf* const outer = target;
+    const struct Restore {
+      sigjmp_buf* const outer = target;
+      ~Restore() { target = outer; }  // also where fn throws
+    } restore;
     target = &here;
     // The mask is not saved (a system call); the handler is installed so that it need not be.
-    if (sigsetjmp(here, 0) != 0) {
-      target = outer;
-      return false;
-    }
+    if (sigsetjmp(here, 0) != 0) return false;
     fn();
-    target = outer;
     return true;
   }
 

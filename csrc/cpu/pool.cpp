@@ -55,6 +55,8 @@ void Job::Reset(void* context, std::initializer_list<Phase> phases) {
     counters_[i].done.store(0, std::memory_order_relaxed);
     ++i;
   }
+  threw_.store(false, std::memory_order_relaxed);
+  error_ = nullptr;
   int first = 0;
   while (first < count_ && phases_[first].chunks == 0) ++first;
   phase_.store(first, std::memory_order_release);
@@ -162,6 +164,7 @@ void Pool::Run(Job* job) {
   Submit(job);
   while (!Wait(job, std::chrono::hours(1))) {
   }
+  if (job->error_ != nullptr) std::rethrow_exception(job->error_);
 }
 
 void Pool::Work(Job* job, int worker) {
@@ -173,7 +176,14 @@ void Pool::Work(Job* job, int worker) {
     if (counters.next.load(std::memory_order_relaxed) >= phase.chunks) return;
     const int chunk = counters.next.fetch_add(1, std::memory_order_relaxed);
     if (chunk >= phase.chunks) return;
-    phase.run(job->context_, chunk, worker);
+    // A chunk that throws is done as well: left open, it would hold up the job and those inside it for good.
+    if (!job->threw_.load(std::memory_order_relaxed)) {
+      try {
+        phase.run(job->context_, chunk, worker);
+      } catch (...) {
+        if (!job->threw_.exchange(true)) job->error_ = std::current_exception();
+      }
+    }
     if (counters.done.fetch_add(1, std::memory_order_acq_rel) + 1 == phase.chunks) job->Advance(p);
   }
 }
@@ -200,8 +210,10 @@ void Pool::Visit(uint64_t sequence, int worker) {
 
 void Pool::Loop(int worker) {
   uint64_t visited = 0;
-  while (!stop_.load(std::memory_order_acquire)) {
+  for (;;) {
+    // Read before the words that it announces, so that a change behind this look ends the wait below.
     const uint32_t signal = signal_.load(std::memory_order_acquire);
+    if (stop_.load(std::memory_order_acquire)) return;
     const uint64_t tail = tail_.load(std::memory_order_acquire);
     if (visited < tail) {
       if (tail - visited > kRing) visited = tail - kRing;

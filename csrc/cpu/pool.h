@@ -15,6 +15,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
 #include <vector>
@@ -37,6 +38,8 @@ class Job {
   bool Done() const { return phase_.load(std::memory_order_acquire) >= count_; }
   // A sign of life from inside a long chunk: a slow one (cold disk, plain C++ kernels) is not a stuck one.
   void Beat() { beats_.fetch_add(1, std::memory_order_relaxed); }
+  // What a chunk threw first, or null, once the job was retired; chunks not begun by then did not run.
+  std::exception_ptr error() const { return error_; }
 
  private:
   friend class Pool;
@@ -53,6 +56,8 @@ class Job {
   std::atomic<int> phase_{0};
   alignas(64) std::atomic<uint64_t> beats_{0};
   uint64_t sequence_ = 0;
+  std::atomic<bool> threw_{false};
+  std::exception_ptr error_;
 };
 
 class Pool {
@@ -79,7 +84,7 @@ class Pool {
   // True if the job is done and no worker is inside or can enter any more; never waits.
   bool Retire(const Job* job);
 
-  // Submit and wait, without bound: for jobs that read memory only.
+  // Submit and wait, without bound: for jobs that read memory only. Throws what a chunk threw.
   void Run(Job* job);
 
  private:

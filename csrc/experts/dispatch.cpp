@@ -218,7 +218,11 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
         bf16* h = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
         bf16 plain[kGateRows];
         kernels.swiglu(gate + t * kGateRows, up + t * kGateRows, rows, plain);
-        for (int r = 0; r < rows; ++r) h[PreparedIndex(row + r)] = plain[r];
+        if (rows == kBlock && row % kBlock == 0) {
+          kernels.prepare(plain, kBlock, h + row);
+        } else {
+          for (int r = 0; r < rows; ++r) h[PreparedIndex(row + r)] = plain[r];
+        }
       }
     }
   });
@@ -242,8 +246,13 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
       for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
         const int tokens = std::min(kTokenTile, group.end - begin);
         const bf16* h[kTokenTile];
-        for (int t = 0; t < tokens; ++t)
+        for (int t = 0; t < tokens; ++t) {
           h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
+          const float* out = slot.out.get() +
+                             static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * sizes.hidden +
+                             row;
+          for (int r = 0; r < rows; r += 16) __builtin_prefetch(out + r, 1);
+        }
         slot.job.Beat();
         kernels.int4_rows(group.view->down, row, rows, h, tokens, y, kDownRows);
         for (int t = 0; t < tokens; ++t) {
@@ -283,6 +292,7 @@ TicketReport Dispatcher::Collect(int index, uint64_t epoch, int rows, uint8_t* s
           status[slot.assignment[i] / top_k_] = static_cast<uint8_t>(RowStatus::kReadError);
   if (finished) {
     Retire(slot);
+    if (slot.job.error() != nullptr) std::rethrow_exception(slot.job.error());
   } else {
     slot.state = Slot::kStuck;  // its buffers and pins stay until the stuck worker has left
   }

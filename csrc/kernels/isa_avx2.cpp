@@ -71,6 +71,11 @@ struct Simd {
     _mm256_storeu_ps(p + 8, v.hi);
   }
 
+  // A block of activations in the order of layout.h.
+  static inline void PrepareBlock(const bf16* x, bf16* prepared) {
+    for (int k = 0; k < 4; ++k)
+      for (int w = 0; w < kBlock / 4; ++w) prepared[k * (kBlock / 4) + w] = x[4 * w + k];
+  }
   static inline Weights Split(__m256i lo, __m256i hi) {
     const __m256i high_lo = _mm256_srli_epi32(lo, 16);
     const __m256i high_hi = _mm256_srli_epi32(hi, 16);

@@ -64,6 +64,21 @@ struct Simd {
                                      3.0f, 4.0f, 5.0f, 6.0f, 7.0f);
     return _mm512_permutexvar_ps(words, table);
   }
+  // A block of activations in the order of layout.h: of each register every fourth word.
+  static inline void PrepareBlock(const bf16* x, bf16* prepared) {
+    __m512i v[4];
+    for (int i = 0; i < 4; ++i) v[i] = _mm512_loadu_si512(x + 32 * i);
+    for (int k = 0; k < 4; ++k) {
+      const __m512i low = _mm512_permutex2var_epi16(v[0], Fourths(k), v[1]);
+      const __m512i high = _mm512_permutex2var_epi16(v[2], Fourths(k), v[3]);
+      _mm512_storeu_si512(prepared + 32 * k, _mm512_inserti64x4(low, _mm512_castsi512_si256(high), 1));
+    }
+  }
+  // Words k, k + 4, … of two registers, in the lower half.
+  static inline __m512i Fourths(int k) {
+    const __m256i first = _mm256_setr_epi16(0, 4, 8, 12, 16, 20, 24, 28, 32, 36, 40, 44, 48, 52, 56, 60);
+    return _mm512_castsi256_si512(_mm256_add_epi16(first, _mm256_set1_epi16(static_cast<short>(k))));
+  }
   static inline Weights Split(__m512i v) {
     Weights out;
     out.part[0] = {Value(v), Value(_mm512_srli_epi32(v, 16))};

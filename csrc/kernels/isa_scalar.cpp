@@ -52,6 +52,11 @@ struct Simd {
     for (int j = 0; j < kLanes; ++j) p[j] = ToBf16(v.lane[j]);
   }
   static void Store(float* p, const F32& v) { std::memcpy(p, v.lane, sizeof(v.lane)); }
+  // A block of activations in the order of layout.h.
+  static inline void PrepareBlock(const bf16* x, bf16* prepared) {
+    for (int k = 0; k < 4; ++k)
+      for (int w = 0; w < kBlock / 4; ++w) prepared[k * (kBlock / 4) + w] = x[4 * w + k];
+  }
   static Weights Unpack(const uint8_t* p) { return UnpackTail(p, kBlock / 2); }
   static Weights UnpackTail(const uint8_t* p, int bytes) {
     uint8_t block[kBlock / 2] = {};

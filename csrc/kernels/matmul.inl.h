@@ -97,11 +97,10 @@ static void Int4Rows(const Int4Matrix& m, int row0, int rows, const bf16* const*
 }
 
 static void Prepare(const bf16* x, int in, bf16* prepared) {
-  const int padded = PreparedSize(in);
-  for (int b = 0; b < padded; b += kBlock)
-    for (int k = 0; k < 4; ++k)
-      for (int w = 0; w < kBlock / 4; ++w) {
-        const int i = b + 4 * w + k;
-        prepared[b + k * (kBlock / 4) + w] = i < in ? x[i] : bf16{0};
-      }
+  const int full = in / kBlock * kBlock;
+  for (int b = 0; b < full; b += kBlock) Simd::PrepareBlock(x + b, prepared + b);
+  if (full == in) return;
+  bf16 tail[kBlock] = {};
+  std::memcpy(tail, x + full, static_cast<size_t>(in - full) * sizeof(bf16));
+  Simd::PrepareBlock(tail, prepared + full);
 }

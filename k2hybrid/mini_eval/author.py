@@ -112,7 +112,7 @@ class Author:
                     (*history, turn), toolset.declarations, system, following.types, "follow-up"
                 )
         chained = 18 if toolset.chain else 0
-        drawn = kind or rng.choices(["one", "parallel", "sequential", "none"], [38, 15, chained, 90])[0]
+        drawn = kind or rng.choices(["one", "parallel", "sequential", "none"], [38, 15, chained, 62])[0]
         turn, _, types = self._any_turn(rng, toolset, system, drawn)
         return Conversation((*history, turn), toolset.declarations, system, types, turn.kind)
 

@@ -1,5 +1,5 @@
-// The hand-off of experts and the linears, with threads: tickets in flight, padding, errors, an abort from elsewhere, an
-// end with tickets outstanding, a file that shrank. All operands lie in heap blocks of exactly their size.
+// The hand-off of experts and the linears, with threads: tickets in flight, padding, errors, an abort from
+// elsewhere, an end with tickets outstanding, a file that shrank. Operands lie in blocks of just their size.
 #include "experts/dispatch.h"
 
 #include <sys/mman.h>
@@ -475,7 +475,7 @@ int main(int argc, char** argv) {
            [&] { TestEndOutstanding(model, alone, machine, effort.Rounds(80)); });
       Step("beside linears", [&] { TestWithLinears(model, alone, machine, effort.Rounds(60)); });
       Step("linears", [&] { TestLinears(machine); });
-      // Its handlers run with every signal blocked; the guard, which saves no mask, would not see a second fault.
+      // Its handlers run with all signals blocked, and the guard saves no mask: a second fault would kill.
       if (!k2::test::kThreadSanitizer)
         Step("a file that shrank", [&] { TestReadError(model, alone, machine); });
     }

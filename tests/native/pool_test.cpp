@@ -170,6 +170,49 @@ void TestStopInsideChunk() {
   Check(job.Done() && ran.load() == 3, "the end waits for a job that was begun");
 }
 
+struct Throwing {
+  std::atomic<int> ran{0};
+  std::atomic<bool> thrown{false};
+  int at = 0;
+  bool by_worker = false;  // else by the thread that waits
+};
+
+void Throw(void* context, int chunk, int worker) {
+  auto& c = *static_cast<Throwing*>(context);
+  c.ran.fetch_add(1);
+  if ((worker != 0) != c.by_worker) {
+    while (!c.thrown.load()) std::this_thread::yield();
+  } else if (chunk >= c.at) {
+    c.thrown.store(true);
+    throw k2::Error("chunk " + std::to_string(chunk));
+  }
+}
+
+// What a chunk throws reaches the caller, whoever ran it; the job is over, and the pool goes on.
+void TestThrowingChunks(int rounds) {
+  for (int threads : {1, 2, 3}) {
+    k2::Pool pool(threads, {});
+    for (int round = 0; round < rounds; ++round) {
+      Throwing c;
+      c.at = round % 7;
+      c.by_worker = threads > 1 && round % 2 == 1;
+      k2::Job job;
+      job.Reset(&c, {{Throw, 40}, {Throw, 40}});
+      CheckRefused([&] { pool.Run(&job); }, "chunk ");
+      Check(job.Done() && pool.Retire(&job), "a job that threw is over");
+      Check(threads > 1 || c.ran.load() == c.at + 1, "no chunk begins behind it");
+      job.Reset(&c, {{Throw, 8}});
+      pool.Submit(&job);
+      Check(pool.Wait(&job, milliseconds(60000)), "waiting does not throw");
+      k2::Job good;
+      Counting counting{{3, 2, 1}};
+      good.Reset(&counting, {{Count<0>, 3}, {Count<1>, 2}, {Count<2>, 1}});
+      pool.Run(&good);
+      Check(good.error() == nullptr && counting.done[2].load() == 1, "the next job is none the worse");
+    }
+  }
+}
+
 // A job may go as soon as it was waited for, or retired: no worker looks at it any more.
 void TestJobsComeAndGo(int rounds) {
   k2::Pool pool(3, {});
@@ -184,6 +227,40 @@ void TestJobsComeAndGo(int rounds) {
       while (!pool.Retire(job.get())) std::this_thread::yield();
     }
     Check(c.done[2].load() == 2, "it ran");
+  }
+}
+
+// Plain memory passes from one phase to the next and to the caller: nothing but the pool orders it.
+struct Plain {
+  static constexpr int kChunks = 12;
+  int round = 0;
+  int first[kChunks] = {};
+  int second[kChunks] = {};
+};
+
+void WriteFirst(void* context, int chunk, int) {
+  auto& p = *static_cast<Plain*>(context);
+  p.first[chunk] = p.round + chunk;
+}
+
+void WriteSecond(void* context, int chunk, int) {
+  auto& p = *static_cast<Plain*>(context);
+  p.second[chunk] = p.first[Plain::kChunks - 1 - chunk] - p.round;
+}
+
+void TestPlainMemory(int rounds) {
+  for (int threads : {2, 3}) {
+    k2::Pool pool(threads, {});
+    Plain plain;
+    k2::Job job;
+    for (plain.round = 0; plain.round < rounds; ++plain.round) {
+      job.Reset(&plain, {{WriteFirst, Plain::kChunks}, {WriteSecond, Plain::kChunks}});
+      pool.Run(&job);
+      for (int i = 0; i < Plain::kChunks; ++i) {
+        Check(plain.second[i] == Plain::kChunks - 1 - i, "what a phase wrote is read by the next");
+        plain.first[i] = plain.second[i] = -1;
+      }
+    }
   }
 }
 
@@ -324,7 +401,9 @@ int main(int argc, char** argv) {
   Step("stop inside a chunk", TestStopInsideChunk);
   for (int threads : {1, 2, 3, 5}) Step("many jobs", [&] { TestManyJobs(threads, effort.Rounds(20000)); });
   Step("jobs come and go", [&] { TestJobsComeAndGo(effort.Rounds(5000)); });
+  Step("plain memory", [&] { TestPlainMemory(effort.Rounds(5000)); });
   Step("empty jobs", TestEmptyJobs);
+  Step("throwing chunks", [&] { TestThrowingChunks(effort.Rounds(300)); });
   Step("several callers", [&] { TestSeveralCallers(effort.Rounds(3000)); });
   Step("tickets in flight", [&] { TestTicketsInFlight(effort.Rounds(2000)); });
   Step("stuck chunk", TestStuckChunk);

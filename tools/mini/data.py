@@ -28,7 +28,7 @@ STAGES: dict[str, dict[str, float]] = {
         "few_tools": 0.45,
         "talk": 0.10,
     },
-    "full mix": {"repeat": 0.07, "look_up": 0.12, "declared": 0.12, "tools": 0.30, "talk": 0.11},
+    "full mix": {"repeat": 0.08, "look_up": 0.14, "declared": 0.12, "tools": 0.27, "talk": 0.12},
 }
 _BRANCHES = 6
 
