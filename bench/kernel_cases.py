@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import pairwise
 
 HIDDEN = 7168
 INTER = 2048
@@ -53,6 +54,39 @@ class Ceiling:
     def binds(self, nbytes: float, operations: float) -> str:
         """Which of the two takes longer."""
         return "memory" if nbytes / self.bytes_s >= operations / self.operations_s else "compute"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """What the machine could do at one moment: bytes/s of every read variant, operations/s."""
+
+    bytes_s: tuple[float, ...]
+    operations_s: float
+
+
+def ceilings(probes: Sequence[Probe]) -> list[Ceiling]:
+    """One between each two neighbours of `probes`, their mean.
+
+    The variant whose median is best counts in all of them: the best of each moment would be the luckiest.
+    """
+    best = max(
+        range(len(probes[0].bytes_s)), key=lambda i: statistics.median(probe.bytes_s[i] for probe in probes)
+    )
+    return [
+        Ceiling(
+            (before.bytes_s[best] + after.bytes_s[best]) / 2, (before.operations_s + after.operations_s) / 2
+        )
+        for before, after in pairwise(probes)
+    ]
+
+
+@dataclass(frozen=True, slots=True)
+class Lap:
+    """One measured run."""
+
+    seconds: float
+    nbytes: float
+    operations: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""Runs the cases of `bench/kernel.py`, each run right after a probe of the same memory and threads."""
+"""Runs the cases of `bench/kernel.py`, each run between two probes of the same memory and threads."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ from bench.kernel_cases import (
     HIDDEN,
     TOP_K,
     Case,
-    Ceiling,
+    Lap,
+    Probe,
     Round,
+    ceilings,
     dense_operations,
     expert_operations,
 )
 from k2hybrid.errors import NativeError
-from k2hybrid.hardware.bandwidth import ReadVariant, quick_gb_s
+from k2hybrid.hardware.bandwidth import ReadVariant
 from k2hybrid.native import Machine, NativeDispatcher
 
 PROBES = (
@@ -52,8 +54,8 @@ class Team:
             self._slot.x.copy_(self._x)
             self._slot.weights.copy_(torch.rand(rows, TOP_K, generator=random))
 
-    def run(self, case: Case, routings: Sequence[torch.Tensor]) -> Round:
-        """Probe, then the case, once for each routing and without a pause between: as layers follow each other.
+    def run(self, case: Case, routings: Sequence[torch.Tensor]) -> Lap:
+        """The case, once for each routing and without a pause between: as layers follow each other.
 
         Args:
             routings: int32 [tokens or more, TOP_K] each, of which the first rows count.
@@ -64,12 +66,11 @@ class Team:
         Raises:
             NativeError: an expert could not be read.
         """
-        ceiling = self._ceiling()
         lap = self._layer if case.experts else self._dense
         laps = [lap(case, routing) for routing in routings]
         seconds, nbytes = (sum(part) / len(laps) for part in zip(*laps, strict=True))
         operations = (expert_operations if case.experts else dense_operations)(case.tokens)
-        return Round(seconds, round(nbytes), operations, ceiling)
+        return Lap(seconds, nbytes, operations)
 
     def _layer(self, case: Case, routing: torch.Tensor) -> tuple[float, int]:
         """Seconds from submit to collect, and the bytes of the experts read."""
@@ -88,10 +89,12 @@ class Team:
         self.machine.linear(self._x[: case.tokens], self._memory.dense)
         return time.perf_counter() - start, self._memory.dense.nbytes
 
-    def _ceiling(self) -> Ceiling:
+    def probe(self) -> Probe:
+        """What the machine can do now, on the same memory."""
         peak = self.machine.peak(self.peak_kind)
         assert peak is not None
-        return Ceiling(quick_gb_s(self.machine, self._memory.window(), PROBES) * 1e9, peak)
+        data = self._memory.window()
+        return Probe(tuple(data.nbytes / variant.seconds(self.machine, data) for variant in PROBES), peak)
 
 
 class Router:
@@ -108,13 +111,22 @@ class Router:
 
 def contest(team: Team, case: Case, router: Router, rounds: int, most_seconds: float) -> list[Round]:
     """Rounds of one case after one to warm up; at least three, however long they take."""
-    found: list[Round] = []
     warm = team.run(case, router.draw(case.tokens, case.experts, 1))
-    laps = _laps(warm.seconds)
+    count = _laps(warm.seconds)
+    probes, laps = [team.probe()], list[Lap]()
     end = time.perf_counter() + most_seconds
-    while len(found) < rounds and (len(found) < 3 or time.perf_counter() < end):
-        found.append(team.run(case, router.draw(case.tokens, case.experts, laps)))
-    return found
+    while len(laps) < rounds and (len(laps) < 3 or time.perf_counter() < end):
+        laps.append(team.run(case, router.draw(case.tokens, case.experts, count)))
+        probes.append(team.probe())
+    return _rounds(laps, probes)
+
+
+def _rounds(laps: Sequence[Lap], probes: Sequence[Probe]) -> list[Round]:
+    """Each lap with the ceiling between the probes around it."""
+    return [
+        Round(lap.seconds, lap.nbytes, lap.operations, ceiling)
+        for lap, ceiling in zip(laps, ceilings(probes), strict=True)
+    ]
 
 
 def _laps(seconds: float) -> int:
@@ -127,12 +139,14 @@ def contest_in_turn(team: Team, cases: Sequence[Case], router: Router, rounds: i
 
     Within a round each case gets the first rows of one routing, so that more tokens never read less.
     """
-    found: list[list[Round]] = [[] for _ in cases]
+    found: list[list[Lap]] = [[] for _ in cases]
     most = max(case.tokens for case in cases)
     routings = router.draw(most, cases[0].experts, 1)
-    laps = [_laps(team.run(case, routings).seconds) for case in cases]
+    counts = [_laps(team.run(case, routings).seconds) for case in cases]
+    probes = [team.probe()]
     for _ in range(rounds):
-        routings = router.draw(most, cases[0].experts, max(laps))
-        for case, done, count in zip(cases, found, laps, strict=True):
+        routings = router.draw(most, cases[0].experts, max(counts))
+        for case, done, count in zip(cases, found, counts, strict=True):
             done.append(team.run(case, routings[:count]))
-    return found
+        probes.append(team.probe())
+    return [_rounds(laps, probes) for laps in found]

@@ -18,7 +18,7 @@ struct DensePanel {
 
   int steps() const { return (in + kDenseBlock - 1) / kDenseBlock; }
 
-  template <int R, int T>
+  template <int R, int T, bool kOnce>
   inline void Tile(int row, int begin, int end, const bf16* const* x, typename Simd::F32* total) const {
     const bf16* at[R];
     typename Simd::F32 sum[R * T];
@@ -30,7 +30,7 @@ struct DensePanel {
     for (int b = begin; b < end && b < full; ++b) {
       typename Simd::Bf16 rows[R];
       for (int r = 0; r < R; ++r) {
-        Simd::Prefetch(at[r] + b * kDenseBlock + ahead);
+        Simd::template Prefetch<kOnce>(at[r] + b * kDenseBlock + ahead);
         rows[r] = Simd::Load(at[r] + b * kDenseBlock);
       }
       for (int t = 0; t < T; ++t) {

@@ -124,6 +124,7 @@ struct Simd {
       for (int j = 0; j < half; ++j) v.lane[j] += v.lane[j + half];
     return v.lane[0];
   }
+  template <bool kOnce>
   static void Prefetch(const void*) {}
 };
 

@@ -52,7 +52,7 @@ struct Int4Panel {
 
   int steps() const { return PaddedBlocks(matrix.in); }
 
-  template <int R, int T>
+  template <int R, int T, bool kOnce>
   inline void Tile(int row, int begin, int end, const bf16* const* x, typename Simd::F32* total) const {
     const uint8_t* packed[R];
     const bf16* scale[R];
@@ -71,9 +71,9 @@ struct Int4Panel {
     typename Simd::F32 s[R];
     for (int b = begin; b < end && b < full; ++b) {
       for (int r = 0; r < R; ++r) {
-        Simd::Prefetch(packed[r] + b * (kBlock / 2) + ahead);
+        Simd::template Prefetch<kOnce>(packed[r] + b * (kBlock / 2) + ahead);
         // A line of scales serves eight blocks; its stream is too thin for the hardware to run ahead of.
-        if (b % 8 == 0) Simd::Prefetch(scale[r] + b * (kBlock / kGroup) + ahead / 16);
+        if (b % 8 == 0) Simd::template Prefetch<kOnce>(scale[r] + b * (kBlock / kGroup) + ahead / 16);
         w[r] = Simd::Unpack(packed[r] + b * (kBlock / 2));
         s[r] = Simd::Scales(scale[r] + b * (kBlock / kGroup));
       }

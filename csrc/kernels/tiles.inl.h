@@ -8,11 +8,12 @@
 //
 // A Panel has kTokens, kRows (rows of a tile of several tokens), kStepBytes (of an activation row, a step),
 // kPartBytes (activations of a tile and part, which share the cache with the weights that pass by), steps(),
-// and Tile<R, T>(row, begin, end, x, sum): adds the steps begin..end of R rows and T tokens to sum[r * T + t].
+// and Tile<R, T, kOnce>(row, begin, end, x, sum): adds the steps begin..end of R rows and T tokens to
+// sum[r * T + t]; kOnce: the weights are not read again by another tile of the same tokens.
 
 inline constexpr int kPanelRows = 128;  // whose sums wait between two parts
 
-template <int R, int T, class Panel>
+template <int R, int T, bool kOnce, class Panel>
 static inline void WalkRows(const Panel& panel, int row, int begin, int end, const bf16* const* x,
                             typename Simd::F32* waiting, float* y, ptrdiff_t ldy) {
   typename Simd::F32 sum[R * T];
@@ -21,7 +22,7 @@ static inline void WalkRows(const Panel& panel, int row, int begin, int end, con
   } else {
     for (int i = 0; i < R * T; ++i) sum[i] = waiting[i];
   }
-  panel.template Tile<R, T>(row, begin, end, x, sum);
+  panel.template Tile<R, T, kOnce>(row, begin, end, x, sum);
   if (end < panel.steps()) {
     for (int i = 0; i < R * T; ++i) waiting[i] = sum[i];
     return;
@@ -32,7 +33,7 @@ static inline void WalkRows(const Panel& panel, int row, int begin, int end, con
     for (int t = 0; t < T; ++t) y[t * ldy + row + r] = out[r * T + t];
 }
 
-template <int T, class Panel>
+template <int T, bool kOnce, class Panel>
 static void WalkTokens(const Panel& panel, int rows, const bf16* const* x, float* y, ptrdiff_t ldy) {
   constexpr int R = T == 1 ? 1 : Panel::kRows;
   const int steps = panel.steps();
@@ -45,28 +46,29 @@ static void WalkTokens(const Panel& panel, int rows, const bf16* const* x, float
       const int end = steps - begin < part ? steps : begin + part;
       int row = top;
       for (; row + R <= bottom; row += R)
-        WalkRows<R, T>(panel, row, begin, end, x, waiting + (T == 1 ? 0 : (row - top) * T), y, ldy);
+        WalkRows<R, T, kOnce>(panel, row, begin, end, x, waiting + (T == 1 ? 0 : (row - top) * T), y, ldy);
       for (int left = 1; left < R && row < bottom; ++left, ++row)
-        WalkRows<1, T>(panel, row, begin, end, x, waiting + (T == 1 ? 0 : (row - top) * T), y, ldy);
+        WalkRows<1, T, kOnce>(panel, row, begin, end, x, waiting + (T == 1 ? 0 : (row - top) * T), y, ldy);
     }
   }
 }
 
-template <int T, class Panel>
+template <int T, bool kOnce, class Panel>
 static inline void WalkTile(const Panel& panel, int rows, int tokens, const bf16* const* x, float* y,
                             ptrdiff_t ldy) {
   if constexpr (T > 1)
-    if (tokens < T) return WalkTile<T - 1>(panel, rows, tokens, x, y, ldy);
-  WalkTokens<T>(panel, rows, x, y, ldy);
+    if (tokens < T) return WalkTile<T - 1, kOnce>(panel, rows, tokens, x, y, ldy);
+  WalkTokens<T, kOnce>(panel, rows, x, y, ldy);
 }
 
 // y[t * ldy + r] = row r of the panel . x[t], for `rows` rows and `tokens` tokens.
 template <class Panel>
 static void Walk(const Panel& panel, int rows, const bf16* const* x, int tokens, float* y, ptrdiff_t ldy) {
   const int tiles = (tokens + Panel::kTokens - 1) / Panel::kTokens;
+  if (tiles == 1) return WalkTile<Panel::kTokens, true>(panel, rows, tokens, x, y, ldy);
   for (int tile = 0, t = 0; tile < tiles; ++tile) {
     const int take = (tokens - t) / (tiles - tile);
-    WalkTile<Panel::kTokens>(panel, rows, take, x + t, y + t * ldy, ldy);
+    WalkTile<Panel::kTokens, false>(panel, rows, take, x + t, y + t * ldy, ldy);
     t += take;
   }
 }

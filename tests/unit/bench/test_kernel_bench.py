@@ -16,9 +16,11 @@ from bench.kernel_cases import (
     TOP_K,
     Case,
     Ceiling,
+    Probe,
     Round,
     bar,
     cases,
+    ceilings,
     chosen,
     dense_operations,
     expert_operations,
@@ -105,13 +107,16 @@ def test_a_drop_is_more_than_noise_in_most_rounds() -> None:
 
 def test_routing_is_fresh_distinct_and_within_the_experts() -> None:
     router = Router()
-    first, second = router.draw(50, 48), router.draw(50, 48)
-    assert first is not None
-    assert second is not None
+    first, second = router.draw(50, 48, laps=2)
     assert first.shape == (50, TOP_K)
     assert not first.equal(second)
     assert all(len(set(one)) == TOP_K and min(one) >= 0 and max(one) < 48 for one in first.tolist())
-    assert router.draw(5, 0) is None
+    assert len(router.draw(5, 0, laps=3)) == 3  # the dense matrix runs as often
+
+
+def test_a_ceiling_is_the_steadiest_best_probe_around_a_run() -> None:
+    lucky_once = [Probe((50.0, 99.0), 1.0), Probe((60.0, 40.0), 3.0), Probe((70.0, 40.0), 5.0)]
+    assert ceilings(lucky_once) == [Ceiling(55.0, 2.0), Ceiling(65.0, 4.0)]
 
 
 def test_the_file_holds_true_sizes_under_published_names() -> None:
