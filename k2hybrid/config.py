@@ -21,6 +21,9 @@ class RuntimeConfig:
     device: str = "cpu"
     threads: int | None = None  # None: physical cores this process may use
     isa: str | None = None  # may only lower what the CPU offers
+    experts: str = (
+        "native"  # or "portable": compiled by numba, for CPUs that the extension has no kernels for
+    )
     context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
     latent_bytes: int | None = None  # None: one whole context, 1 GiB at least, a quarter of RAM at most
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
@@ -38,6 +41,8 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise ConfigError(f"device {self.device!r} is not supported in this version; use --device cpu")
+        if self.experts not in ("native", "portable"):
+            raise ConfigError(f"experts must be native or portable, not {self.experts!r}")
         for name in ("max_step_tokens", "max_running", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -221,7 +221,7 @@ def main() -> None:
         "--start-from", type=Path, metavar="DIR",
         help="begin with the weights of an exported checkpoint, and with the full mix",
     )  # fmt: skip
-    parser.add_argument("--tokens", type=float, default=36e6, help="tokens to train on, padding included")
+    parser.add_argument("--tokens", type=float, default=32e6, help="tokens to train on, padding included")
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="stop earlier after so many, to be resumed"
     )

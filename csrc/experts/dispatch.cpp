@@ -16,7 +16,7 @@ constexpr auto kWatchdog = std::chrono::milliseconds(1000);
 constexpr int kTokenTile = 64;  // rows of one expert whose results fit a worker's scratch
 constexpr int kPrepareRows = 8;
 constexpr int kGateRows = 128;  // 448 KB of K2's nibbles: as long a stream as balance allows
-constexpr int kDownRows = 128;  // 128 KB of K2's nibbles
+constexpr int kDownRows = 256;  // 256 KB of K2's nibbles
 
 // Aligned to cache lines, zeroed once.
 template <typename T>

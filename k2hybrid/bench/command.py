@@ -44,6 +44,7 @@ class Bench:
             spec,
             machine,
             self.pages,
+            portable=False,
             max_rows=MAX_ROWS,
             latent_norm_eps=RuntimeConfig(model=model).latent_norm_eps,
             metered=self._recorded,

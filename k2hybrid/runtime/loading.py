@@ -80,6 +80,7 @@ def open_runtime(
             spec,
             machine,
             pages,
+            portable=config.experts == "portable",
             max_rows=config.max_step_tokens,
             latent_norm_eps=config.latent_norm_eps,
             metered=lambda parts: parts._replace(

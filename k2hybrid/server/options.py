@@ -62,6 +62,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)"
     )
+    group.add_argument(
+        "--experts", choices=["native", "portable"], default=None,
+        help="portable: routed experts through numba (pip install 'k2hybrid[portable]'), for other CPUs",
+    )  # fmt: skip
     group.add_argument("--isa", default=None, help="lower the instruction set used (see `k2hybrid doctor`)")
     group.add_argument(
         "--ctx", type=int, default=None, metavar="TOKENS", help="longest context (default: the model's)"
@@ -82,6 +86,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     given = {
         "device": args.device,
         "threads": args.threads,
+        "experts": args.experts,
         "isa": args.isa,
         "context_tokens": args.ctx,
         "latent_bytes": latent_bytes,
