@@ -144,7 +144,7 @@ bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
   Patience waiting;
   while (!job->Done()) {
     Work(job, 0);
-    uint64_t progress = job->beats_.load(std::memory_order_relaxed);
+    uint64_t progress = job->beat_.load(std::memory_order_relaxed);
     for (const auto& counter : job->counters_)
       progress += static_cast<uint64_t>(counter.done.load(std::memory_order_relaxed));
     const Clock::time_point now = Clock::now();

@@ -41,9 +41,19 @@ def lean(value: Any) -> Any:
     return [lean(item) for item in value] if isinstance(value, list) else value
 
 
+def drafted(schema: Any) -> Any:
+    """`schema` without OpenAPI's `nullable`, which jsonschema does not know: null is one more alternative."""
+    if isinstance(schema, list):
+        return [drafted(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    plain = {key: drafted(value) for key, value in schema.items() if key != "nullable" or value is not True}
+    return plain if len(plain) == len(schema) else {"anyOf": [plain, {"type": "null"}]}
+
+
 def fits(parameters: dict[str, Any] | None, arguments: str) -> bool:
     """By jsonschema, in decimals: in binary 0.3 is no multiple of 0.1."""
-    schema = json.loads(json.dumps(parameters or {}), parse_float=Decimal)
+    schema = json.loads(json.dumps(drafted(parameters or {})), parse_float=Decimal)
     value = json.loads(arguments, parse_float=Decimal)
     return jsonschema.Draft202012Validator(schema).is_valid(value)
 
