@@ -15,8 +15,12 @@ using Clock = std::chrono::steady_clock;
 constexpr auto kWatchdog = std::chrono::milliseconds(1000);
 constexpr int kTokenTile = 64;  // rows of one expert whose results fit a worker's scratch
 constexpr int kPrepareRows = 8;
-constexpr int kGateRows = 128;  // 448 KB of K2's nibbles: as long a stream as balance allows
-constexpr int kDownRows = 256;  // 256 KB of K2's nibbles
+// The most rows of a chunk: the longer a stream, the less its beginnings cost.
+constexpr int kGateRows = 512;
+constexpr int kDownRows = 896;
+// Weights that several tiles of tokens pass by stay in a core's L2.
+constexpr int kPanelBytes = 448 << 10;
+constexpr int kFewTokens = 4;  // one tile of the kernels
 
 // Aligned to cache lines, zeroed once.
 template <typename T>
@@ -38,9 +42,15 @@ class Buffer {
 
 constexpr int kRowStep = 16;  // rows of a chunk come in whole registers; sizes are multiples of 32
 
-int BlockRows(int rows, int most, int threads) {
-  // At least eight chunks a thread where there are rows enough: the last chunk is what others wait for.
-  return std::clamp(rows / (8 * threads) / kRowStep * kRowStep, kRowStep, most);
+// Rows of a chunk, so that each thread gets at least `chunks` of them where there are rows enough: the last chunk is
+// what others wait for.
+int ChunkRows(int rows, int threads, int chunks, int most) {
+  return std::clamp(rows / (chunks * threads) / kRowStep * kRowStep, kRowStep, most);
+}
+
+// Rows of weights with `in` columns that are read together for `tokens` tokens.
+int PanelRows(int in, int tokens, int rows) {
+  return tokens <= kFewTokens ? rows : std::max(kRowStep, kPanelBytes / (in / 2) / kRowStep * kRowStep);
 }
 
 }  // namespace
@@ -85,6 +95,7 @@ struct Dispatcher::Slot {
   uint64_t epoch = 0;
   int layer = 0;
   int rows = 0;
+  int gate_rows = 0;  // of a chunk
   Clock::time_point submitted;
 };
 
@@ -95,8 +106,7 @@ Dispatcher::Dispatcher(ExpertStore& store, Machine& machine, int max_rows, int t
   Require(top_k >= 1 && top_k <= sizes.experts, "top_k must lie in 1..experts");
   Require(slots >= 1 && slots <= 16, "slots must lie in 1..16");
   const int threads = machine.pool().threads();
-  gate_rows_ = BlockRows(sizes.inter, kGateRows, threads);
-  down_rows_ = BlockRows(sizes.hidden, kDownRows, threads);
+  down_rows_ = ChunkRows(sizes.hidden, threads, 4, kDownRows);
   for (int i = 0; i < slots; ++i) slots_.push_back(std::make_unique<Slot>(*this, sizes, max_rows, top_k));
   scratch_.resize(threads);
   for (auto& scratch : scratch_) scratch.resize(kTokenTile * std::max(2 * kGateRows, kDownRows));
@@ -166,10 +176,13 @@ uint64_t Dispatcher::Submit(int index, int layer, int rows) {
   slot.rows = rows;
   slot.submitted = Clock::now();
   const ExpertSizes& sizes = store_.sizes();
-  const int gate_chunks = (sizes.inter + gate_rows_ - 1) / gate_rows_;
+  const int groups = static_cast<int>(slot.groups.size());
+  slot.gate_rows = std::min(
+      ChunkRows(std::max(1, groups) * sizes.inter, machine_.pool().threads(), 8, kGateRows), sizes.inter);
+  const int gate_chunks = (sizes.inter + slot.gate_rows - 1) / slot.gate_rows;
   const int down_chunks = (sizes.hidden + down_rows_ - 1) / down_rows_;
   slot.job.Reset(&slot, {{RunPrepare, (rows + kPrepareRows - 1) / kPrepareRows},
-                         {RunGateUp, gate_chunks * static_cast<int>(slot.groups.size())},
+                         {RunGateUp, gate_chunks * groups},
                          {RunDown, rows == 0 ? 0 : down_chunks}});
   try {
     machine_.pool().Submit(&slot.job);
@@ -197,11 +210,11 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
   if (self.abort_.load(std::memory_order_relaxed)) return;
   const ExpertSizes& sizes = self.store_.sizes();
   const KernelTable& kernels = self.machine_.kernels();
-  const int per_group = (sizes.inter + self.gate_rows_ - 1) / self.gate_rows_;
+  const int per_group = (sizes.inter + slot.gate_rows - 1) / slot.gate_rows;
   const size_t g = chunk / per_group;
   const Slot::Group& group = slot.groups[g];
-  const int row = chunk % per_group * self.gate_rows_;
-  const int rows = std::min(self.gate_rows_, sizes.inter - row);
+  const int row = chunk % per_group * slot.gate_rows;
+  const int rows = std::min(slot.gate_rows, sizes.inter - row);
   float* gate = self.scratch_[worker].data();
   float* up = gate + kTokenTile * kGateRows;
   const bool readable = FaultGuard::Run([&] {
@@ -212,14 +225,18 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
         x[t] = slot.prepared.get() +
                static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * PreparedSize(sizes.hidden);
       slot.job.Beat();
-      kernels.int4_rows(group.view->gate, row, rows, x, tokens, gate, kGateRows);
-      kernels.int4_rows(group.view->up, row, rows, x, tokens, up, kGateRows);
+      const int panel = PanelRows(sizes.hidden, tokens, rows);
+      for (int top = 0; top < rows; top += panel) {
+        const int count = std::min(panel, rows - top);
+        kernels.int4_rows(group.view->gate, row + top, count, x, tokens, gate + top, kGateRows);
+        kernels.int4_rows(group.view->up, row + top, count, x, tokens, up + top, kGateRows);
+      }
       for (int t = 0; t < tokens; ++t) {
         bf16* h = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
         bf16 plain[kGateRows];
         kernels.swiglu(gate + t * kGateRows, up + t * kGateRows, rows, plain);
-        if (rows == kBlock && row % kBlock == 0) {
-          kernels.prepare(plain, kBlock, h + row);
+        if (rows % kBlock == 0 && row % kBlock == 0) {
+          kernels.prepare(plain, rows, h + row);
         } else {
           for (int r = 0; r < rows; ++r) h[PreparedIndex(row + r)] = plain[r];
         }
@@ -254,7 +271,10 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
           for (int r = 0; r < rows; r += 16) __builtin_prefetch(out + r, 1);
         }
         slot.job.Beat();
-        kernels.int4_rows(group.view->down, row, rows, h, tokens, y, kDownRows);
+        const int panel = PanelRows(sizes.inter, tokens, rows);
+        for (int top = 0; top < rows; top += panel)
+          kernels.int4_rows(group.view->down, row + top, std::min(panel, rows - top), h, tokens, y + top,
+                            kDownRows);
         for (int t = 0; t < tokens; ++t) {
           const int a = slot.assignment[begin + t];
           const float weight = slot.weights.get()[a];

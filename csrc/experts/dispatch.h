@@ -89,8 +89,7 @@ class Dispatcher {
   Machine& machine_;
   const int max_rows_;
   const int top_k_;
-  int gate_rows_;  // output rows per chunk
-  int down_rows_;
+  int down_rows_;  // output rows of a chunk
   std::atomic<bool> abort_{false};
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<std::vector<float>> scratch_;  // one per worker
