@@ -8,10 +8,11 @@
 namespace k2 {
 namespace {
 
-// A chunk's weights stay in a core's L2 while the tokens pass by. Few tokens leave memory as the limit, which small
-// chunks share out evenly; of many, every chunk reads all from a farther cache, which large chunks do less often.
-constexpr ptrdiff_t kChunkBytes = 128 << 10;
-constexpr ptrdiff_t kManyTokensChunkBytes = 384 << 10;
+// For one tile of tokens a chunk's weights are read once: the longer the stream, the less its beginning costs. For
+// more they stay in a core's L2 while the tokens pass by, as many as fit, since the tokens come from a farther cache.
+constexpr ptrdiff_t kFewTokensChunkBytes = 1536 << 10;
+constexpr ptrdiff_t kChunkBytes = 384 << 10;
+constexpr int kFewTokens = 8;
 constexpr int kTokenTile = 64;
 
 struct LinearCall {
@@ -71,7 +72,7 @@ Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cp
 void Machine::Linear(const Activations& x, const Weights& w, float* y) {
   if (x.tokens == 0 || w.rows == 0) return;
   const ptrdiff_t row_bytes = static_cast<ptrdiff_t>(w.columns) * static_cast<ptrdiff_t>(sizeof(bf16));
-  const ptrdiff_t chunk_bytes = x.tokens < kTokenTile ? kChunkBytes : kManyTokensChunkBytes;
+  const ptrdiff_t chunk_bytes = x.tokens <= kFewTokens ? kFewTokensChunkBytes : kChunkBytes;
   const int fit = static_cast<int>(std::max<ptrdiff_t>(2, chunk_bytes / std::max<ptrdiff_t>(1, row_bytes)));
   const int fair = std::max(2, w.rows * w.heads / (8 * pool_.threads()));
   const int rows = std::min(std::min(fit, fair) & ~1, w.rows + 1);
