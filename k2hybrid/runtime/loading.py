@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ def open_runtime(
         template = ChatTemplate.load(config.model, tokenizer)
         opened.callback(template.close)
         machine = Machine(config.threads, config.isa)
+        # From here on it says what runs, not what was left open: it is printed.
+        config = replace(config, threads=machine.threads, isa=machine.isa)
         meter = ByteMeter()
         context_tokens = _context_tokens(spec, config)
         pages = _pages(spec, config, context_tokens)

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from k2hybrid.native import INSTRUCTION_SETS
 from tests.server.process import command, started
 
 START_S = 120
@@ -24,6 +25,7 @@ def test_it_says_where_it_listens_answers_and_ends_on_a_signal(tiny_model: Path,
         table = dict(line.split(None, 1) for line in lines[:-1])
         assert table["model"] == str(tiny_model)
         assert table["device"] == "cpu"
+        assert table["isa"] == INSTRUCTION_SETS[0]  # what runs, though nothing was asked for
         assert httpx.get(f"{url}/health").json()["model"] == "tiny"
         answer = httpx.post(
             f"{url}/v1/chat/completions",
