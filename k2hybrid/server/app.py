@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 
 from starlette.applications import Starlette
+from starlette.convertors import Convertor, register_url_convertor
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -32,6 +33,21 @@ from k2hybrid.server.origin import Origins
 from k2hybrid.server.responses import ResponsesApi
 from k2hybrid.server.served import ServedModel
 from k2hybrid.server.tokenize import Tokenization
+
+
+class _Anything(Convertor[str]):
+    """A rest of a path as it is: `path` would not take line breaks, and any name means the one model."""
+
+    regex = r"[\s\S]*"
+
+    def convert(self, value: str) -> str:
+        return value
+
+    def to_string(self, value: str) -> str:
+        return value
+
+
+register_url_convertor("anything", _Anything())
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +90,7 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
             Route("/health", health),
             Route("/openapi.json", described),
             Route("/v1/models", models.every),
-            Route("/v1/models/{name:path}", models.one),
+            Route("/v1/models/{name:anything}", models.one),
             Route("/v1/chat/completions", openai.chat_completions, methods=["POST"]),
             Route("/v1/responses", responses.create, methods=["POST"]),
             Route("/v1/responses/input_tokens", responses.input_tokens, methods=["POST"]),

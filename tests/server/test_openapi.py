@@ -40,7 +40,7 @@ def test_every_answer_is_a_described_one(case) -> None:  # type: ignore[no-untyp
 
 def test_every_route_is_described_and_nothing_else() -> None:
     routes = {
-        (method.lower(), route.path.replace(":path", ""))
+        (method.lower(), route.path.replace(":path", "").replace(":anything", ""))
         for route in APP._app.routes  # type: ignore[attr-defined]
         if isinstance(route, Route)
         for method in route.methods or ()
@@ -48,6 +48,12 @@ def test_every_route_is_described_and_nothing_else() -> None:
     }
     described = {(method, path) for path, methods in description()["paths"].items() for method in methods}
     assert routes - {("get", "/")} == described
+
+
+@pytest.mark.parametrize("name", ["gpt-4o", "org/model", "%0A", "a%0Ab%0A", "%C2%AC%08%0E%20", ""])
+def test_any_name_is_the_one_model(server: Served, name: str) -> None:
+    found = httpx.get(f"{server.url}/v1/models/{name}")
+    assert (found.status_code, found.json()["id"]) == (200, "k2")
 
 
 def test_it_is_served_openly(server: Served) -> None:
