@@ -10,74 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from k2hybrid.checkpoint import int4
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.native import INSTRUCTION_SETS, Machine
-from k2hybrid.types import ExpertRef, Int4Ref, TensorRef
+from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, RandomExperts, relative_error
 
 # Everything is exact or fp32 but for one rounding, of the SwiGLU output to bf16: relative RMS 1.5e-3 … 1.7e-3
 # (docs/numerics.md), which a random down projection passes on unchanged. 3e-3 is what the project promises.
 BOUND = 3e-3
 
-SIZES = [(160, 96), (128, 128), (32, 64), (224, 32), (416, 160)]  # tails of 32, 64 and 96 in either half
-EXPERTS = 7
-TOP_K = 3
-LAYER = 1
 
+class Fixture(RandomExperts):
+    """A store of random experts."""
 
-class Fixture:
-    """A store of random experts in memory, each row starting `shift` bytes after a 64-byte boundary."""
-
-    def __init__(self, hidden: int, inter: int, shift: int = 0, path: Path | None = None) -> None:
-        self.hidden, self.inter = hidden, inter
-        self.g = torch.Generator().manual_seed(hidden * inter + shift)
-        self.keep: list[np.ndarray] = []
-        self.weights: dict[tuple[int, int], torch.Tensor] = {}
+    def __init__(self, hidden: int, inter: int, shift: int = 0) -> None:
+        super().__init__(hidden, inter, shift)
         self.store = ExpertStore(layers=2, experts=EXPERTS, hidden=hidden, inter=inter)
-        for expert in range(EXPERTS):
-            parts = [
-                self._matrix(expert, i, out, inner, shift)
-                for i, (out, inner) in enumerate([(inter, hidden), (inter, hidden), (hidden, inter)])
-            ]
-            self.store.add_expert(LAYER, expert, ExpertRef(*parts))
-
-    def _matrix(self, expert: int, part: int, out: int, inner: int, shift: int) -> Int4Ref:
-        q = torch.randint(-8, 8, (out, inner), generator=self.g, dtype=torch.int8)
-        scale = (torch.rand(out, inner // 32, generator=self.g) * 0.1 + 0.01).bfloat16()
-        packed = int4.pack(q)
-        self.weights[expert, part] = int4.dequantize(packed, scale).double()
-        return Int4Ref(self._place("I32", packed, shift), self._place("BF16", scale, shift))
-
-    def _place(self, dtype: str, tensor: torch.Tensor, shift: int) -> TensorRef:
-        raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
-        room = np.zeros(raw.size + 192, dtype=np.uint8)
-        start = -room.ctypes.data % 64 + shift
-        room[start : start + raw.size] = raw
-        self.keep.append(room)
-        return TensorRef(
-            "t", Path("memory"), 0, raw.size, dtype, tuple(tensor.shape), room.ctypes.data + start
-        )
-
-    def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = torch.randn(count, self.hidden, generator=self.g).bfloat16()
-        ids = torch.stack([torch.randperm(EXPERTS, generator=self.g)[:TOP_K] for _ in range(count)]).int()
-        return x, ids, torch.rand(count, TOP_K, generator=self.g)
-
-    def want(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(x.shape, dtype=torch.float64)
-        for t, k in np.ndindex(*ids.shape):
-            expert = int(ids[t, k])
-            if expert >= 0:
-                gate, up = (self.weights[expert, i] @ x[t].double() for i in (0, 1))
-                hidden = torch.nn.functional.silu(gate) * up
-                out[t] += weights[t, k].double() * (self.weights[expert, 2] @ hidden)
-        return out
-
-
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return ((got.double() - want).norm() / want.norm()).item()
+        self.give(self.store)
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -95,7 +45,7 @@ def test_routed_sum(isa: str, threads: int, hidden: int, inter: int) -> None:
         ticket = dispatcher.submit(LAYER, x, ids, weights)
         got = ticket.collect()
         assert ticket.failed_rows == ()
-        assert _error(got, made.want(x, ids, weights)) < BOUND
+        assert relative_error(got, made.want(x, ids, weights)) < BOUND
 
 
 def test_an_experts_output_is_the_same_in_any_company(isa: str) -> None:
@@ -136,7 +86,10 @@ def test_rows_may_start_anywhere(isa: str, shift: int) -> None:
     made = Fixture(160, 96, shift)
     x, ids, weights = made.rows(5)
     dispatcher = Dispatcher(made.store, Machine(2, isa), max_rows=8, top_k=TOP_K)
-    assert _error(dispatcher.submit(LAYER, x, ids, weights).collect(), made.want(x, ids, weights)) < BOUND
+    assert (
+        relative_error(dispatcher.submit(LAYER, x, ids, weights).collect(), made.want(x, ids, weights))
+        < BOUND
+    )
 
 
 @pytest.mark.parametrize(("hidden", "inter"), SIZES)
@@ -163,7 +116,7 @@ def test_nothing_is_read_beyond_a_matrix(isa: str, hidden: int, inter: int) -> N
     dispatcher = Dispatcher(made.store, Machine(2, isa), max_rows=5, top_k=TOP_K)
     for count in (1, 5):
         got = dispatcher.submit(LAYER, x[:count], ids[:count], weights[:count]).collect()
-        assert _error(got, made.want(x[:count], ids[:count], weights[:count])) < BOUND
+        assert relative_error(got, made.want(x[:count], ids[:count], weights[:count])) < BOUND
     assert len(rooms) == 6 * EXPERTS
 
 
@@ -176,7 +129,7 @@ def test_padding_reads_nothing_and_an_empty_call_is_fine(isa: str) -> None:
     ticket = dispatcher.submit(LAYER, x, ids, weights)
     got = ticket.collect()
     assert torch.count_nonzero(got[0]) == 0
-    assert _error(got[1:], made.want(x, ids, weights)[1:]) < BOUND
+    assert relative_error(got[1:], made.want(x, ids, weights)[1:]) < BOUND
     assert ticket.stats.bytes_read == made.store.expert_bytes * len(set(ids.flatten().tolist()) - {-1})
     ids[:] = -1
     ticket = dispatcher.submit(LAYER, x, ids, weights)
@@ -258,10 +211,10 @@ def test_an_expert_that_cannot_be_read_fails_its_rows_only(isa: str, tmp_path: P
         got = ticket.collect()
         assert ticket.failed_rows == hit
         good = [t for t in range(30) if t not in hit]
-        assert _error(got[good], made.want(x, ids, weights)[good]) < BOUND
+        assert relative_error(got[good], made.want(x, ids, weights)[good]) < BOUND
 
 
-def test_a_linear_over_weights_that_cannot_be_read_is_an_error(isa: str, tmp_path: Path) -> None:
+def test_a_linear_over_weights_that_cannot_be_read_is_anrelative_error(isa: str, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(1 << 20))
     weights = torch.from_numpy(np.memmap(file, mode="c")).view(torch.bfloat16).view(512, 1024)

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import importlib
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from k2hybrid.checkpoint import int4
 from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL
@@ -21,14 +18,10 @@ from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.reference import ReferenceExperts
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.native import INSTRUCTION_SETS, Machine
-from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef
+from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, RandomExperts, relative_error
 
 BOUND = 3e-3  # one rounding to bf16, of the SwiGLU output (docs/numerics.md)
 
-SIZES = [(160, 96), (128, 128), (32, 64), (224, 32), (416, 160)]  # tails of 32, 64 and 96 in either half
-EXPERTS = 7
-TOP_K = 3
-LAYER = 1
 MAX_ROWS = 70
 
 
@@ -38,39 +31,8 @@ def portable() -> ModuleType:
     return importlib.import_module("k2hybrid.experts.portable")
 
 
-class Made:
-    """Random experts in memory, each matrix `shift` bytes after a 64-byte boundary."""
-
-    def __init__(self, hidden: int, inter: int, shift: int = 0) -> None:
-        self.hidden, self.inter, self.shift = hidden, inter, shift
-        self.g = torch.Generator().manual_seed(hidden * inter + shift)
-        self.keep: list[np.ndarray] = []
-        self.weights: dict[tuple[int, int], torch.Tensor] = {}
-        shapes = [(inter, hidden), (inter, hidden), (hidden, inter)]
-        self.refs = [
-            ExpertRef(*(self._matrix(expert, i, *shape) for i, shape in enumerate(shapes)))
-            for expert in range(EXPERTS)
-        ]
-
-    def _matrix(self, expert: int, part: int, out: int, inner: int) -> Int4Ref:
-        q = torch.randint(-8, 8, (out, inner), generator=self.g, dtype=torch.int8)
-        scale = (torch.rand(out, inner // 32, generator=self.g) * 0.1 + 0.01).bfloat16()
-        packed = int4.pack(q)
-        self.weights[expert, part] = int4.dequantize(packed, scale).double()
-        return Int4Ref(self._place("I32", packed), self._place("BF16", scale))
-
-    def _place(self, dtype: str, tensor: torch.Tensor) -> TensorRef:
-        raw = tensor.contiguous().view(torch.uint8).numpy().reshape(-1)
-        room = np.zeros(raw.size + 192, dtype=np.uint8)
-        start = -room.ctypes.data % 64 + self.shift
-        room[start : start + raw.size] = raw
-        self.keep.append(room)
-        shape = tuple(tensor.shape)
-        return TensorRef("t", Path("memory"), 0, raw.size, dtype, shape, room.ctypes.data + start)
-
-    def give(self, sink: ExpertSink) -> None:
-        for expert, ref in enumerate(self.refs):
-            sink.add_expert(LAYER, expert, ref)
+class Made(RandomExperts):
+    """Experts that either path can be given."""
 
     def experts(self, portable: ModuleType, threads: int | None = 2) -> Any:
         experts = portable.PortableExperts(
@@ -89,25 +51,6 @@ class Made:
         self.give(store)
         return Dispatcher(store, Machine(1, isa), max_rows=MAX_ROWS, top_k=TOP_K)
 
-    def rows(self, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        x = torch.randn(count, self.hidden, generator=self.g).bfloat16()
-        ids = torch.stack([torch.randperm(EXPERTS, generator=self.g)[:TOP_K] for _ in range(count)]).int()
-        return x, ids, torch.rand(count, TOP_K, generator=self.g)
-
-    def want(self, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros(x.shape, dtype=torch.float64)
-        for t, k in np.ndindex(*ids.shape):
-            expert = int(ids[t, k])
-            if expert >= 0:
-                gate, up = (self.weights[expert, i] @ x[t].double() for i in (0, 1))
-                hidden = torch.nn.functional.silu(gate) * up
-                out[t] += weights[t, k].double() * (self.weights[expert, 2] @ hidden)
-        return out
-
-
-def _error(got: torch.Tensor, want: torch.Tensor) -> float:
-    return float((got.double() - want).norm() / want.norm())
-
 
 @pytest.mark.parametrize(("hidden", "inter"), SIZES)
 def test_routed_sum(portable: ModuleType, hidden: int, inter: int) -> None:
@@ -120,8 +63,8 @@ def test_routed_sum(portable: ModuleType, hidden: int, inter: int) -> None:
         ticket = experts.submit(LAYER, x, ids, weights)
         got = ticket.collect()
         assert ticket.failed_rows == ()
-        assert _error(got, made.want(x, ids, weights)) < BOUND
-        assert _error(got, reference.submit(LAYER, x, ids, weights).collect().double()) < BOUND
+        assert relative_error(got, made.want(x, ids, weights)) < BOUND
+        assert relative_error(got, reference.submit(LAYER, x, ids, weights).collect().double()) < BOUND
 
 
 @pytest.mark.parametrize(("hidden", "inter"), SIZES)
@@ -141,7 +84,7 @@ def test_every_instruction_set_agrees(portable: ModuleType, isa: str) -> None:
     x, ids, weights = made.rows(40)
     got = made.experts(portable).submit(LAYER, x, ids, weights).collect()
     other = made.dispatcher(isa).submit(LAYER, x, ids, weights).collect()
-    assert _error(got, other.double()) < 2 * BOUND
+    assert relative_error(got, other.double()) < 2 * BOUND
 
 
 def test_a_rows_bits_are_the_same_in_any_company(portable: ModuleType) -> None:
@@ -163,7 +106,7 @@ def test_rows_may_start_anywhere(portable: ModuleType, shift: int) -> None:
     made = Made(160, 96, shift)
     x, ids, weights = made.rows(5)
     got = made.experts(portable).submit(LAYER, x, ids, weights).collect()
-    assert _error(got, made.want(x, ids, weights)) < BOUND
+    assert relative_error(got, made.want(x, ids, weights)) < BOUND
 
 
 def test_steps_compile_nothing(portable: ModuleType) -> None:
@@ -186,7 +129,7 @@ def test_padding_reads_nothing_and_an_empty_call_is_fine(portable: ModuleType) -
     ticket = experts.submit(LAYER, x, ids, weights)
     got = ticket.collect()
     assert torch.count_nonzero(got[0]) == 0
-    assert _error(got[1:], made.want(x, ids, weights)[1:]) < BOUND
+    assert relative_error(got[1:], made.want(x, ids, weights)[1:]) < BOUND
     assert ticket.stats.bytes_read == experts.expert_bytes * len(set(ids.flatten().tolist()) - {-1})
     ids[:] = -1
     ticket = experts.submit(LAYER, x, ids, weights)
@@ -216,7 +159,7 @@ def test_tickets_overlap_and_arguments_are_copied(portable: ModuleType) -> None:
         _ = first.stats
     got = second.collect()
     assert torch.equal(first.collect(), got)
-    assert _error(got, want) < BOUND
+    assert relative_error(got, want) < BOUND
     assert first.stats.busy_ms > 0
     with pytest.raises(EngineError, match="collected before"):
         first.collect()
