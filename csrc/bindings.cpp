@@ -7,6 +7,7 @@
 
 #include "cpu/machine.h"
 #include "cpu/probe.h"
+#include "experts/bind_store.h"
 #include "experts/dispatch.h"
 #include "gpu/bind_doorbell.h"
 #include "kernels/mask.h"
@@ -22,10 +23,11 @@ T* Pointer(uintptr_t address) {
 
 void BindMachine(py::module_& m) {
   py::class_<k2::Machine>(m, "Machine")
-      .def(py::init<int, const std::string&, const std::vector<int>&>(), py::arg("threads"), py::arg("isa"),
-           py::arg("cpus"))
+      .def(py::init<int, const std::string&, const std::vector<int>&, const std::vector<int>&>(),
+           py::arg("threads"), py::arg("isa"), py::arg("cpus"), py::arg("groups"))
       .def_property_readonly("isa", [](const k2::Machine& self) { return self.kernels().name; })
       .def_property_readonly("threads", [](k2::Machine& self) { return self.pool().threads(); })
+      .def_property_readonly("groups", [](k2::Machine& self) { return self.pool().groups(); })
       .def("pin_caller", [](k2::Machine& self) { self.pool().PinCaller(); })
       .def(
           "linear",
@@ -58,25 +60,6 @@ void BindMachine(py::module_& m) {
 }
 
 void BindExperts(py::module_& m) {
-  py::class_<k2::ExpertStore>(m, "ExpertStore")
-      .def(py::init([](int layers, int experts, int hidden, int inter) {
-             return std::make_unique<k2::ExpertStore>(k2::ExpertSizes{layers, experts, hidden, inter});
-           }),
-           py::arg("layers"), py::arg("experts"), py::arg("hidden"), py::arg("inter"))
-      .def("put",
-           [](k2::ExpertStore& self, int layer, int expert, const std::array<uintptr_t, 3>& packed,
-              const std::array<uintptr_t, 3>& scale) {
-             const uint8_t* p[3];
-             const k2::bf16* s[3];
-             for (int i = 0; i < 3; ++i) {
-               p[i] = Pointer<uint8_t>(packed[i]);
-               s[i] = Pointer<k2::bf16>(scale[i]);
-             }
-             self.Put(layer, expert, p, s);
-           })
-      .def("pins", &k2::ExpertStore::pins)
-      .def_property_readonly("expert_bytes", &k2::ExpertStore::expert_bytes);
-
   py::class_<k2::Dispatcher>(m, "Dispatcher")
       .def(py::init<k2::ExpertStore&, k2::Machine&, int, int, int>(), py::arg("store"), py::arg("machine"),
            py::arg("max_rows"), py::arg("top_k"), py::arg("slots"), py::keep_alive<1, 2>(),
@@ -127,6 +110,7 @@ PYBIND11_MODULE(_native, m) {
           k2::MaskLogits(Pointer<float>(logits), count, plain, bits, all, specials);
         });
   BindMachine(m);
+  k2::bind_store(m);
   BindExperts(m);
   k2::bind_doorbell(m);
 }

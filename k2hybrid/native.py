@@ -59,17 +59,37 @@ class Machine:
     Args:
         threads: workers in all; default one per physical core that this process may use.
         isa: an instruction set of `INSTRUCTION_SETS`; may only lower what the CPU offers.
+        nodes: the CPUs of each NUMA node, whose workers form a group; default one node with all CPUs. A node
+            without CPUs here has workers that float, which is how tests play several nodes on one.
 
     Raises:
-        NativeError: unknown instruction set, or more than this CPU has.
+        NativeError: unknown instruction set, or more than this CPU has; more nodes than threads.
     """
 
-    def __init__(self, threads: int | None = None, isa: str | None = None) -> None:
-        cpus = physical_cpus()
+    def __init__(
+        self,
+        threads: int | None = None,
+        isa: str | None = None,
+        nodes: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        by_node = [list(cpus) for cpus in nodes] if nodes is not None else [physical_cpus()]
+        count = threads or sum(map(len, by_node)) or len(by_node)
+        if count < len(by_node):
+            raise NativeError(f"{count} threads cannot serve {len(by_node)} nodes; give each at least one")
+        # Worker i belongs to node i % nodes, so that a smaller number of threads is dealt evenly.
+        groups = [i % len(by_node) for i in range(count)]
+        turns = [i // len(by_node) for i in range(count)]
+        crowded = any(turn >= len(by_node[group]) for group, turn in zip(groups, turns, strict=True))
+        # One node's spare workers float; with several nodes, all do if there are more than CPUs.
+        if len(by_node) == 1:
+            cpus = by_node[0]
+        else:
+            cpus = [] if crowded else [by_node[g][t] for g, t in zip(groups, turns, strict=True)]
         with _errors():
-            self.handle = _native.Machine(threads or len(cpus), isa or "", cpus)
+            self.handle = _native.Machine(count, isa or "", cpus, groups)
         self.threads: int = self.handle.threads
         self.isa: str = self.handle.isa
+        self.nodes: int = self.handle.groups
 
     def pin_caller(self) -> None:
         """Bind the calling thread to the pool's first core: for the thread that runs the model, once."""
@@ -148,22 +168,159 @@ class Machine:
         return None if found is None else float(found)
 
 
-class NativeStore:
-    """Addresses of all routed experts, [layer][expert]. The bytes must outlive it."""
+class StoreStats(NamedTuple):
+    """What `NativeStore.stats` tells; slots hold one expert each."""
 
-    def __init__(self, layers: int, experts: int, hidden: int, inter: int) -> None:
+    slots: int
+    filled: int
+    hits: int  # experts that hand-offs found in memory
+    misses: int  # those that had to be fetched
+    lost: int  # reads of an expert that failed
+    bytes_read: int
+
+
+class FillProgress(NamedTuple):
+    """What `NativeFiller.progress` tells, in experts."""
+
+    experts: int
+    done: int
+    failed: int
+    running: bool
+
+
+class NativeStore:
+    """Where the bytes of all routed experts lie, [layer][expert]; see `csrc/experts/store.h`.
+
+    Args:
+        gate_bounds, down_bounds: nodes + 1 ascending rows; node n has rows [b[n], b[n + 1]) of gate and
+            up, and of down.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        experts: int,
+        hidden: int,
+        inter: int,
+        gate_bounds: Sequence[int] = (),
+        down_bounds: Sequence[int] = (),
+    ) -> None:
         with _errors():
-            self.handle = _native.ExpertStore(layers, experts, hidden, inter)
+            self.handle = _native.ExpertStore(
+                layers, experts, hidden, inter, list(gate_bounds), list(down_bounds)
+            )
         self.expert_bytes: int = self.handle.expert_bytes
+        self.nodes: int = self.handle.nodes
+        self.slot_bytes: tuple[int, ...] = tuple(self.handle.slot_bytes)  # of an expert, on each node
+
+    def add_source(self, path: Path) -> int:
+        """A file that experts are read from; its number."""
+        with _errors():
+            return int(self.handle.add_source(os.fspath(path)))
 
     def put(self, layer: int, expert: int, packed: Sequence[int], scale: Sequence[int]) -> None:
-        """Addresses of gate, up and down."""
+        """Addresses of gate, up and down, which must outlive the store."""
         with _errors():
             self.handle.put(layer, expert, list(packed), list(scale))
+
+    def locate(self, layer: int, expert: int, places: Sequence[tuple[int, int]]) -> None:
+        """Tell where in their files an expert's bytes lie; its addresses must be a map of these files.
+
+        Args:
+            places: (source, offset) of the packed weights of gate, up and down, then of their scales.
+        """
+        with _errors():
+            self.handle.locate(layer, expert, list(places))
+
+    def open_slots(
+        self,
+        count: int,
+        node_ids: Sequence[int],
+        *,
+        streamed: bool,
+        half_life: float = 0.0,
+        folder: Path | None = None,
+        digest: str = "",
+        reader: str = "",
+        depth: int = 16,
+        piece_bytes: int = 1 << 20,
+    ) -> None:
+        """Memory for `count` experts; once, when all were put.
+
+        Args:
+            node_ids: the NUMA node of each shard; −1: not bound.
+            streamed: hand-offs fetch what they miss; else experts are read mapped until they have a slot.
+            half_life: of an expert's uses, in hand-offs; 0: the last use alone decides who leaves.
+            folder: on hugetlbfs or shared memory, for slots that outlive the process.
+            digest: of what such slots are filled from.
+            reader: "uring", "threads", or "": the first that works.
+            depth: pieces in flight.
+            piece_bytes: of one read, a multiple of 4096.
+        """
+        with _errors():
+            self.handle.open_slots(
+                count, list(node_ids), os.fspath(folder) if folder else "", digest, reader, depth,
+                piece_bytes, streamed, half_life,
+            )  # fmt: skip
 
     def pins(self, layer: int, expert: int) -> int:
         """Tickets that read this expert now."""
         return int(self.handle.pins(layer, expert))
+
+    def in_slot(self, layer: int, expert: int) -> bool:
+        """Whether the expert is in memory of its own."""
+        return bool(self.handle.in_slot(layer, expert))
+
+    def release(self, layer: int, expert: int) -> bool:
+        """Back to the map, the slot free; False if it is pinned, in no slot, or streamed."""
+        with _errors():
+            return bool(self.handle.release(layer, expert))
+
+    def stats(self) -> StoreStats:
+        """Counts since the start."""
+        return StoreStats(**self.handle.stats())
+
+    def arenas(self) -> list[tuple[int, str, bool]]:
+        """(bytes, kind of pages, bound to its node) of each node's slots."""
+        return [(int(nbytes), str(pages), bool(bound)) for nbytes, pages, bound in self.handle.arenas()]
+
+    @property
+    def reader(self) -> str:
+        """What reads: "uring" or "threads"."""
+        return str(self.handle.reader)
+
+    def inject_read_faults(self, *, fail_every: int = 0, short_every: int = 0) -> None:
+        """For tests: every n-th piece fails, or ends early; 0: none."""
+        self.handle.inject_read_faults(fail_every, short_every)
+
+
+class NativeFiller:
+    """Threads that bring experts into slots behind the scenes; see `csrc/experts/filler.h`.
+
+    Args:
+        order: (layer, expert), first come first filled.
+        cpus: of each node; an empty list does not bind its threads.
+        threads: of each node.
+    """
+
+    def __init__(
+        self,
+        store: NativeStore,
+        order: Sequence[tuple[int, int]],
+        cpus: Sequence[Sequence[int]],
+        *,
+        threads: int = 1,
+    ) -> None:
+        with _errors():
+            self.handle = _native.Filler(store.handle, list(order), [list(c) for c in cpus], threads)
+
+    def progress(self) -> FillProgress:
+        """How far it is."""
+        return FillProgress(*self.handle.progress())
+
+    def stop(self) -> None:
+        """Finish what is on its way and end."""
+        self.handle.stop()
 
 
 class NativeSlot(NamedTuple):

@@ -64,8 +64,9 @@ void RequireReadable(const LinearCall& call) {
 
 }  // namespace
 
-Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cpus)
-    : kernels_(PickKernels(isa)), pool_(threads, cpus) {
+Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cpus,
+                 const std::vector<int>& groups)
+    : kernels_(PickKernels(isa)), pool_(threads, cpus, groups) {
   FaultGuard::Install();
 }
 

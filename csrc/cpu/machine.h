@@ -29,7 +29,9 @@ struct Weights {
 
 class Machine {
  public:
-  Machine(int threads, const std::string& isa, const std::vector<int>& cpus);
+  // Worker i runs on cpus[i] and belongs to groups[i]; see Pool.
+  Machine(int threads, const std::string& isa, const std::vector<int>& cpus,
+          const std::vector<int>& groups = {});
 
   const KernelTable& kernels() const { return kernels_; }
   Pool& pool() { return pool_; }

@@ -3,6 +3,7 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <algorithm>
 #include <string>
 #include <system_error>
 
@@ -50,9 +51,11 @@ void Job::Reset(void* context, std::initializer_list<Phase> phases) {
   count_ = static_cast<int>(phases.size());
   int i = 0;
   for (const Phase& phase : phases) {
+    Require(phase.parts >= 1 && phase.parts <= kMaxNodes, "a phase has 1 to 16 parts");
     phases_[i] = phase;
-    counters_[i].next.store(0, std::memory_order_relaxed);
-    counters_[i].done.store(0, std::memory_order_relaxed);
+    for (int part = 0; part < phase.parts; ++part)
+      counters_[i].next[part].value.store(0, std::memory_order_relaxed);
+    counters_[i].done.value.store(0, std::memory_order_relaxed);
     ++i;
   }
   threw_.store(false, std::memory_order_relaxed);
@@ -68,8 +71,16 @@ void Job::Advance(int from) {
   phase_.store(next, std::memory_order_release);
 }
 
-Pool::Pool(int threads, const std::vector<int>& cpus) : threads_(threads), cpus_(cpus) {
+Pool::Pool(int threads, const std::vector<int>& cpus, const std::vector<int>& groups)
+    : threads_(threads),
+      cpus_(cpus),
+      group_(groups.empty() ? std::vector<int>(std::max(1, threads)) : groups) {
   Require(threads >= 1 && threads <= 1024, "threads must lie in 1..1024");
+  Require(group_.size() == static_cast<size_t>(threads), "every worker needs a group");
+  groups_ = 1 + *std::max_element(group_.begin(), group_.end());
+  for (int group = 0; group < groups_; ++group)
+    Require(std::count(group_.begin(), group_.end(), group) > 0,
+            "group " + std::to_string(group) + " has no worker");
   workers_.reserve(threads);
   for (int worker = 1; worker < threads; ++worker) {
     try {
@@ -146,7 +157,7 @@ bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
     Work(job, 0);
     uint64_t progress = job->beat_.load(std::memory_order_relaxed);
     for (const auto& counter : job->counters_)
-      progress += static_cast<uint64_t>(counter.done.load(std::memory_order_relaxed));
+      progress += static_cast<uint64_t>(counter.done.value.load(std::memory_order_relaxed));
     const Clock::time_point now = Clock::now();
     if (progress != seen) {
       seen = progress;
@@ -167,15 +178,33 @@ void Pool::Run(Job* job) {
   if (job->error_ != nullptr) std::rethrow_exception(job->error_);
 }
 
+bool Pool::Left(const Job* job, int p, int worker) const {
+  const Phase& phase = job->phases_[p];
+  const int step = phase.parts == 1 ? 1 : groups_;
+  for (int part = phase.parts == 1 ? 0 : group_[worker]; part < phase.parts; part += step)
+    if (job->counters_[p].next[part].value.load(std::memory_order_relaxed) < phase.chunks) return true;
+  return false;
+}
+
+int Pool::Take(Job* job, int p, int worker) const {
+  const Phase& phase = job->phases_[p];
+  const int step = phase.parts == 1 ? 1 : groups_;
+  for (int part = phase.parts == 1 ? 0 : group_[worker]; part < phase.parts; part += step) {
+    std::atomic<int>& next = job->counters_[p].next[part].value;
+    if (next.load(std::memory_order_relaxed) >= phase.chunks) continue;
+    const int chunk = next.fetch_add(1, std::memory_order_relaxed);
+    if (chunk < phase.chunks) return part * phase.chunks + chunk;
+  }
+  return -1;
+}
+
 void Pool::Work(Job* job, int worker) {
   for (;;) {
     const int p = job->phase_.load(std::memory_order_acquire);
     if (p >= job->count_) return;
     const Phase& phase = job->phases_[p];
-    Job::Counters& counters = job->counters_[p];
-    if (counters.next.load(std::memory_order_relaxed) >= phase.chunks) return;
-    const int chunk = counters.next.fetch_add(1, std::memory_order_relaxed);
-    if (chunk >= phase.chunks) return;
+    const int chunk = Take(job, p, worker);
+    if (chunk < 0) return;
     // A chunk that throws is done as well: left open, it would hold up the job and those inside it for good.
     if (!job->threw_.load(std::memory_order_relaxed)) {
       try {
@@ -184,7 +213,9 @@ void Pool::Work(Job* job, int worker) {
         if (!job->threw_.exchange(true)) job->error_ = std::current_exception();
       }
     }
-    if (counters.done.fetch_add(1, std::memory_order_acq_rel) + 1 == phase.chunks) job->Advance(p);
+    if (job->counters_[p].done.value.fetch_add(1, std::memory_order_acq_rel) + 1 ==
+        phase.chunks * phase.parts)
+      job->Advance(p);
   }
 }
 
@@ -199,9 +230,7 @@ void Pool::Visit(uint64_t sequence, int worker) {
       if (job->Done() || entry.sequence.load(std::memory_order_relaxed) != sequence) break;
       // The last phase has no more to take: the next job may have.
       const int p = job->phase_.load(std::memory_order_acquire);
-      if (p == job->count_ - 1 &&
-          job->counters_[p].next.load(std::memory_order_relaxed) >= job->phases_[p].chunks)
-        break;
+      if (p == job->count_ - 1 && !Left(job, p, worker)) break;
       waiting.Wait();
     }
   }

@@ -4,6 +4,9 @@
 // so no thread waits long; a phase opens when all chunks of the one before are done. The thread that waits
 // for a job works too, as worker 0. What a chunk computes must not depend on who runs it.
 //
+// Workers form groups, one a NUMA node. A phase in several parts deals part p to group p % groups alone, so that a
+// node's weights are read by that node; a phase in one part is anyone's.
+//
 // Workers spin for a bounded time, then sleep: jobs of one decode step follow each other within tens of
 // microseconds, a wake-up costs as much.
 //
@@ -24,9 +27,12 @@
 
 namespace k2 {
 
+inline constexpr int kMaxNodes = 16;
+
 struct Phase {
   void (*run)(void* context, int chunk, int worker) = nullptr;
-  int chunks = 0;
+  int chunks = 0;  // of each part; chunk c of part p is numbered p * chunks + c
+  int parts = 1;   // at most kMaxNodes
 };
 
 class Job {
@@ -47,9 +53,12 @@ class Job {
 
  private:
   friend class Pool;
+  struct alignas(64) Counter {
+    std::atomic<int> value{0};
+  };
   struct Counters {
-    alignas(64) std::atomic<int> next{0};
-    alignas(64) std::atomic<int> done{0};
+    std::array<Counter, kMaxNodes> next;  // by part
+    Counter done;
   };
   void Advance(int from);
 
@@ -66,13 +75,15 @@ class Job {
 
 class Pool {
  public:
-  // `threads` in all, the waiting caller included; the others are pinned to `cpus` (one each, in order).
-  Pool(int threads, const std::vector<int>& cpus);
+  // `threads` in all, the waiting caller included; the others are pinned to `cpus` (one each, in order). `groups` has
+  // each worker's group, 0 and up without gaps; empty: one group.
+  Pool(int threads, const std::vector<int>& cpus, const std::vector<int>& groups = {});
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
 
   int threads() const { return threads_; }
+  int groups() const { return groups_; }
 
   // Binds the calling thread to worker 0's core: for the one thread that will do the waiting. Left to float,
   // it tends to be put on the core of a worker that happens to sleep.
@@ -100,14 +111,19 @@ class Pool {
   };
 
   void Loop(int worker);
-  // Takes chunks until none is left to take; false if it left because the phase is not open yet.
-  static void Work(Job* job, int worker);
+  // Takes chunks until none is left to take for this worker in the open phase.
+  void Work(Job* job, int worker);
+  // A chunk for this worker, or -1 if there is none left; `Left` only looks.
+  int Take(Job* job, int phase, int worker) const;
+  bool Left(const Job* job, int phase, int worker) const;
   void Visit(uint64_t sequence, int worker);
   uint64_t FreeSequence() const;
   void Stop();
 
   const int threads_;
   const std::vector<int> cpus_;
+  const std::vector<int> group_;  // by worker
+  int groups_ = 1;
   std::array<Entry, kRing> ring_;
   std::atomic<uint64_t> tail_{0};  // sequences 1..tail_ have been published or passed over
   std::atomic<uint32_t> signal_{0};

@@ -21,6 +21,8 @@ constexpr int kDownRows = 896;
 // Weights that several tiles of tokens pass by stay in a core's L2.
 constexpr int kPanelBytes = 448 << 10;
 constexpr int kFewTokens = 4;  // one tile of the kernels
+// A disk that has not brought an expert by then will not.
+constexpr auto kReadPatience = std::chrono::seconds(30);
 
 // Aligned to cache lines, zeroed once.
 template <typename T>
@@ -68,15 +70,15 @@ struct Dispatcher::Slot {
         out(static_cast<size_t>(max_rows) * sizes.hidden),
         first(sizes.experts + 1),
         assignment(static_cast<size_t>(max_rows) * top_k),
-        failed(sizes.experts) {
-    groups.reserve(sizes.experts);
-  }
+        groups(sizes.experts),
+        failed(sizes.experts),
+        claims(static_cast<size_t>(owner.store_.layout().nodes()) * sizes.experts) {}
 
   struct Group {
-    int expert;
-    int begin;  // in `assignment`
-    int end;
-    const ExpertView* view;
+    int expert = 0;
+    int begin = 0;  // in `assignment`
+    int end = 0;
+    ExpertView view;
   };
 
   Dispatcher& dispatcher;
@@ -88,14 +90,20 @@ struct Dispatcher::Slot {
   Buffer<float> out;
   std::vector<int> first;
   std::vector<int> assignment;  // row * top_k + k, grouped by ascending expert
-  std::vector<Group> groups;
+  std::vector<Group> groups;    // the first `group_count`
+  int group_count = 0;
+  std::vector<int> order;  // groups as they are computed: those in memory, then those on their way
+  int present = 0;         // so many of `order` were in memory
   std::vector<std::atomic<bool>> failed;  // by group
+  std::vector<std::atomic<int>> claims;   // [node][place in order]: chunks taken of a group that arrives
   Job job;
   State state = kFree;
   uint64_t epoch = 0;
   int layer = 0;
   int rows = 0;
-  int gate_rows = 0;  // of a chunk
+  int misses = 0;
+  int gate_rows = 0;    // of a chunk
+  int gate_chunks = 0;  // of a group on one node
   Clock::time_point submitted;
 };
 
@@ -106,7 +114,13 @@ Dispatcher::Dispatcher(ExpertStore& store, Machine& machine, int max_rows, int t
   Require(top_k >= 1 && top_k <= sizes.experts, "top_k must lie in 1..experts");
   Require(slots >= 1 && slots <= 16, "slots must lie in 1..16");
   const int threads = machine.pool().threads();
-  down_rows_ = ChunkRows(sizes.hidden, threads, 4, kDownRows);
+  for (int node = 0; node < nodes(); ++node) {
+    const RowShards& shards = store.layout().shards();
+    most_gate_rows_ = std::max(most_gate_rows_, shards.gate[node + 1] - shards.gate[node]);
+    most_down_rows_ = std::max(most_down_rows_, shards.down[node + 1] - shards.down[node]);
+  }
+  node_threads_ = std::max(1, threads / nodes());
+  down_rows_ = ChunkRows(most_down_rows_, node_threads_, 4, kDownRows);
   for (int i = 0; i < slots; ++i) slots_.push_back(std::make_unique<Slot>(*this, sizes, max_rows, top_k));
   scratch_.resize(threads);
   for (auto& scratch : scratch_) scratch.resize(kTokenTile * std::max(2 * kGateRows, kDownRows));
@@ -147,22 +161,40 @@ void Dispatcher::Group(Slot& slot, int layer, int rows) {
     if (ids[i] >= 0) ++slot.first[ids[i] + 1];
   }
   for (int e = 0; e < experts; ++e) slot.first[e + 1] += slot.first[e];
-  slot.groups.clear();
-  for (int e = 0; e < experts; ++e)
-    if (slot.first[e] != slot.first[e + 1])
-      slot.groups.push_back({e, slot.first[e], slot.first[e + 1], nullptr});
+  slot.group_count = 0;
+  for (int e = 0; e < experts; ++e) {
+    if (slot.first[e] == slot.first[e + 1]) continue;
+    Slot::Group& group = slot.groups[slot.group_count];
+    group.expert = e;
+    group.begin = slot.first[e];
+    group.end = slot.first[e + 1];
+    slot.failed[slot.group_count++].store(false, std::memory_order_relaxed);
+  }
   for (int i = 0; i < count; ++i)
     if (ids[i] >= 0) slot.assignment[slot.first[ids[i]]++] = i;
-  size_t pinned = 0;
+  std::vector<int> chosen;
+  std::vector<ExpertView*> views;
+  for (int g = 0; g < slot.group_count; ++g) {
+    chosen.push_back(slot.groups[g].expert);
+    views.push_back(&slot.groups[g].view);
+  }
+  slot.layer = layer;
   try {
-    for (; pinned < slot.groups.size(); ++pinned) {
-      slot.groups[pinned].view = &store_.Pin(layer, slot.groups[pinned].expert);
-      slot.failed[pinned].store(false, std::memory_order_relaxed);
-    }
+    slot.misses = store_.Pin(layer, chosen.data(), slot.group_count, views.data());
   } catch (...) {
-    for (size_t i = 0; i < pinned; ++i) store_.Unpin(layer, slot.groups[i].expert);
+    slot.group_count = 0;
     throw;
   }
+  slot.order.clear();
+  for (int g = 0; g < slot.group_count; ++g)
+    if (store_.arrival(layer, chosen[g]) == Arrival::kHere) slot.order.push_back(g);
+  slot.present = static_cast<int>(slot.order.size());
+  if (slot.present == slot.group_count) return;
+  std::vector<bool> here(slot.group_count, false);
+  for (const int g : slot.order) here[g] = true;
+  for (int g = 0; g < slot.group_count; ++g)
+    if (!here[g]) slot.order.push_back(g);
+  for (auto& claim : slot.claims) claim.store(0, std::memory_order_relaxed);
 }
 
 uint64_t Dispatcher::Submit(int index, int layer, int rows) {
@@ -172,18 +204,16 @@ uint64_t Dispatcher::Submit(int index, int layer, int rows) {
   Require(rows >= 0 && rows <= max_rows_,
           "rows must lie in 0.." + std::to_string(max_rows_) + ", not " + std::to_string(rows));
   Group(slot, layer, rows);
-  slot.layer = layer;
   slot.rows = rows;
   slot.submitted = Clock::now();
-  const ExpertSizes& sizes = store_.sizes();
-  const int groups = static_cast<int>(slot.groups.size());
-  slot.gate_rows = std::min(
-      ChunkRows(std::max(1, groups) * sizes.inter, machine_.pool().threads(), 8, kGateRows), sizes.inter);
-  const int gate_chunks = (sizes.inter + slot.gate_rows - 1) / slot.gate_rows;
-  const int down_chunks = (sizes.hidden + down_rows_ - 1) / down_rows_;
+  const int groups = slot.group_count;
+  slot.gate_rows = std::min(ChunkRows(std::max(1, groups) * most_gate_rows_, node_threads_, 8, kGateRows),
+                            most_gate_rows_);
+  slot.gate_chunks = (most_gate_rows_ + slot.gate_rows - 1) / slot.gate_rows;
+  const int down_chunks = (most_down_rows_ + down_rows_ - 1) / down_rows_;
   slot.job.Reset(&slot, {{RunPrepare, (rows + kPrepareRows - 1) / kPrepareRows},
-                         {RunGateUp, gate_chunks * groups},
-                         {RunDown, rows == 0 ? 0 : down_chunks}});
+                         {RunGateUp, slot.gate_chunks * groups, nodes()},
+                         {RunDown, rows == 0 ? 0 : down_chunks, nodes()}});
   try {
     machine_.pool().Submit(&slot.job);
   } catch (...) {
@@ -204,17 +234,49 @@ void Dispatcher::RunPrepare(void* context, int chunk, int) {
         slot.prepared.get() + static_cast<ptrdiff_t>(row) * PreparedSize(hidden));
 }
 
+bool Dispatcher::Claim(Slot& slot, int node, int* group, int* piece) {
+  const auto claims = slot.claims.begin() + static_cast<ptrdiff_t>(node) * store_.sizes().experts;
+  for (uint32_t seen = store_.arrivals(); !abort_.load(std::memory_order_relaxed);) {
+    const bool late = Clock::now() - slot.submitted > kReadPatience;
+    for (int place = slot.present; place < slot.group_count; ++place) {
+      std::atomic<int>& claim = claims[place];
+      if (claim.load(std::memory_order_relaxed) >= slot.gate_chunks) continue;
+      const int g = slot.order[place];
+      const Arrival arrival = store_.arrival(slot.layer, slot.groups[g].expert);
+      if (arrival == Arrival::kOnItsWay && !late) continue;
+      *piece = claim.fetch_add(1, std::memory_order_relaxed);
+      if (*piece >= slot.gate_chunks) continue;
+      if (arrival != Arrival::kHere) slot.failed[g].store(true, std::memory_order_relaxed);
+      *group = g;
+      return true;
+    }
+    slot.job.Beat();
+    seen = store_.WaitArrival(seen);
+  }
+  return false;
+}
+
 void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
   Slot& slot = *static_cast<Slot*>(context);
   Dispatcher& self = slot.dispatcher;
   if (self.abort_.load(std::memory_order_relaxed)) return;
   const ExpertSizes& sizes = self.store_.sizes();
   const KernelTable& kernels = self.machine_.kernels();
-  const int per_group = (sizes.inter + slot.gate_rows - 1) / slot.gate_rows;
-  const size_t g = chunk / per_group;
+  const int chunks = slot.gate_chunks * slot.group_count;
+  const int node = chunk / chunks;
+  const int place = chunk % chunks / slot.gate_chunks;
+  int g = 0, piece = chunk % slot.gate_chunks;
+  if (place < slot.present) {
+    g = slot.order[place];
+  } else if (!self.Claim(slot, node, &g, &piece) || slot.failed[g].load(std::memory_order_relaxed)) {
+    return;
+  }
   const Slot::Group& group = slot.groups[g];
-  const int row = chunk % per_group * slot.gate_rows;
-  const int rows = std::min(slot.gate_rows, sizes.inter - row);
+  const Int4Matrix &gate_rows = group.view.gate[node], &up_rows = group.view.up[node];
+  const int begin_row = piece * slot.gate_rows;
+  const int rows = std::min(slot.gate_rows, gate_rows.out - begin_row);
+  if (rows <= 0) return;
+  const int row = self.store_.layout().shards().gate[node] + begin_row;  // of all nodes' rows
   float* gate = self.scratch_[worker].data();
   float* up = gate + kTokenTile * kGateRows;
   const bool readable = FaultGuard::Run([&] {
@@ -228,8 +290,8 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
       const int panel = PanelRows(sizes.hidden, tokens, rows);
       for (int top = 0; top < rows; top += panel) {
         const int count = std::min(panel, rows - top);
-        kernels.int4_rows(group.view->gate, row + top, count, x, tokens, gate + top, kGateRows);
-        kernels.int4_rows(group.view->up, row + top, count, x, tokens, up + top, kGateRows);
+        kernels.int4_rows(gate_rows, begin_row + top, count, x, tokens, gate + top, kGateRows);
+        kernels.int4_rows(up_rows, begin_row + top, count, x, tokens, up + top, kGateRows);
       }
       for (int t = 0; t < tokens; ++t) {
         bf16* h = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
@@ -251,13 +313,19 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
   Dispatcher& self = slot.dispatcher;
   if (self.abort_.load(std::memory_order_relaxed)) return;
   const ExpertSizes& sizes = self.store_.sizes();
-  const int row = chunk * self.down_rows_;
-  const int rows = std::min(self.down_rows_, sizes.hidden - row);
+  const RowShards& shards = self.store_.layout().shards();
+  const int chunks = (self.most_down_rows_ + self.down_rows_ - 1) / self.down_rows_;
+  const int node = chunk / chunks;
+  const int begin_row = chunk % chunks * self.down_rows_;
+  const int row = shards.down[node] + begin_row;  // of all nodes' rows
+  const int rows = std::min(self.down_rows_, shards.down[node + 1] - row);
+  if (rows <= 0) return;
   const KernelTable& kernels = self.machine_.kernels();
   float* y = self.scratch_[worker].data();
   for (int t = 0; t < slot.rows; ++t)
     std::memset(slot.out.get() + static_cast<ptrdiff_t>(t) * sizes.hidden + row, 0, rows * sizeof(float));
-  for (size_t g = 0; g < slot.groups.size(); ++g) {
+  for (int g = 0; g < slot.group_count; ++g) {
+    if (slot.failed[g].load(std::memory_order_relaxed)) continue;
     const Slot::Group& group = slot.groups[g];
     const bool readable = FaultGuard::Run([&] {
       for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
@@ -273,8 +341,8 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
         slot.job.Beat();
         const int panel = PanelRows(sizes.inter, tokens, rows);
         for (int top = 0; top < rows; top += panel)
-          kernels.int4_rows(group.view->down, row + top, std::min(panel, rows - top), h, tokens, y + top,
-                            kDownRows);
+          kernels.int4_rows(group.view.down[node], begin_row + top, std::min(panel, rows - top), h, tokens,
+                            y + top, kDownRows);
         for (int t = 0; t < tokens; ++t) {
           const int a = slot.assignment[begin + t];
           const float weight = slot.weights.get()[a];
@@ -288,7 +356,8 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
 }
 
 void Dispatcher::Retire(Slot& slot) {
-  for (const Slot::Group& group : slot.groups) store_.Unpin(slot.layer, group.expert);
+  for (int g = 0; g < slot.group_count; ++g) store_.Unpin(slot.layer, slot.groups[g].expert);
+  slot.group_count = 0;
   slot.state = Slot::kFree;
 }
 
@@ -302,11 +371,12 @@ TicketReport Dispatcher::Collect(int index, uint64_t epoch, int rows, uint8_t* s
   const bool poisoned = !finished || abort_.load();
   std::memset(status, static_cast<int>(poisoned ? RowStatus::kPoisoned : RowStatus::kOk), slot.rows);
   TicketReport report;
-  report.bytes = store_.expert_bytes() * static_cast<int64_t>(slot.groups.size());
+  report.bytes = store_.expert_bytes() * slot.group_count;
+  report.misses = slot.misses;
   report.busy_ns = std::chrono::nanoseconds(end - slot.submitted).count();
   report.wait_ns = std::chrono::nanoseconds(end - start).count();
   if (!poisoned)
-    for (size_t g = 0; g < slot.groups.size(); ++g)
+    for (int g = 0; g < slot.group_count; ++g)
       if (slot.failed[g].load())
         for (int i = slot.groups[g].begin; i < slot.groups[g].end; ++i)
           status[slot.assignment[i] / top_k_] = static_cast<uint8_t>(RowStatus::kReadError);

@@ -26,7 +26,11 @@
 //  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the
 //  nanoseconds from
 //     submit to collect and those spent waiting in collect.
-// 10. Threads. One thread at a time acquires, submits and collects; Abort may be called by any.
+// 10. Absent experts. Those that are in memory are computed while the others arrive, in the order in which they do. One
+//     that cannot be read, or does not arrive within half a minute, is a read error of its rows.
+// 11. Nodes. Output rows of gate, up and down belong to nodes; a node's rows are computed by its workers. Between the
+//     halves all nodes meet once, and read each other's SwiGLU outputs.
+// 12. Threads. One thread at a time acquires, submits and collects; Abort may be called by any.
 #pragma once
 
 #include <memory>
@@ -82,14 +86,20 @@ class Dispatcher {
   static void RunPrepare(void* context, int chunk, int worker);
   static void RunGateUp(void* context, int chunk, int worker);
   static void RunDown(void* context, int chunk, int worker);
+  int nodes() const { return store_.layout().nodes(); }
   void Group(Slot& slot, int layer, int rows);
+  // A chunk of whichever absent expert has arrived; waits for one. False: aborted.
+  bool Claim(Slot& slot, int node, int* group, int* piece);
   void Retire(Slot& slot);
 
   ExpertStore& store_;
   Machine& machine_;
   const int max_rows_;
   const int top_k_;
-  int down_rows_;  // output rows of a chunk
+  int node_threads_ = 1;
+  int most_gate_rows_ = 0;  // of a node
+  int most_down_rows_ = 0;
+  int down_rows_ = 0;  // of a chunk
   std::atomic<bool> abort_{false};
   std::vector<std::unique_ptr<Slot>> slots_;
   std::vector<std::vector<float>> scratch_;  // one per worker

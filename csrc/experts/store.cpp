@@ -1,46 +1,331 @@
 #include "experts/store.h"
 
-namespace k2 {
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <unistd.h>
 
-ExpertStore::ExpertStore(const ExpertSizes& sizes) : sizes_(sizes) {
+#include <algorithm>
+
+namespace k2 {
+namespace {
+
+// Gaps between the layers of a step, and between steps, are shorter.
+constexpr auto kMoment = std::chrono::milliseconds(20);
+constexpr auto kNap = std::chrono::milliseconds(20);
+
+RowShards Whole(const ExpertSizes& sizes, const RowShards& shards) {
+  return shards.gate.empty() ? RowShards{{0, sizes.inter}, {0, sizes.hidden}} : shards;
+}
+
+const ExpertSizes& Checked(const ExpertSizes& sizes) {
   Require(sizes.layers >= 1 && sizes.experts >= 1 && sizes.hidden >= kGroup && sizes.inter >= kGroup,
           "expert sizes must be positive");
   Require(sizes.hidden % kGroup == 0 && sizes.inter % kGroup == 0,
           "expert sizes must be multiples of 32, the group that shares a scale");
-  slots_ = std::make_unique<Slot[]>(static_cast<size_t>(sizes.layers) * sizes.experts);
+  return sizes;
 }
 
-ExpertStore::Slot& ExpertStore::At(int layer, int expert) const {
+int64_t NowNs() { return std::chrono::nanoseconds(ExpertStore::Clock::now().time_since_epoch()).count(); }
+
+}  // namespace
+
+ExpertStore::ExpertStore(const ExpertSizes& sizes, const RowShards& shards)
+    : sizes_(Checked(sizes)), layout_(sizes, Whole(sizes, shards)) {
+  entries_ = std::make_unique<Entry[]>(static_cast<size_t>(sizes.layers) * sizes.experts);
+}
+
+ExpertStore::~ExpertStore() {
+  reader_.reset();  // waits for reads into the slots
+}
+
+int ExpertStore::Index(int layer, int expert) const {
   Require(layer >= 0 && layer < sizes_.layers, "layer " + std::to_string(layer) + " is out of range");
   Require(expert >= 0 && expert < sizes_.experts, "expert " + std::to_string(expert) + " is out of range");
-  return slots_[static_cast<size_t>(layer) * sizes_.experts + expert];
+  return layer * sizes_.experts + expert;
 }
-
-void ExpertStore::Put(int layer, int expert, const uint8_t* const packed[3], const bf16* const scale[3]) {
-  Slot& slot = At(layer, expert);
-  Require(slot.pins.load() == 0, "an expert that a ticket reads cannot be moved");
-  for (int i = 0; i < 3; ++i)
-    Require(packed[i] != nullptr && scale[i] != nullptr, "expert bytes must not be null");
-  slot.view.gate = {packed[0], scale[0], sizes_.inter, sizes_.hidden};
-  slot.view.up = {packed[1], scale[1], sizes_.inter, sizes_.hidden};
-  slot.view.down = {packed[2], scale[2], sizes_.hidden, sizes_.inter};
-}
-
-const ExpertView& ExpertStore::Pin(int layer, int expert) {
-  Slot& slot = At(layer, expert);
-  Require(slot.view.present(),
-          "layer " + std::to_string(layer) + " has no expert " + std::to_string(expert) + " loaded");
-  slot.pins.fetch_add(1);
-  return slot.view;
-}
-
-void ExpertStore::Unpin(int layer, int expert) { At(layer, expert).pins.fetch_sub(1); }
-
-int ExpertStore::pins(int layer, int expert) const { return At(layer, expert).pins.load(); }
 
 int64_t ExpertStore::expert_bytes() const {
   const int64_t weights = 3ll * sizes_.hidden * sizes_.inter;
   return weights / 2 + weights / kGroup * static_cast<int64_t>(sizeof(bf16));
+}
+
+int ExpertStore::AddSource(const std::string& path) {
+  sources_.push_back(std::make_unique<Source>(path));
+  return static_cast<int>(sources_.size()) - 1;
+}
+
+void ExpertStore::Put(int layer, int expert, const ExpertBytes& bytes) {
+  Entry& entry = At(layer, expert);
+  const std::lock_guard lock(mutex_);
+  Require(entry.pins.load() == 0 && entry.slot < 0, "an expert that a ticket reads cannot be moved");
+  for (int i = 0; i < 3; ++i)
+    Require(bytes.packed[i] != nullptr && bytes.scale[i] != nullptr, "expert bytes must not be null");
+  entry.bytes = bytes;
+  entry.spans = {};
+}
+
+void ExpertStore::Locate(int layer, int expert, const ExpertSpans& spans) {
+  Entry& entry = At(layer, expert);
+  for (int i = 0; i < 3; ++i)
+    for (const ExpertSpans::Span& span : {spans.packed[i], spans.scale[i]})
+      Require(span.source >= 0 && span.source < static_cast<int>(sources_.size()),
+              "an expert's file is unknown");
+  const std::lock_guard lock(mutex_);
+  Require(memory_ == nullptr, "the store has its slots already");
+  entry.spans = spans;
+}
+
+bool ExpertStore::HasSpans() const {
+  const int total = sizes_.layers * sizes_.experts;
+  for (int i = 0; i < total; ++i)
+    if (entries_[i].bytes.packed[0] != nullptr && !entries_[i].spans.known()) return false;
+  return true;
+}
+
+void ExpertStore::OpenSlots(const SlotMemory::Options& memory, const ReaderOptions& reader, bool streamed,
+                            double half_life) {
+  Require(memory_ == nullptr, "the store has its slots already");
+  Require(HasSpans(), "the experts' places in their files are unknown");
+  Require(!streamed || memory.folder.empty(), "streamed experts do not outlive the process");
+  auto made = std::make_unique<SlotMemory>(layout_, memory);
+  reader_ = Reader::Open(reader);
+  memory_ = std::move(made);
+  streamed_ = streamed;
+  recency_ = Recency(half_life);
+  slots_ = std::vector<Slot>(static_cast<size_t>(memory.count));
+  for (Slot& slot : slots_) {
+    slot.store = this;
+    slot.fetch.context = &slot;
+    slot.fetch.done = [](void* context, bool whole) {
+      auto* own = static_cast<Slot*>(context);
+      own->store->Arrived(*own, whole);
+    };
+  }
+  if (!memory_->lasting()) return;
+  const int total = sizes_.layers * sizes_.experts;
+  Require(memory.count == total, "slots that last are one for each expert");
+  for (int i = 0; i < total; ++i)
+    if (memory_->marked(i)) {
+      slots_[i].entry = i;
+      entries_[i].slot = i;
+      entries_[i].state.store(kIn);
+      ++stats_.filled;
+    }
+}
+
+void ExpertStore::View(const Entry& entry, ExpertView* view) const {
+  if (entry.slot < 0 || (!streamed_ && entry.state.load(std::memory_order_acquire) != kIn)) {
+    layout_.ViewWhole(entry.bytes, view);
+    return;
+  }
+  uint8_t* base[kMaxNodes];
+  for (int node = 0; node < layout_.nodes(); ++node) base[node] = memory_->at(entry.slot, node);
+  layout_.ViewSlot(entry.spans, base, view);
+}
+
+int ExpertStore::Pin(int layer, const int* experts, int count, ExpertView* const* views) {
+  const std::lock_guard lock(mutex_);
+  last_ticket_ns_.store(NowNs(), std::memory_order_relaxed);
+  for (int i = 0; i < count; ++i)
+    Require(At(layer, experts[i]).bytes.packed[0] != nullptr,
+            "layer " + std::to_string(layer) + " has no expert " + std::to_string(experts[i]) + " loaded");
+  // Those that are here first: they must not make room for the others.
+  std::vector<int> missing;
+  for (int i = 0; i < count; ++i) {
+    Entry& entry = At(layer, experts[i]);
+    entry.pins.fetch_add(1);
+    if (streamed_ && entry.slot < 0) missing.push_back(Index(layer, experts[i]));
+  }
+  std::vector<int> victims;
+  try {
+    victims = Victims(missing.size());
+  } catch (...) {
+    for (int i = 0; i < count; ++i) At(layer, experts[i]).pins.fetch_sub(1);
+    throw;
+  }
+  ++now_;
+  for (size_t i = 0; i < missing.size(); ++i) BeginFetch(victims[i], missing[i]);
+  for (int i = 0; i < count; ++i) {
+    Entry& entry = At(layer, experts[i]);
+    if (streamed_) entry.score = recency_.Used(entry.score, now_);
+    View(entry, views[i]);
+  }
+  tickets_pins_.fetch_add(count);
+  stats_.misses += static_cast<int64_t>(missing.size());
+  stats_.hits += count - static_cast<int64_t>(missing.size());
+  return static_cast<int>(missing.size());
+}
+
+std::vector<int> ExpertStore::Victims(size_t count) {
+  if (count == 0) return {};
+  std::vector<std::pair<double, int>> found;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    const int entry = slots_[i].entry;
+    if (entry < 0) {
+      found.emplace_back(Recency::kNever, static_cast<int>(i));
+    } else if (entries_[entry].pins.load() == 0 && entries_[entry].state.load() == kIn) {
+      found.emplace_back(entries_[entry].score, static_cast<int>(i));
+    }
+  }
+  Require(found.size() >= count, "all slots for experts are in use; give --expert-ram more");
+  std::partial_sort(found.begin(), found.begin() + static_cast<ptrdiff_t>(count), found.end());
+  std::vector<int> slots;
+  for (size_t i = 0; i < count; ++i) slots.push_back(found[i].second);
+  return slots;
+}
+
+void ExpertStore::BeginFetch(int index, int to) {
+  Slot& slot = slots_[index];
+  if (slot.entry >= 0) Free(entries_[slot.entry]);
+  Entry& entry = entries_[to];
+  slot.entry = to;
+  entry.slot = index;
+  entry.state.store(kFilling, std::memory_order_release);
+  std::vector<Read> reads;
+  for (int node = 0; node < layout_.nodes(); ++node)
+    for (const Read& read : layout_.Reads(entry.spans, sources_, node, memory_->at(index, node)))
+      reads.push_back(read);
+  reader_->Submit(&slot.fetch, reads, Urgency::kDemand);
+}
+
+void ExpertStore::Free(Entry& entry) {
+  slots_[entry.slot].entry = -1;
+  if (entry.state.load() == kIn) --stats_.filled;
+  entry.slot = -1;
+  entry.state.store(kOut, std::memory_order_release);
+  entry.score = Recency::kNever;
+}
+
+void ExpertStore::Arrived(Slot& slot, bool whole) {
+  {
+    const std::lock_guard lock(mutex_);
+    Entry& entry = entries_[slot.entry];
+    if (whole) {
+      ++stats_.filled;
+    } else {
+      ++stats_.lost;
+    }
+    entry.state.store(whole ? kIn : kLost, std::memory_order_release);
+    if (!whole && entry.pins.load() == 0) Free(entry);
+    arrivals_.fetch_add(1, std::memory_order_release);
+  }
+  arrived_.notify_all();
+}
+
+void ExpertStore::Unpin(int layer, int expert) {
+  Entry& entry = At(layer, expert);
+  tickets_pins_.fetch_sub(1);
+  last_ticket_ns_.store(NowNs(), std::memory_order_relaxed);
+  if (entry.pins.fetch_sub(1) != 1 || entry.state.load() != kLost) return;
+  const std::lock_guard lock(mutex_);  // what was lost is asked for again by the next ticket
+  if (entry.pins.load() == 0 && entry.state.load() == kLost) Free(entry);
+}
+
+int ExpertStore::pins(int layer, int expert) const { return At(layer, expert).pins.load(); }
+
+Arrival ExpertStore::arrival(int layer, int expert) const {
+  const uint8_t state = At(layer, expert).state.load(std::memory_order_acquire);
+  if (!streamed_ || state == kIn) return Arrival::kHere;
+  return state == kLost ? Arrival::kLost : Arrival::kOnItsWay;
+}
+
+uint32_t ExpertStore::WaitArrival(uint32_t seen) {
+  std::unique_lock lock(mutex_);
+  arrived_.wait_for(lock, kNap, [&] { return arrivals() != seen; });
+  return arrivals();
+}
+
+bool ExpertStore::busy() const {
+  return tickets_pins_.load() > 0 || NowNs() - last_ticket_ns_.load(std::memory_order_relaxed) <
+                                         std::chrono::nanoseconds(kMoment).count();
+}
+
+bool ExpertStore::in_slot(int layer, int expert) const {
+  return At(layer, expert).state.load(std::memory_order_acquire) == kIn;
+}
+
+int ExpertStore::BeginFill(int layer, int expert) {
+  const int index = Index(layer, expert);
+  Entry& entry = entries_[index];
+  const std::lock_guard lock(mutex_);
+  Require(memory_ != nullptr, "the store has no slots");
+  Require(entry.bytes.packed[0] != nullptr,
+          "layer " + std::to_string(layer) + " has no expert " + std::to_string(expert) + " loaded");
+  if (entry.slot >= 0) return -1;
+  int slot = -1;
+  if (memory_->lasting()) {
+    slot = index;
+  } else {
+    const auto free = std::find_if(slots_.begin(), slots_.end(), [](const Slot& s) { return s.entry < 0; });
+    if (free == slots_.end()) return -1;
+    slot = static_cast<int>(free - slots_.begin());
+  }
+  slots_[slot].entry = index;
+  entry.slot = slot;
+  entry.state.store(kFilling, std::memory_order_release);
+  return slot;
+}
+
+void ExpertStore::EndFill(int layer, int expert, bool whole) {
+  Entry& entry = At(layer, expert);
+  {
+    const std::lock_guard lock(mutex_);
+    Require(entry.state.load() == kFilling, "the expert is not being filled");
+    if (whole) {
+      ++stats_.filled;
+      memory_->Mark(entry.slot, true);
+    } else {
+      ++stats_.lost;
+    }
+    entry.state.store(whole ? kIn : kLost, std::memory_order_release);
+    if (!whole && entry.pins.load() == 0) Free(entry);
+    arrivals_.fetch_add(1, std::memory_order_release);
+  }
+  arrived_.notify_all();
+  if (whole) DropCached(entry);
+}
+
+std::vector<Read> ExpertStore::Reads(int layer, int expert, int slot, int node) const {
+  return layout_.Reads(At(layer, expert).spans, sources_, node, memory_->at(slot, node));
+}
+
+bool ExpertStore::Release(int layer, int expert) {
+  Entry& entry = At(layer, expert);
+  const std::lock_guard lock(mutex_);
+  if (streamed_ || entry.pins.load() != 0 || entry.state.load() != kIn) return false;
+  const int slot = entry.slot;
+  memory_->Mark(slot, false);
+  Free(entry);
+  for (int node = 0; node < layout_.nodes(); ++node) memory_->Forget(slot, node);
+  return true;
+}
+
+void ExpertStore::DropCached(const Entry& entry) const {
+  // One copy in all. Pages that are mapped here would stay: they are let go of first. A ticket that reads them mapped
+  // meanwhile would only bring them back.
+  const uint64_t columns[] = {static_cast<uint64_t>(sizes_.hidden), static_cast<uint64_t>(sizes_.hidden),
+                              static_cast<uint64_t>(sizes_.inter)};
+  const uint64_t weights = static_cast<uint64_t>(sizes_.hidden) * static_cast<uint64_t>(sizes_.inter);
+  for (int m = 0; m < 3; ++m) {
+    const auto drop = [&](const void* mapped, const ExpertSpans::Span& span, uint64_t bytes) {
+      const uint64_t from = BlockCeil(span.offset), to = BlockFloor(span.offset + bytes);
+      if (from >= to) return;
+      auto* at = static_cast<uint8_t*>(const_cast<void*>(mapped)) + (from - span.offset);
+      if (reinterpret_cast<uintptr_t>(at) % kBlock4k == 0) madvise(at, to - from, MADV_DONTNEED);
+      posix_fadvise(sources_[span.source]->cached(), static_cast<off_t>(from), static_cast<off_t>(to - from),
+                    POSIX_FADV_DONTNEED);
+    };
+    drop(entry.bytes.packed[m], entry.spans.packed[m], weights / 2);
+    drop(entry.bytes.scale[m], entry.spans.scale[m], weights / columns[m] * (columns[m] / kGroup * 2));
+  }
+}
+
+StoreStats ExpertStore::stats() const {
+  const std::lock_guard lock(mutex_);
+  StoreStats stats = stats_;
+  stats.slots = static_cast<int64_t>(slots_.size());
+  stats.bytes_read = reader_ == nullptr ? 0 : static_cast<int64_t>(reader_->bytes_read());
+  return stats;
 }
 
 }  // namespace k2

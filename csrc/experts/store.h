@@ -1,57 +1,143 @@
-// Where the bytes of every routed expert lie.
+// Where the bytes of every routed expert lie, and how they get there.
 //
-// An expert is in one place at a time; a hand-off pins the experts it reads, and only an unpinned expert may
-// be moved. In this version every expert is `mapped`: read in place from the checkpoint's file.
+//   mapped    read in place from the checkpoint's file
+//   resident  in a slot of memory that is bound to the nodes; filled in the background, read mapped until then
+//   streamed  in one of a bounded number of slots; a ticket that needs an absent expert makes it come
 //
-//   Put(layer, expert) ──► mapped ──Pin──► read by a ticket ──Unpin──► mapped
+// A ticket pins the experts it reads. Only an unpinned expert moves or leaves.
+//
+//   Put ─► mapped ◄─Release── in a slot ◄── filling or fetching ◄─ Pin (streamed), Filler, Load
+//                               ╰─ evicted: the lowest score among the unpinned
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
 
-#include "kernels/layout.h"
+#include "experts/recency.h"
+#include "experts/slots.h"
 
 namespace k2 {
 
-struct ExpertView {
-  Int4Matrix gate;  // [inter, hidden]
-  Int4Matrix up;    // [inter, hidden]
-  Int4Matrix down;  // [hidden, inter]
-  bool present() const { return gate.packed != nullptr; }
-  int64_t Bytes() const { return gate.Bytes() + up.Bytes() + down.Bytes(); }
-};
+enum class Arrival : uint8_t { kOnItsWay, kHere, kLost };
 
-struct ExpertSizes {
-  int layers;
-  int experts;
-  int hidden;
-  int inter;
+struct StoreStats {
+  int64_t slots = 0;
+  int64_t filled = 0;  // slots that hold an expert
+  int64_t hits = 0;    // experts that tickets found in memory, and those they waited for
+  int64_t misses = 0;
+  int64_t lost = 0;  // reads of an expert that failed
+  int64_t bytes_read = 0;
 };
 
 class ExpertStore {
  public:
-  explicit ExpertStore(const ExpertSizes& sizes);
+  using Clock = std::chrono::steady_clock;
+
+  // Without shards: one node.
+  explicit ExpertStore(const ExpertSizes& sizes, const RowShards& shards = {});
+  ~ExpertStore();
+  ExpertStore(const ExpertStore&) = delete;
+  ExpertStore& operator=(const ExpertStore&) = delete;
 
   const ExpertSizes& sizes() const { return sizes_; }
-
-  // The bytes must stay where they are for as long as the store lives. Throws if the expert is pinned.
-  void Put(int layer, int expert, const uint8_t* const packed[3], const bf16* const scale[3]);
-
-  // Throws if the expert was never put.
-  const ExpertView& Pin(int layer, int expert);
-  void Unpin(int layer, int expert);
-  int pins(int layer, int expert) const;
+  const SlotLayout& layout() const { return layout_; }
   int64_t expert_bytes() const;
 
- private:
-  struct Slot {
-    ExpertView view;
-    std::atomic<int> pins{0};
-  };
-  Slot& At(int layer, int expert) const;
+  // A file of which experts are read; returns its index. Throws if it cannot be opened.
+  int AddSource(const std::string& path);
 
-  ExpertSizes sizes_;
-  std::unique_ptr<Slot[]> slots_;
+  // The bytes must stay where they are for as long as the store lives. Throws if the expert is pinned or in a slot.
+  void Put(int layer, int expert, const ExpertBytes& bytes);
+  // Where in their files they lie: the bytes are then a map of these files, and pages of it may be given back to the
+  // system at any time. Throws if an index is none of AddSource's.
+  void Locate(int layer, int expert, const ExpertSpans& spans);
+
+  // Memory for experts; once, when all were put. `streamed`: tickets fetch what they miss, and nothing is read
+  // mapped. Throws if the memory or the reader cannot be had, or an expert's spans are unknown.
+  void OpenSlots(const SlotMemory::Options& memory, const ReaderOptions& reader, bool streamed,
+                 double half_life);
+  bool has_slots() const { return memory_ != nullptr; }
+  const SlotMemory& memory() const { return *memory_; }
+  Reader& reader() { return *reader_; }
+
+  // ---- tickets: one thread at a time ----
+
+  // Pins `count` experts, ascending and each once, and tells where each one's rows lie. Returns how many had to be
+  // fetched: their bytes are on their way (`arrival`). Throws, with nothing pinned, if one was never put or all slots
+  // are pinned.
+  int Pin(int layer, const int* experts, int count, ExpertView* const* views);
+  void Unpin(int layer, int expert);
+  int pins(int layer, int expert) const;
+  Arrival arrival(int layer, int expert) const;
+  // Waits until an expert arrives after `seen`, but not for long; returns what to pass next time.
+  uint32_t WaitArrival(uint32_t seen);
+  uint32_t arrivals() const { return arrivals_.load(std::memory_order_acquire); }
+  // Whether a ticket was at work within the last moment: others step back.
+  bool busy() const;
+
+  // ---- moves: any thread ----
+
+  bool in_slot(int layer, int expert) const;
+  // Brings an expert into a free slot: Begin, then End when its bytes are there. Begin returns the slot, or -1 if it is
+  // in a slot already or none is free.
+  int BeginFill(int layer, int expert);
+  void EndFill(int layer, int expert, bool whole);
+  // What fills `node`'s part of it.
+  std::vector<Read> Reads(int layer, int expert, int slot, int node) const;
+  bool Ensure(int slot, int node) { return memory_->Ensure(slot, node); }
+  // Back to the map, its slot free again. False if it is pinned, in no slot, or streamed.
+  bool Release(int layer, int expert);
+
+  StoreStats stats() const;
+
+ private:
+  enum State : uint8_t { kOut, kFilling, kIn, kLost };
+  struct Entry {
+    ExpertBytes bytes;
+    ExpertSpans spans;
+    std::atomic<int> pins{0};
+    std::atomic<uint8_t> state{kOut};
+    int slot = -1;
+    double score = Recency::kNever;
+  };
+  struct Slot {
+    ExpertStore* store;
+    int entry = -1;  // -1: free
+    Fetch fetch;
+  };
+
+  int Index(int layer, int expert) const;
+  Entry& At(int layer, int expert) const { return entries_[Index(layer, expert)]; }
+  void View(const Entry& entry, ExpertView* view) const;
+  // The slots that `count` experts may take, worst first; throws if there are too few.
+  std::vector<int> Victims(size_t count);
+  void BeginFetch(int slot, int entry);
+  void Arrived(Slot& slot, bool whole);
+  void Free(Entry& entry);
+  void DropCached(const Entry& entry) const;
+  bool HasSpans() const;
+
+  const ExpertSizes sizes_;
+  const SlotLayout layout_;
+  std::unique_ptr<Entry[]> entries_;
+  std::vector<std::unique_ptr<Source>> sources_;
+  std::unique_ptr<SlotMemory> memory_;
+  std::vector<Slot> slots_;
+  Recency recency_;
+  bool streamed_ = false;
+  double now_ = 0;
+
+  mutable std::mutex mutex_;  // entries' slots, states and scores
+  std::condition_variable arrived_;
+  std::atomic<uint32_t> arrivals_{0};
+  std::atomic<int> tickets_pins_{0};
+  std::atomic<int64_t> last_ticket_ns_{0};
+  StoreStats stats_;
+  std::unique_ptr<Reader> reader_;  // last: what it reads into goes after it
 };
 
 }  // namespace k2

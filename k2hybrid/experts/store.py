@@ -1,29 +1,48 @@
-"""The typed face of the C++ expert store: which bytes are which expert."""
+"""The typed face of the C++ expert store: which bytes are which expert, and where they are kept."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from k2hybrid.errors import NativeError
-from k2hybrid.native import NativeStore
+from k2hybrid.experts.placement import Placement
+from k2hybrid.native import FillProgress, NativeFiller, NativeStore, StoreStats
 from k2hybrid.types import ExpertRef, Int4Ref
+
+Order = Sequence[tuple[int, int]]  # (layer, expert)
 
 
 class ExpertStore:
-    """Takes experts from the loader (`types.ExpertSink`) and keeps them where they lie.
+    """Takes experts from the loader (`types.ExpertSink`) and keeps them where `placement` says.
+
+    Until `open_slots` every expert is `mapped`: read in place from its file.
 
     Args:
         layers: all layers of the model, dense ones included (they stay empty).
         experts: routed experts per MoE layer.
         hidden, inter: `hidden_size` and `moe_intermediate_size`, multiples of 32.
+        placement: which rows are whose, and how many experts have a slot; None: mapped, on one node.
     """
 
-    def __init__(self, *, layers: int, experts: int, hidden: int, inter: int) -> None:
-        self.native = NativeStore(layers, experts, hidden, inter)
+    def __init__(
+        self, *, layers: int, experts: int, hidden: int, inter: int, placement: Placement | None = None
+    ) -> None:
+        gate, down = (placement.gate_bounds, placement.down_bounds) if placement else ((), ())
+        self.native = NativeStore(layers, experts, hidden, inter, gate, down)
         self.layers = layers
         self.experts = experts
         self.hidden = hidden
         self.inter = inter
-        self.count = 0
+        self.placement = placement
         self.expert_bytes = self.native.expert_bytes
+        self._refs: dict[tuple[int, int], ExpertRef] = {}
+        self._filler: NativeFiller | None = None
+
+    @property
+    def count(self) -> int:
+        """Experts that were added."""
+        return len(self._refs)
 
     def add_expert(self, layer: int, expert: int, ref: ExpertRef) -> None:
         """Keep the expert `mapped`: its bytes are read in place and must outlive the store.
@@ -39,7 +58,78 @@ class ExpertStore:
             self._check(f"layer {layer} expert {expert} {name}", matrix, out, inner)
         parts = (ref.gate, ref.up, ref.down)
         self.native.put(layer, expert, [m.packed.address for m in parts], [m.scale.address for m in parts])
-        self.count += 1
+        self._refs[layer, expert] = ref
+
+    def open_slots(
+        self,
+        *,
+        folder: Path | None = None,
+        digest: str = "",
+        reader: str = "",
+        half_life: float = 0.0,
+        cpus: Sequence[Sequence[int]] | None = None,
+        fill_threads: int = 1,
+    ) -> None:
+        """Make the slots of the placement, and begin to fill those that nobody has to wait for.
+
+        Args:
+            folder, digest: of slots that outlive the process; the digest says what they are filled from.
+            reader: "uring", "threads", or "": the first that works.
+            half_life: of an expert's uses, in hand-offs, for `streamed`; 0: the least recently used leaves.
+            cpus: of each node, for the threads that fill its slots.
+            fill_threads: of each node.
+
+        Raises:
+            NativeError: memory, files or reader cannot be had.
+        """
+        placement = self.placement
+        if placement is None or placement.slots == 0:
+            return
+        sources: dict[Path, int] = {}
+        for (layer, expert), ref in self._refs.items():
+            parts = (ref.gate, ref.up, ref.down)
+            tensors = [m.packed for m in parts] + [m.scale for m in parts]
+            for tensor in tensors:
+                if tensor.path not in sources:
+                    sources[tensor.path] = self.native.add_source(tensor.path)
+            self.native.locate(layer, expert, [(sources[t.path], t.offset) for t in tensors])
+        # Slots that last are found again by the expert's number; those of dense layers cost no memory.
+        count = self.layers * self.experts if folder else placement.slots
+        self.native.open_slots(
+            count,
+            placement.nodes,
+            streamed=placement.place == "streamed",
+            half_life=half_life,
+            folder=folder,
+            digest=digest,
+            reader=reader,
+        )
+        self._filler = NativeFiller(
+            self.native, self._order(placement), cpus or [()] * self.native.nodes, threads=fill_threads
+        )
+
+    def _order(self, placement: Placement) -> list[tuple[int, int]]:
+        """(layer, expert) as they are to be filled: the most used first, or from the first layer on."""
+        known = sorted(self._refs)
+        if placement.fill_order is None:
+            return known[: placement.slots]
+        layers = sorted({layer for layer, _ in known})
+        return [(layers[layer], expert) for layer, expert in placement.fill_order]
+
+    @property
+    def progress(self) -> FillProgress | None:
+        """How far the slots are filled; None where there are none."""
+        return self._filler.progress() if self._filler else None
+
+    @property
+    def stats(self) -> StoreStats:
+        """Counts since the start."""
+        return self.native.stats()
+
+    def close(self) -> None:
+        """Stop filling. What is mapped or in a slot stays usable."""
+        if self._filler:
+            self._filler.stop()
 
     @staticmethod
     def _check(what: str, matrix: Int4Ref, out: int, inner: int) -> None:

@@ -94,13 +94,12 @@ struct Model {
     return matrices[(static_cast<size_t>(layer) * kSizes.experts + expert) * 3 + part];
   }
   void Put(int layer, int expert) {
-    const uint8_t* packed[3];
-    const bf16* scale[3];
+    k2::ExpertBytes bytes;
     for (int i = 0; i < 3; ++i) {
-      packed[i] = Part(layer, expert, i).packed.get();
-      scale[i] = Part(layer, expert, i).scale.get();
+      bytes.packed[i] = Part(layer, expert, i).packed.get();
+      bytes.scale[i] = Part(layer, expert, i).scale.get();
     }
-    store.Put(layer, expert, packed, scale);
+    store.Put(layer, expert, bytes);
   }
   bool Unpinned() const {
     for (int layer = 0; layer < kSizes.layers; ++layer)
@@ -247,7 +246,7 @@ void TestErrors(Model& model, const std::vector<Bits>& alone, k2::Machine& machi
   CheckRefused([&] { k2::Dispatcher(model.store, machine, 0, kTopK, 1); }, "max_rows must lie in");
   CheckRefused([&] { k2::Dispatcher(model.store, machine, 1, 6, 1); }, "top_k must lie in");
   CheckRefused([&] { k2::Dispatcher(model.store, machine, 1, 1, 17); }, "slots must lie in");
-  CheckRefused([&] { model.store.Put(0, 5, nullptr, nullptr); }, "expert 5 is out of range");
+  CheckRefused([&] { model.store.Put(0, 5, {}); }, "expert 5 is out of range");
 
   k2::Dispatcher dispatcher(model.store, machine, 4, kTopK, 2);
   CheckRefused([&] { dispatcher.Submit(0, 0, 1); }, "submit needs a slot from Acquire");
@@ -422,11 +421,13 @@ void TestReadError(Model& model, const std::vector<Bits>& alone, k2::Machine& ma
         "a file for an expert");
   void* map = mmap(nullptr, gate.PackedBytes(), PROT_READ, MAP_SHARED, fileno(file), 0);
   Check(map != MAP_FAILED, "a map of it");
-  const uint8_t* packed[3] = {static_cast<const uint8_t*>(map), model.Part(0, kLost, 1).packed.get(),
-                              model.Part(0, kLost, 2).packed.get()};
-  const bf16* scale[3];
-  for (int i = 0; i < 3; ++i) scale[i] = model.Part(0, kLost, i).scale.get();
-  model.store.Put(0, kLost, packed, scale);
+  k2::ExpertBytes bytes;
+  for (int i = 0; i < 3; ++i) {
+    bytes.packed[i] = model.Part(0, kLost, i).packed.get();
+    bytes.scale[i] = model.Part(0, kLost, i).scale.get();
+  }
+  bytes.packed[0] = static_cast<const uint8_t*>(map);
+  model.store.Put(0, kLost, bytes);
 
   k2::Dispatcher dispatcher(model.store, machine, 8, kTopK, 2);
   const std::vector<int> all = {0, 1, 2, 3, 4, 5, 6, 7};
