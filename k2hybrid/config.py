@@ -6,9 +6,11 @@ import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from k2hybrid.errors import ConfigError
+
+ExpertPlace = Literal["auto", "mapped", "resident", "streamed"]
 
 MINI_MODEL = Path(__file__).parent / "mini"
 
@@ -24,6 +26,12 @@ class RuntimeConfig:
     experts: str = (
         "native"  # or "portable": compiled by numba, for CPUs that the extension has no kernels for
     )
+    expert_place: ExpertPlace = "auto"  # where the routed experts lie; see `experts.placement`
+    expert_ram: int | None = None  # bytes that experts may take; fewer than they have: they are streamed
+    expert_arena: Path | None = (
+        None  # folder on hugetlbfs or /dev/shm: resident ones outlive the process
+    )
+    expert_reader: str | None = None  # "uring" or "threads"; None: the first that works here
     context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
     latent_bytes: int | None = None  # None: one whole context, 1 GiB at least, a quarter of RAM at most
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
@@ -43,10 +51,18 @@ class RuntimeConfig:
             raise ConfigError(f"device {self.device!r} is not supported in this version; use --device cpu")
         if self.experts not in ("native", "portable"):
             raise ConfigError(f"experts must be native or portable, not {self.experts!r}")
+        if self.expert_place not in get_args(ExpertPlace):
+            raise ConfigError(
+                f"expert_place must be one of {', '.join(get_args(ExpertPlace))}, not {self.expert_place!r}"
+            )
+        if self.expert_reader not in (None, "uring", "threads"):
+            raise ConfigError(f"expert_reader must be uring or threads, not {self.expert_reader!r}")
+        if self.experts == "portable" and (self.expert_place not in ("auto", "mapped") or self.expert_ram):
+            raise ConfigError("portable experts are read mapped: leave expert_place and expert_ram out")
         for name in ("max_step_tokens", "max_running", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("threads", "context_tokens", "latent_bytes", "journal_bytes"):
+        for name in ("threads", "context_tokens", "latent_bytes", "journal_bytes", "expert_ram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -71,6 +87,9 @@ class RuntimeConfig:
         unset = {
             "threads": "one per core",
             "isa": "the best",
+            "expert_ram": "none of their own",
+            "expert_arena": "none",
+            "expert_reader": "the first that works",
             "context_tokens": "the model's",
             "latent_bytes": "one context",
             "request_seconds": "no limit",

@@ -263,6 +263,11 @@ class NativeStore:
                 piece_bytes, streamed, half_life,
             )  # fmt: skip
 
+    def close_slots(self) -> None:
+        """Give the slots back; every expert is mapped again. What fills them must have stopped."""
+        with _errors():
+            self.handle.close_slots()
+
     def pins(self, layer: int, expert: int) -> int:
         """Tickets that read this expert now."""
         return int(self.handle.pins(layer, expert))

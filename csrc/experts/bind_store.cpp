@@ -87,6 +87,7 @@ void bind_store(py::module_& m) {
           },
           py::arg("count"), py::arg("node_ids"), py::arg("folder"), py::arg("digest"), py::arg("reader"),
           py::arg("depth"), py::arg("piece_bytes"), py::arg("streamed"), py::arg("half_life"))
+      .def("close_slots", &ExpertStore::CloseSlots, py::call_guard<py::gil_scoped_release>())
       .def("pins", &ExpertStore::pins)
       .def("in_slot", &ExpertStore::in_slot)
       .def("release", &ExpertStore::Release)

@@ -113,6 +113,28 @@ void ExpertStore::OpenSlots(const SlotMemory::Options& memory, const ReaderOptio
     }
 }
 
+void ExpertStore::CloseSlots() {
+  if (memory_ == nullptr) return;
+  Require(tickets_pins_.load() == 0, "experts that a ticket reads cannot be moved");
+  std::unique_ptr<Reader> reader;
+  {
+    const std::lock_guard lock(mutex_);
+    reader.swap(reader_);
+  }
+  reader.reset();  // waits for reads into the slots, which tell of their end; those not begun end as lost
+  const std::lock_guard lock(mutex_);
+  for (const Slot& slot : slots_)
+    if (slot.entry >= 0) {
+      entries_[slot.entry].slot = -1;
+      entries_[slot.entry].state.store(kOut);
+      entries_[slot.entry].score = Recency::kNever;
+    }
+  slots_.clear();
+  memory_.reset();
+  streamed_ = false;
+  stats_ = {};
+}
+
 void ExpertStore::View(const Entry& entry, ExpertView* view) const {
   if (entry.slot < 0 || (!streamed_ && entry.state.load(std::memory_order_acquire) != kIn)) {
     layout_.ViewWhole(entry.bytes, view);

@@ -60,6 +60,8 @@ class ExpertStore {
   // mapped. Throws if the memory or the reader cannot be had, or an expert's spans are unknown.
   void OpenSlots(const SlotMemory::Options& memory, const ReaderOptions& reader, bool streamed,
                  double half_life);
+  // Gives the slots back: every expert is mapped again. The filler must have stopped. Throws if an expert is pinned.
+  void CloseSlots();
   bool has_slots() const { return memory_ != nullptr; }
   const SlotMemory& memory() const { return *memory_; }
   Reader& reader() { return *reader_; }

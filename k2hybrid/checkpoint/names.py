@@ -84,6 +84,14 @@ def expected_tensors(spec: ModelSpec) -> Iterator[ExpectedTensor]:
 
 def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ExpectedTensor]:
     """The tensors of one layer."""
+    yield from dense_layer_tensors(spec, layer)
+    if spec.is_moe(layer):
+        for expert in range(spec.num_experts):
+            yield from expert_tensors(spec, layer, expert)
+
+
+def dense_layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ExpectedTensor]:
+    """Those of one layer that are no routed experts'."""
     hidden = spec.hidden_size
     yield _dense(layer, "input_layernorm", hidden)
     yield from _attention(spec, layer)
@@ -99,8 +107,6 @@ def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ExpectedTensor]:
     yield _dense(layer, "shared_gate_proj", shared, hidden)
     yield _dense(layer, "shared_up_proj", shared, hidden)
     yield _dense(layer, "shared_down_proj", hidden, shared)
-    for expert in range(spec.num_experts):
-        yield from expert_tensors(spec, layer, expert)
 
 
 def expert_tensors(spec: ModelSpec, layer: int, expert: int) -> Iterator[ExpectedTensor]:

@@ -127,9 +127,11 @@ class ExpertStore:
         return self.native.stats()
 
     def close(self) -> None:
-        """Stop filling. What is mapped or in a slot stays usable."""
+        """Stop filling and give the slots back. No hand-off may be under way; afterwards all is mapped."""
         if self._filler:
             self._filler.stop()
+            self._filler = None
+            self.native.close_slots()
 
     @staticmethod
     def _check(what: str, matrix: Int4Ref, out: int, inner: int) -> None:

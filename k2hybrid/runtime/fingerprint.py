@@ -9,7 +9,7 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.config import RuntimeConfig
 
 # Raised when latents come out differently from the same files, or their rows lie differently.
-PAGES_VERSION = 1
+PAGES_VERSION = 2
 _READ = ("config.json", "model.safetensors.index.json", "tiktoken.model", "tokenizer_config.json")
 
 
@@ -28,7 +28,14 @@ def fingerprint(config: RuntimeConfig, pages: LatentPages, template: str | None)
     for name in _READ:
         path = config.model / name
         add(name, path.read_bytes() if path.exists() else None)
-    for path in sorted(Path(config.model).glob("*.safetensors")):
+    add(weights_digest(config.model))
+    return digest.hexdigest()
+
+
+def weights_digest(model: Path) -> str:
+    """Hex digest of the shards' names, sizes and times of change."""
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(model).glob("*.safetensors")):
         status = path.stat()
-        add(path.name, status.st_size, status.st_mtime_ns)
+        digest.update(repr((path.name, status.st_size, status.st_mtime_ns)).encode())
     return digest.hexdigest()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -17,6 +18,7 @@ from k2hybrid.chat.exchanges import Exchanges
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.checkpoint.names import dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.archive import Archive
@@ -25,8 +27,11 @@ from k2hybrid.engine.metrics import ByteMeter
 from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.step import StepModel
 from k2hybrid.errors import ConfigError, TokenizerError
-from k2hybrid.native import Machine
+from k2hybrid.experts.placement import slot_bytes
+from k2hybrid.hardware.topology import read_topology
+from k2hybrid.native import ALLOWED_CPUS, Machine
 from k2hybrid.runtime.assembly import assemble
+from k2hybrid.runtime.experts import expert_sizes, native_experts, placement_for, portable_experts
 from k2hybrid.runtime.fingerprint import fingerprint
 from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
@@ -36,6 +41,7 @@ from k2hybrid.runtime.sizes import network_sizes
 log = logging.getLogger(__name__)
 
 LEAST_LATENT_BYTES = 1 << 30  # of the default
+BF16_BYTES = 2
 
 # Attention this wide (heads · v_head_dim) is worth several torch threads in a prefill. In a narrower one they
 # mostly wait for each other: on two busy cores a small model's prefill took thrice as long with two.
@@ -72,24 +78,44 @@ def open_runtime(
             )
         template = ChatTemplate.load(config.model, tokenizer)
         opened.callback(template.close)
-        machine = Machine(config.threads, config.isa)
-        # From here on it says what runs, not what was left open: it is printed.
-        config = replace(config, threads=machine.threads, isa=machine.isa)
+        topology = read_topology(allowed_cpus=ALLOWED_CPUS)
+        nodes = [node.cpus for node in topology.compute_nodes]
+        machine = Machine(config.threads, config.isa, nodes if len(nodes) > 1 else None)
         meter = ByteMeter()
         context_tokens = _context_tokens(spec, config)
         pages = _pages(spec, config, context_tokens)
+        placement = None
+        if config.experts == "portable":
+            experts = portable_experts(spec, machine, max_rows=config.max_step_tokens)
+        else:
+            placement = placement_for(config, spec, topology, _reserved_bytes(spec, pages))
+            log.info("experts are %s: %s", placement.place, placement.reason)
+            experts = native_experts(
+                config, spec, machine, max_rows=config.max_step_tokens, placement=placement, topology=topology
+            )
+        # From here on it says what runs, not what was left open: it is printed.
+        config = replace(
+            config,
+            threads=machine.threads,
+            isa=machine.isa,
+            expert_place=placement.place if placement else "mapped",
+            expert_ram=placement.slots * sum(slot_bytes(expert_sizes(spec), len(placement.nodes)))
+            if placement and placement.slots
+            else None,
+        )
         checkpoint, network = assemble(
             config.model,
             spec,
             machine,
+            experts,
             pages,
-            portable=config.experts == "portable",
-            max_rows=config.max_step_tokens,
             latent_norm_eps=config.latent_norm_eps,
             metered=lambda parts: parts._replace(
                 weights=MeteredWeights(parts.weights, meter), experts=MeteredExperts(parts.experts, meter)
             ),
         )
+        if experts.store is not None:
+            opened.callback(experts.store.close)
         opened.callback(checkpoint.close)
         journal, writer = _journal(config, pages, template.source)
         archive = None
@@ -119,6 +145,7 @@ def open_runtime(
             template=template,
             engine=engine,
             sessions=sessions,
+            store=experts.store,
             release=checkpoint.close,
         )
         engine.start()
@@ -162,6 +189,14 @@ def _pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) -> Laten
         raise ConfigError(
             f"{latent_bytes} bytes for latent pages cannot be had here; ask for less"
         ) from error
+
+
+def _reserved_bytes(spec: ModelSpec, pages: LatentPages) -> int:
+    """Of dense weights and latents, which experts must leave room for."""
+    layers = (dense_layer_tensors(spec, layer) for layer in range(spec.num_layers))
+    weights = sum(math.prod(tensor.shape) for tensors in layers for tensor in tensors)
+    embedded = 2 * spec.vocab_size * spec.hidden_size  # embedding and head
+    return BF16_BYTES * (weights + embedded) + pages.pages * pages.page_bytes
 
 
 def _ram_bytes() -> int:

@@ -19,9 +19,11 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
 from k2hybrid.errors import ContextLengthError, EngineError
+from k2hybrid.experts.store import ExpertStore
 from k2hybrid.runtime.ahead import Ahead
 from k2hybrid.runtime.chat import ChatRun
 from k2hybrid.runtime.completion import TextRun, prompt_ids
+from k2hybrid.runtime.experts import expert_status
 from k2hybrid.runtime.generate import StopTokens, TokenRun
 from k2hybrid.runtime.guarded import GuardedRun, InvalidCalls
 from k2hybrid.runtime.mask import ConstraintMask
@@ -38,6 +40,7 @@ class Runtime:
         name: what clients call the model.
         engine: started; stopped by `close`.
         sessions: closed by `close`; None: they are kept in memory alone.
+        store: of the routed experts; closed by `close`.
         release: gives back what lies under the engine, after it stopped.
     """
 
@@ -51,6 +54,7 @@ class Runtime:
         template: ChatTemplate,
         engine: Engine,
         sessions: Sessions | None = None,
+        store: ExpertStore | None = None,
         release: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
@@ -61,6 +65,7 @@ class Runtime:
         self.engine = engine
         self._markers = Markers.from_specials(tokenizer.specials)
         self._stop_ids = tokenizer.stop_ids | frozenset(spec.eos_token_ids)
+        self._store = store
         self._release = release
         self._closed = False
         exchanges = Exchanges(self._markers, tokenizer)
@@ -78,6 +83,11 @@ class Runtime:
     def invalid_calls(self) -> InvalidCalls:
         """Counts of tool calls that did not fit their schema."""
         return self._rulebook.invalid_calls
+
+    @property
+    def expert_status(self) -> dict[str, Any]:
+        """Where the routed experts lie, how far their slots are filled, how often they were found there."""
+        return expert_status(self._store)
 
     def is_exact(self, tool: Mapping[str, Any]) -> bool:
         """Whether a grammar holds all that `tool` declares; otherwise its calls are validated as well."""
@@ -205,6 +215,8 @@ class Runtime:
             self._rulebook.close()
             self._sessions.close()
             self.template.close()
+            if self._store is not None:
+                self._store.close()
             self._release()
 
     def __enter__(self) -> Runtime:

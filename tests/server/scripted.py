@@ -191,6 +191,7 @@ class ScriptedModel:
     ) -> None:
         self.name = name
         self.context_tokens = context_tokens
+        self.expert_status = {"place": "mapped"}
         self.tokenizer = ByteTokenizer()
         self.template = PlainTemplate(self.tokenizer)
         self.requests: list[ChatRequest] = []

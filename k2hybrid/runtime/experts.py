@@ -1,0 +1,170 @@
+"""The routed experts of a model being loaded: where they are to lie, and what computes them. Layer 5."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.config import RuntimeConfig
+from k2hybrid.errors import ConfigError
+from k2hybrid.experts.dispatch import Dispatcher
+from k2hybrid.experts.placement import ExpertSizes, Placement, place_experts
+from k2hybrid.experts.store import ExpertStore
+from k2hybrid.hardware.cgroup import read_limits
+from k2hybrid.hardware.topology import Topology
+from k2hybrid.native import Machine
+from k2hybrid.runtime.fingerprint import weights_digest
+from k2hybrid.types import ExpertSink, RoutedExperts
+
+log = logging.getLogger(__name__)
+
+# The process itself, its threads, torch, and what the system keeps for itself.
+HEADROOM_BYTES = 3 << 30
+PROGRESS_S = 10.0
+CORES_PER_FILL_THREAD = 8  # one thread copies as fast as several cores compute
+MOST_FILL_THREADS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Experts:
+    """What the loader fills and the network computes with.
+
+    Attributes:
+        open: to be called once the loader has handed out all experts.
+        store: None where numba computes.
+    """
+
+    sink: ExpertSink
+    routed: RoutedExperts
+    store: ExpertStore | None
+    open: Callable[[], None]
+
+
+def expert_sizes(spec: ModelSpec) -> ExpertSizes:
+    """Of the model's routed experts."""
+    return ExpertSizes(len(spec.moe_layers), spec.num_experts, spec.hidden_size, spec.moe_intermediate_size)
+
+
+def placement_for(
+    config: RuntimeConfig, spec: ModelSpec, topology: Topology, reserved_bytes: int
+) -> Placement:
+    """Where the experts are to lie on this machine.
+
+    Args:
+        reserved_bytes: of dense weights and latents.
+
+    Raises:
+        ConfigError: what the options ask for does not fit; the message says what would.
+    """
+    memory = {node.id: node.memory_bytes for node in topology.compute_nodes}
+    limit = read_limits().memory_bytes
+    total = sum(memory.values())
+    if limit is not None and limit < total:  # a container's share, taken from all nodes alike
+        memory = {node: nbytes * limit // total for node, nbytes in memory.items()}
+    placement = place_experts(
+        expert_sizes(spec),
+        node_memory=memory,
+        wanted=config.expert_place,
+        expert_ram=config.expert_ram,
+        reserved_bytes=reserved_bytes + HEADROOM_BYTES,
+    )
+    if config.expert_arena is not None and placement.place != "resident":
+        raise ConfigError(
+            f"experts are {placement.place} here ({placement.reason}); --expert-arena is for resident ones: "
+            "leave it out, or add --expert-place resident"
+        )
+    return placement
+
+
+def native_experts(
+    config: RuntimeConfig,
+    spec: ModelSpec,
+    machine: Machine,
+    *,
+    max_rows: int,
+    placement: Placement | None = None,
+    topology: Topology | None = None,
+) -> Experts:
+    """Experts that the extension computes, mapped or as `placement` says."""
+    store = ExpertStore(layers=spec.num_layers, placement=placement, **_sizes(spec))
+    routed = Dispatcher(store, machine, max_rows=max_rows, top_k=spec.top_k)
+    cpus = [node.threads for node in topology.compute_nodes] if topology is not None else [()]
+
+    def opened() -> None:
+        most = max(len(threads) for threads in cpus)
+        store.open_slots(
+            folder=config.expert_arena,
+            digest=weights_digest(config.model),
+            reader=config.expert_reader or "",
+            cpus=cpus,
+            fill_threads=min(MOST_FILL_THREADS, max(1, most // CORES_PER_FILL_THREAD)),
+        )
+        _report(store)
+
+    return Experts(store, routed, store, opened)
+
+
+def portable_experts(spec: ModelSpec, machine: Machine, *, max_rows: int) -> Experts:
+    """Experts that numba computes, mapped.
+
+    Raises:
+        ConfigError: numba is not installed.
+    """
+    from k2hybrid.experts.portable import PortableExperts  # numba is optional, and slow to import
+
+    made = PortableExperts(**_sizes(spec), max_rows=max_rows, top_k=spec.top_k, threads=machine.threads)
+    return Experts(made, made, None, lambda: None)
+
+
+def expert_status(store: ExpertStore | None) -> dict[str, Any]:
+    """What a server tells of its experts: where they lie, and how far their slots are filled."""
+    placement = store.placement if store is not None else None
+    if store is None or placement is None or placement.slots == 0:
+        return {"place": "mapped"}
+    stats, progress = store.stats, store.progress
+    used = stats.hits + stats.misses
+    return {
+        "place": placement.place,
+        "slots": placement.slots,
+        "filled": stats.filled,
+        "filling": bool(progress and progress.running),
+        "bytes_read": stats.bytes_read,
+        "hits": stats.hits,
+        "misses": stats.misses,
+        "hit_rate": stats.hits / used if used else None,
+        "lost": stats.lost,
+    }
+
+
+def _sizes(spec: ModelSpec) -> dict[str, int]:
+    return {"experts": spec.num_experts, "hidden": spec.hidden_size, "inter": spec.moe_intermediate_size}
+
+
+def _report(store: ExpertStore) -> None:
+    """Log how far the slots are filled, until they are."""
+    if store.progress is None:
+        return
+    arenas = store.native.arenas()
+    kinds = ", ".join(f"{nbytes / 2**30:.1f} GiB in {pages} pages" for nbytes, pages, _ in arenas)
+    log.info("experts: %s; read by %s", kinds, store.native.reader)
+
+    def follow() -> None:
+        waiting = threading.Event()
+        told = -1
+        while True:
+            progress = store.progress
+            if progress is None or not progress.running:
+                break
+            share = 100 * progress.done // max(1, progress.experts)
+            if share != told:
+                log.info("experts: %d %% of %d in memory", share, progress.experts)
+                told = share
+            waiting.wait(PROGRESS_S)
+        if progress is not None:
+            log.info("experts: %d filled, %d could not be read", store.stats.filled, progress.failed)
+
+    threading.Thread(target=follow, name="expert progress", daemon=True).start()
