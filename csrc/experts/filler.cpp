@@ -27,11 +27,12 @@ void Bind(const std::vector<int>& cpus) {
 
 // Takes what the page cache holds of a read, from its beginning; the rest is left in `read`.
 bool TakeCached(Read* read) {
+  const std::shared_ptr<OpenFile> file = read->source->file();
   uint64_t got = 0;
   while (got < read->needed) {
     iovec room{read->into + got, static_cast<size_t>(read->needed - got)};
     const ssize_t result =
-        preadv2(read->source->cached(), &room, 1, static_cast<off_t>(read->offset + got), RWF_NOWAIT);
+        preadv2(file->cached, &room, 1, static_cast<off_t>(read->offset + got), RWF_NOWAIT);
     if (result <= 0) break;
     got += static_cast<uint64_t>(result);
   }

@@ -334,8 +334,8 @@ void ExpertStore::DropCached(const Entry& entry) const {
       if (from >= to) return;
       auto* at = static_cast<uint8_t*>(const_cast<void*>(mapped)) + (from - span.offset);
       if (reinterpret_cast<uintptr_t>(at) % kBlock4k == 0) madvise(at, to - from, MADV_DONTNEED);
-      posix_fadvise(sources_[span.source]->cached(), static_cast<off_t>(from), static_cast<off_t>(to - from),
-                    POSIX_FADV_DONTNEED);
+      posix_fadvise(sources_[span.source]->file()->cached, static_cast<off_t>(from),
+                    static_cast<off_t>(to - from), POSIX_FADV_DONTNEED);
     };
     drop(entry.bytes.packed[m], entry.spans.packed[m], weights / 2);
     drop(entry.bytes.scale[m], entry.spans.scale[m], weights / columns[m] * (columns[m] / kGroup * 2));

@@ -11,35 +11,30 @@
 
 namespace k2 {
 
-Source::Source(const std::string& path) : path_(path) {
-  Require(Open(), path + " cannot be opened for reading: " + strerror(errno));
+OpenFile::~OpenFile() {
+  ::close(cached);
+  if (direct >= 0) ::close(direct);
 }
 
-Source::~Source() {
-  for (const int descriptor : old_) ::close(descriptor);
-  if (direct() >= 0) ::close(direct());
-  if (cached() >= 0) ::close(cached());
+std::shared_ptr<OpenFile> Source::Open(const std::string& path) {
+  const int cached = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
+  if (cached < 0) return nullptr;
+  return std::make_shared<OpenFile>(cached, ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT));
 }
 
-bool Source::Open() {
-  const int cached = ::open(path_.c_str(), O_RDONLY | O_CLOEXEC);
-  if (cached < 0) return false;
-  // Refused by file systems without direct reads.
-  direct_.store(::open(path_.c_str(), O_RDONLY | O_CLOEXEC | O_DIRECT), std::memory_order_release);
-  cached_.store(cached, std::memory_order_release);
-  return true;
+Source::Source(const std::string& path) : path_(path), file_(Open(path)) {
+  Require(file_ != nullptr, path + " cannot be opened for reading: " + strerror(errno));
 }
 
-bool Source::Reopen() {
+std::shared_ptr<OpenFile> Source::file() const {
   const std::lock_guard lock(mutex_);
-  const int direct = this->direct(), cached = this->cached();
-  if (!Open()) return false;
-  if (direct >= 0) old_.push_back(direct);
-  old_.push_back(cached);
-  // A file that fails for long must not use up the descriptors: what was replaced long ago is in flight no more.
-  constexpr size_t kKept = 8;
-  for (; old_.size() > kKept; old_.erase(old_.begin())) ::close(old_.front());
-  return true;
+  return file_;
+}
+
+void Source::Reopen(const OpenFile* failed) {
+  const std::lock_guard lock(mutex_);
+  if (file_.get() != failed) return;
+  if (auto opened = Open(path_)) file_ = std::move(opened);
 }
 
 std::unique_ptr<Reader> Reader::Open(const ReaderOptions& options) {
@@ -77,7 +72,8 @@ void Reader::Submit(Fetch* fetch, const std::vector<Read>& reads, Urgency urgenc
       for (uint64_t at = 0; at < read.bytes; at += options_.piece_bytes) {
         const uint64_t bytes = std::min(options_.piece_bytes, read.bytes - at);
         const uint64_t needed = read.needed <= at ? 0 : std::min(bytes, read.needed - at);
-        queue.push_back({fetch, {read.source, read.offset + at, bytes, needed, read.into + at}, urgency});
+        queue.push_back(
+            {fetch, {read.source, read.offset + at, bytes, needed, read.into + at}, urgency, nullptr});
       }
     stopped = stop_;
   }
@@ -99,13 +95,9 @@ bool Reader::Next(Piece* piece) {
   } else {
     return false;
   }
+  piece->file = piece->read.source->file();
   ++in_flight_;
   return true;
-}
-
-int Reader::Descriptor(const Piece& piece) const {
-  return piece.direct && !piece.read.source->refuses_direct() ? piece.read.source->direct()
-                                                              : piece.read.source->cached();
 }
 
 bool Reader::Again(Piece* piece, ssize_t result) {
@@ -117,9 +109,8 @@ bool Reader::Again(Piece* piece, ssize_t result) {
   if (cut > 0 && number % static_cast<uint64_t>(cut) == 0 && result > static_cast<ssize_t>(kBlock4k))
     result = result / 2 + 1;
   if (result == -EINTR || result == -EAGAIN) return true;
-  if ((result == -EINVAL || result == -EOPNOTSUPP) && piece->direct && !read.source->refuses_direct()) {
-    read.source->RefuseDirect();
-    piece->direct = false;
+  if ((result == -EINVAL || result == -EOPNOTSUPP) && piece->is_direct()) {
+    piece->file->refused.store(true, std::memory_order_relaxed);
     return true;
   }
   if (result < 0) {
@@ -128,8 +119,8 @@ bool Reader::Again(Piece* piece, ssize_t result) {
   }
   const uint64_t got = static_cast<uint64_t>(result);
   bytes_read_.fetch_add(got, std::memory_order_relaxed);
-  if (!piece->direct || read.source->refuses_direct())
-    posix_fadvise(read.source->cached(), static_cast<off_t>(read.offset), static_cast<off_t>(read.bytes),
+  if (!piece->is_direct())
+    posix_fadvise(piece->file->cached, static_cast<off_t>(read.offset), static_cast<off_t>(read.bytes),
                   POSIX_FADV_DONTNEED);
   if (got >= read.needed) {
     Finish(*piece, true);
@@ -141,8 +132,7 @@ bool Reader::Again(Piece* piece, ssize_t result) {
   }
   // It goes on where it ended: a direct read at the last whole block, and where there is none, as at the end of a file
   // that shrank, through the page cache.
-  const bool direct = piece->direct && !read.source->refuses_direct();
-  const uint64_t kept = direct ? BlockFloor(got) : got;
+  const uint64_t kept = piece->is_direct() ? BlockFloor(got) : got;
   if (kept == 0) piece->direct = false;
   read.offset += kept;
   read.bytes -= kept;
@@ -155,7 +145,7 @@ void Reader::Finish(const Piece& piece, bool whole) {
   Fetch* fetch = piece.fetch;
   if (!whole) {
     fetch->failed.store(true, std::memory_order_relaxed);
-    piece.read.source->Reopen();
+    piece.read.source->Reopen(piece.file.get());
   }
   if (fetch->left.fetch_sub(1, std::memory_order_acq_rel) == 1)
     fetch->done(fetch->context, !fetch->failed.load(std::memory_order_relaxed));

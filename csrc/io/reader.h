@@ -26,32 +26,35 @@ inline constexpr uint64_t kBlock4k = 4096;
 inline constexpr uint64_t BlockFloor(uint64_t at) { return at / kBlock4k * kBlock4k; }
 inline constexpr uint64_t BlockCeil(uint64_t at) { return BlockFloor(at + kBlock4k - 1); }
 
-// A file that is read. It is opened again, by its path, after a read failed: whoever repairs it may replace it.
+// An open file. Whoever reads holds it, so that it is not closed meanwhile.
+struct OpenFile {
+  OpenFile(int cached, int direct) : cached(cached), direct(direct) {}
+  ~OpenFile();
+  OpenFile(const OpenFile&) = delete;
+  OpenFile& operator=(const OpenFile&) = delete;
+
+  const int cached;                  // reads through the page cache
+  const int direct;                  // reads past it; -1 where the file system has no direct reads
+  std::atomic<bool> refused{false};  // it has, but not for this file
+  bool is_direct() const { return direct >= 0 && !refused.load(std::memory_order_relaxed); }
+};
+
+// A file that is read, opened again by its path after a read failed: whoever repairs it may replace it.
 class Source {
  public:
+  // Throws Error if the file cannot be opened.
   explicit Source(const std::string& path);
-  ~Source();
-  Source(const Source&) = delete;
-  Source& operator=(const Source&) = delete;
 
-  const std::string& path() const { return path_; }
-  // Past the page cache, or -1 where that is refused; and through it. Throws Error if the file cannot be opened.
-  int direct() const { return direct_.load(std::memory_order_acquire); }
-  int cached() const { return cached_.load(std::memory_order_acquire); }
-  void RefuseDirect() { refused_.store(true, std::memory_order_release); }
-  bool refuses_direct() const { return refused_.load(std::memory_order_acquire) || direct() < 0; }
-  // Opens the path again for reads to come; the old descriptors stay for those in flight. False if it is not there.
-  bool Reopen();
+  std::shared_ptr<OpenFile> file() const;
+  // `failed` is what failed; where another one is open already, that one may be better.
+  void Reopen(const OpenFile* failed);
 
  private:
-  bool Open();
+  static std::shared_ptr<OpenFile> Open(const std::string& path);
 
   const std::string path_;
-  std::atomic<int> direct_{-1};
-  std::atomic<int> cached_{-1};
-  std::atomic<bool> refused_{false};
-  std::mutex mutex_;
-  std::vector<int> old_;
+  mutable std::mutex mutex_;
+  std::shared_ptr<OpenFile> file_;
 };
 
 // Reads that are complete together: `done(context, whole)` is called once, on the reader's thread.
@@ -105,7 +108,10 @@ class Reader {
     Fetch* fetch;
     Read read;
     Urgency urgency;
+    std::shared_ptr<OpenFile> file;  // set by Next
     bool direct = true;
+    bool is_direct() const { return direct && file->is_direct(); }
+    int descriptor() const { return is_direct() ? file->direct : file->cached; }
   };
   explicit Reader(const ReaderOptions& options) : options_(options) {}
 
@@ -113,7 +119,6 @@ class Reader {
   bool Next(Piece* piece);
   // A piece's read ended with `result` (bytes, or -errno). True if it is to be read again as it now stands.
   bool Again(Piece* piece, ssize_t result);
-  int Descriptor(const Piece& piece) const;
   void FailQueue();
   virtual void Wake() = 0;
 

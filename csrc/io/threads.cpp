@@ -42,7 +42,7 @@ class ThreadReader final : public Reader {
       lock.unlock();
       ssize_t result;
       do {
-        result = ::pread(Descriptor(piece), piece.read.into, piece.read.bytes,
+        result = ::pread(piece.descriptor(), piece.read.into, piece.read.bytes,
                          static_cast<off_t>(piece.read.offset));
       } while (Again(&piece, result < 0 ? -errno : result));
       lock.lock();

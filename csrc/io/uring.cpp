@@ -146,7 +146,7 @@ class UringReader final : public Reader {
 
   void Begin(int index) {
     const Read& read = pieces_[index].read;
-    rings_.Add(Descriptor(pieces_[index]), read.into, static_cast<unsigned>(read.bytes), read.offset,
+    rings_.Add(pieces_[index].descriptor(), read.into, static_cast<unsigned>(read.bytes), read.offset,
                static_cast<uint64_t>(index));
   }
 
@@ -178,6 +178,7 @@ class UringReader final : public Reader {
         const std::lock_guard lock(mutex_);
         --in_flight_;
         if (pieces_[index].urgency == Urgency::kBackground) --background_in_flight_;
+        pieces_[index].file.reset();
         free_.push_back(index);
       });
     }

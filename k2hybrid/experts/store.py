@@ -8,7 +8,7 @@ from pathlib import Path
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.placement import Placement
 from k2hybrid.native import FillProgress, NativeFiller, NativeStore, StoreStats
-from k2hybrid.types import ExpertRef, Int4Ref
+from k2hybrid.types import ExpertRef, Int4Ref, TensorRef
 
 Order = Sequence[tuple[int, int]]  # (layer, expert)
 
@@ -86,9 +86,8 @@ class ExpertStore:
         if placement is None or placement.slots == 0:
             return
         sources: dict[Path, int] = {}
-        for (layer, expert), ref in self._refs.items():
-            parts = (ref.gate, ref.up, ref.down)
-            tensors = [m.packed for m in parts] + [m.scale for m in parts]
+        for layer, expert in self._refs:
+            tensors = self.tensors(layer, expert)
             for tensor in tensors:
                 if tensor.path not in sources:
                     sources[tensor.path] = self.native.add_source(tensor.path)
@@ -108,9 +107,20 @@ class ExpertStore:
             self.native, self._order(placement), cpus or [()] * self.native.nodes, threads=fill_threads
         )
 
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """(layer, expert) of all that were added, ascending."""
+        return sorted(self._refs)
+
+    def tensors(self, layer: int, expert: int) -> list[TensorRef]:
+        """Where an expert's bytes are: packed weights of gate, up and down, then their scales."""
+        ref = self._refs[layer, expert]
+        parts = (ref.gate, ref.up, ref.down)
+        return [m.packed for m in parts] + [m.scale for m in parts]
+
     def _order(self, placement: Placement) -> list[tuple[int, int]]:
         """(layer, expert) as they are to be filled: the most used first, or from the first layer on."""
-        known = sorted(self._refs)
+        known = self.keys
         if placement.fill_order is None:
             return known[: placement.slots]
         layers = sorted({layer for layer, _ in known})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Iterator
@@ -14,7 +15,8 @@ from k2hybrid.checkpoint.loader import Checkpoint, open_checkpoint
 from k2hybrid.checkpoint.synth import synthesize
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.dispatch import CpuTicket, Dispatcher
-from k2hybrid.experts.placement import ExpertSizes, Placement, place_experts, shard_rows, slot_bytes
+from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts, shard_rows, slot_bytes
+from k2hybrid.experts.simulate import replay_ids
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.native import Machine, NativeFiller
 
@@ -70,11 +72,10 @@ class Placed:
         return ticket
 
 
-def placed(place: str, nodes: int = 1, slots: int | None = None) -> Placement:
+def placed(place: Place, nodes: int = 1, slots: int | None = None) -> Placement:
     count = SIZES.count if slots is None else slots
-    return Placement(
-        place, tuple([-1] * nodes), shard_rows(INTER, nodes), shard_rows(HIDDEN, nodes), count, None, "test"
-    )  # type: ignore[arg-type]
+    bounds = shard_rows(INTER, nodes), shard_rows(HIDDEN, nodes)
+    return Placement(place, (-1,) * nodes, *bounds, count, None, "test")
 
 
 def steps(seed: int, count: int) -> Iterator[tuple[int, torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -197,7 +198,8 @@ def test_streamed_is_lossless(
 
 def test_a_cold_start_misses_each_expert_once_if_all_fit(folder: Path, expected: list[torch.Tensor]) -> None:
     made = Placed(folder, placed("streamed"), fill=False)
-    used, misses = set(), 0
+    used: set[tuple[int, int]] = set()
+    misses = 0
     for layer, ids, x, weights in steps(5, 60):
         asked = {(layer, e) for e in set(ids.flatten().tolist()) - {-1}}
         report = made.submit(layer, ids, x, weights).report
@@ -248,8 +250,7 @@ def test_a_file_that_shrinks_and_comes_back(
     shards = sorted(own.glob("*.safetensors"))
     kept = {shard: shard.read_bytes() for shard in shards}
     for shard in shards[1:]:
-        with shard.open("r+b") as file:
-            file.truncate(kept[shard].__len__() // 3)
+        os.truncate(shard, len(kept[shard]) // 3)
     failed = sum(len(made.submit(*step).failed_rows) for step in steps(5, 60))
     assert failed > 0
     for i, shard in enumerate(shards[1:]):
@@ -311,3 +312,30 @@ def test_placements_are_what_the_store_takes(folder: Path, expected: list[torch.
     streamed = place_experts(SIZES, node_memory={0: 1 << 34}, expert_ram=(2 * EXPERTS + 1) * one)
     assert streamed.place == "streamed"
     check(Placed(folder, streamed), expected)
+
+
+@pytest.mark.parametrize(("policy", "half_life"), [("lru", None), ("lrfu", 4.0)])
+@pytest.mark.parametrize("slots", [2 * EXPERTS, 2 * EXPERTS + 5])
+def test_what_the_simulator_says(folder: Path, policy: str, half_life: float | None, slots: int) -> None:
+    made = Placed(
+        folder,
+        placed("streamed", 1, slots),
+        fill=False,
+        half_life=(half_life or 0.0) * SIZES.layers,
+    )
+    layers, asked, misses = [], [], []
+    for layer, ids, x, weights in steps(11, 150):
+        misses.append(made.submit(layer, ids, x, weights).report.misses)
+        layers.append(layer)
+        asked.append(ids.flatten().tolist())
+    said = replay_ids(
+        layers,
+        asked,
+        experts=EXPERTS,
+        slots=slots,
+        policy=policy,  # type: ignore[arg-type]
+        half_life=half_life,
+        moe_layers=SIZES.layers,
+    )
+    assert misses == said.missed_by_ticket().tolist()
+    assert 0 < said.hits < sum(len(set(ids) - {-1}) for ids in asked)

@@ -41,7 +41,7 @@ OPTIONS = {
 CASES = [
     (program, mode)
     for mode in MODES
-    for program in ("pool", "kernels", "dispatch")
+    for program in ("pool", "kernels", "dispatch", "places")
     if (program, mode) != ("kernels", "thread")
 ]
 

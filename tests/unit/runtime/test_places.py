@@ -13,7 +13,7 @@ from k2hybrid.config import MINI_MODEL
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.placement import least_slots, slot_bytes
 from k2hybrid.runtime.experts import expert_sizes
-from k2hybrid.types import SamplingParams
+from k2hybrid.types import SamplingParams, TokenEvent
 
 SIZES = expert_sizes(read_spec(MINI_MODEL))
 SLOT = sum(slot_bytes(SIZES, 1))
@@ -23,7 +23,8 @@ PROMPT = list(range(7, 207, 5))
 
 def answer(**options: Any) -> tuple[list[int], dict[str, Any], dict[str, Any]]:
     with k2hybrid.load(threads=2, latent_bytes=64 << 20, **options) as model:
-        tokens = [event.token for event in model.generate(PROMPT, GREEDY, max_tokens=24, stop_ids=())]
+        events = list(model.generate(PROMPT, GREEDY, max_tokens=24, stop_ids=()))
+        tokens = [event.token for event in events if isinstance(event, TokenEvent)]
         return tokens, model.expert_status, dict(model.config.table())
 
 

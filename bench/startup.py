@@ -1,0 +1,221 @@
+"""How soon a server answers, and how fast experts become resident behind its back.
+
+    k2hybrid synth wide --like kimi-k2-thinking --layers 2
+    python bench/startup.py wide [--json FILE]
+
+First token: from the command to the first streamed token, the checkpoint in the page cache. Bar: 5 s.
+
+Residency: the rate at which slots fill while nothing is asked, against the rate at which as many threads read
+the same bytes and copy them into fresh memory of the same kind; once from the page cache, once from the disk.
+They take turns, medians count. Bar: 90 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import mmap
+import os
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Literal
+
+import httpx
+
+from k2hybrid.bench.report import Row, conditions, print_report, write_json
+from k2hybrid.checkpoint.loader import open_checkpoint
+from k2hybrid.checkpoint.spec import read_spec
+from k2hybrid.experts.placement import BLOCK, place_experts
+from k2hybrid.experts.store import ExpertStore
+from k2hybrid.native import Machine
+from k2hybrid.runtime.experts import expert_sizes
+from k2hybrid.types import TensorRef
+
+FIRST_TOKEN_BAR_S = 5.0
+RESIDENCY_BAR = 0.9
+PIECE_BYTES, DEPTH = 1 << 20, 8  # of the store's background reads
+HUGE = 2 << 20
+Source = Literal["page cache", "disk"]
+
+
+def first_token_seconds(model: Path) -> float:
+    """From the command to the first token of a streamed answer."""
+    began = time.perf_counter()
+    server = subprocess.Popen(
+        [sys.executable, "-m", "k2hybrid.server", "--model", str(model), "--port", "0", "--no-journal"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert server.stdout is not None
+        base = next(line.split()[-1] for line in server.stdout if line.startswith("Listening on"))
+        body = {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 4}
+        with httpx.stream("POST", f"{base}/v1/chat/completions", json=body, timeout=120) as reply:
+            reply.raise_for_status()
+            for line in reply.iter_lines():
+                if '"reasoning_content":"' in line or '"content":"' in line:
+                    return time.perf_counter() - began
+        raise RuntimeError("the server ended its answer without a token")
+    finally:
+        server.terminate()
+        server.wait(timeout=60)
+
+
+def prepare(model: Path, source: Source) -> None:
+    """Bring the shards into the page cache, or out of it."""
+    for path in model.glob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        if source == "disk":
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        else:
+            at, buffer = 0, bytearray(8 << 20)
+            while got := os.preadv(descriptor, [buffer], at):
+                at += got
+        os.close(descriptor)
+
+
+class Fill:
+    """Slots that fill from a checkpoint."""
+
+    def __init__(self, model: Path) -> None:
+        spec = read_spec(model)
+        sizes = expert_sizes(spec)
+        placement = place_experts(sizes, node_memory={-1: 1 << 50}, wanted="resident")
+        self.store = ExpertStore(
+            layers=spec.num_layers, experts=sizes.experts, hidden=sizes.hidden, inter=sizes.inter,
+            placement=placement,
+        )  # fmt: skip
+        self.checkpoint = open_checkpoint(model, self.store)
+        self.nbytes = sizes.total_bytes
+
+    def seconds(self) -> float:
+        """Until all experts are resident."""
+        began = time.perf_counter()
+        self.store.open_slots()
+        while (progress := self.store.progress) is not None and progress.running:
+            time.sleep(0.002)
+        took = time.perf_counter() - began
+        assert progress is not None
+        assert self.store.stats.filled == progress.experts > 0
+        return took
+
+    def close(self) -> None:
+        """Give memory and maps back."""
+        self.store.close()
+        self.checkpoint.close()
+
+    def tensors(self) -> list[TensorRef]:
+        """What a fill reads, in its order."""
+        return [tensor for key in self.store.keys for tensor in self.store.tensors(*key)]
+
+
+def read_seconds(tensors: list[TensorRef], source: Source) -> float:
+    """As many threads as a fill has read the same bytes into fresh huge pages, by plain or direct reads."""
+    direct = source == "disk"
+    files = {
+        path: os.open(path, os.O_RDONLY | (os.O_DIRECT if direct else 0))
+        for path in {tensor.path for tensor in tensors}
+    }
+    pieces = []
+    total = 0
+    for tensor in tensors:
+        first = tensor.offset // BLOCK * BLOCK if direct else tensor.offset
+        last = tensor.offset + tensor.nbytes
+        last = -(-last // BLOCK) * BLOCK if direct else last
+        step = PIECE_BYTES if direct else last - first
+        for at in range(first, last, step):
+            pieces.append((files[tensor.path], at, min(step, last - at), total))
+            total += -(-min(step, last - at) // BLOCK) * BLOCK
+    began = time.perf_counter()
+    room = mmap.mmap(-1, total + HUGE)
+    room.madvise(mmap.MADV_HUGEPAGE)
+    view = memoryview(room)
+    todo, lock = iter(pieces), threading.Lock()
+
+    def work() -> None:
+        while True:
+            with lock:
+                piece = next(todo, None)
+            if piece is None:
+                return
+            descriptor, at, nbytes, to = piece
+            os.preadv(descriptor, [view[to : to + nbytes]], at)
+
+    threads = [threading.Thread(target=work) for _ in range(DEPTH if direct else 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    took = time.perf_counter() - began
+    view.release()
+    room.close()
+    for descriptor in files.values():
+        os.close(descriptor)
+    return took
+
+
+def residency(model: Path, source: Source, rounds: int) -> Row:
+    """Fill and reference in turns."""
+    fills, reads = [], []
+    for _ in range(rounds):
+        prepare(model, source)
+        fill = Fill(model)
+        fills.append(fill.seconds())
+        fill.close()
+        prepare(model, source)
+        reads.append(read_seconds(fill.tensors(), source))
+    rate, reference = (fill.nbytes / statistics.median(times) / 1e9 for times in (fills, reads))
+    ratio = statistics.median(read / fill for fill, read in zip(fills, reads, strict=True))
+    return {
+        "case": f"residency from {source}",
+        "seconds": statistics.median(fills),
+        "gb_s": rate,
+        "reference_gb_s": reference,
+        "share": ratio,
+        "bar": RESIDENCY_BAR,
+        "holds": ratio >= RESIDENCY_BAR,
+    }
+
+
+def main() -> int:
+    """Run all cases; exit status 1 if a bar is missed."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model", type=Path)
+    parser.add_argument("--starts", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3, help="of residency; 0 leaves it out")
+    parser.add_argument("--json", type=Path, metavar="FILE")
+    options = parser.parse_args()
+    prepare(options.model, "page cache")
+    starts = [first_token_seconds(options.model) for _ in range(options.starts)]
+    seconds = statistics.median(starts)
+    rows: list[Row] = [
+        {
+            "case": "first token, warm page cache",
+            "seconds": seconds,
+            "bar": FIRST_TOKEN_BAR_S,
+            "holds": seconds <= FIRST_TOKEN_BAR_S,
+        }
+    ]
+    if options.rounds:
+        rows += [residency(options.model, source, options.rounds) for source in ("page cache", "disk")]
+    found = conditions(
+        Machine(),
+        model=options.model.resolve().name,
+        starts=options.starts,
+        rounds=options.rounds,
+        load_average_after=float(Path("/proc/loadavg").read_text().split()[0]),
+    )
+    print_report("start-up", found, rows)
+    if options.json:
+        write_json(options.json, found, rows)
+    return 0 if all(row["holds"] for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
