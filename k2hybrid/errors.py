@@ -27,6 +27,18 @@ class CheckpointError(K2Error):
     """A model folder cannot be used. Subclasses say which part of it is wrong."""
 
 
+class ModelNotFoundError(CheckpointError):
+    """A model was named that is neither a folder nor a repository in the Hugging Face cache."""
+
+
+class IncompleteError(CheckpointError):
+    """A download was begun and not finished; the message has the command that goes on with it."""
+
+
+class DownloadError(CheckpointError):
+    """A repository cannot be downloaded, or not all of it; the message says why and what to do."""
+
+
 class SpecError(CheckpointError):
     """`config.json` is unreadable, unsupported or contradicts itself."""
 
@@ -99,6 +111,10 @@ class TimeLimitError(EngineError):
 
 class ExpertReadError(EngineError):
     """The bytes of an expert could not be read; the requests that needed it end, others go on."""
+
+
+class TraceError(K2Error):
+    """A routing trace cannot be recorded, is damaged, or is none."""
 
 
 # --- evaluation -----------------------------------------------------------------------------------

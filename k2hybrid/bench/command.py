@@ -17,15 +17,18 @@ import torch
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
 from k2hybrid.bench.roles import RecordingExperts, RecordingMachine, Tally, WeightRoles
 from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
+from k2hybrid.checkpoint.hub import find_model, model_name
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.engine.cost import LARGE_ROWS
 from k2hybrid.errors import K2Error
+from k2hybrid.experts.placement import Placement
 from k2hybrid.hardware.bandwidth import Bandwidth, measure
 from k2hybrid.hardware.memory import MemoryUse
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.native import Machine
 from k2hybrid.runtime.assembly import Parts, assemble
+from k2hybrid.runtime.experts import native_experts
 
 MAX_ROWS = 512
 
@@ -33,20 +36,29 @@ MAX_ROWS = 512
 class Bench:
     """A model with its multiplications and hand-offs timed."""
 
-    def __init__(self, model: Path, machine: Machine, context_tokens: int) -> None:
+    def __init__(
+        self,
+        model: Path,
+        machine: Machine,
+        context_tokens: int,
+        *,
+        placement: Placement | None = None,
+    ) -> None:
         start = time.perf_counter()
         spec = read_spec(model)
+        config = RuntimeConfig(model=model)
         self.pages = LatentPages(
             spec.num_layers, -(-context_tokens // PAGE_TOKENS), Bf16Rows(spec.latent_dim)
         )
+        made = native_experts(config, spec, machine, max_rows=MAX_ROWS, placement=placement)
+        self.store = made.store
         self.checkpoint, self.kimi = assemble(
             model,
             spec,
             machine,
+            made,
             self.pages,
-            portable=False,
-            max_rows=MAX_ROWS,
-            latent_norm_eps=RuntimeConfig(model=model).latent_norm_eps,
+            latent_norm_eps=config.latent_norm_eps,
             metered=self._recorded,
         )
         self.table = torch.tensor(self.pages.allocate(self.pages.free_pages))
@@ -147,7 +159,10 @@ def _rows(
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
     made = argparse.ArgumentParser(prog="k2hybrid bench", description=__doc__)
-    made.add_argument("model", nargs="?", type=Path, default=MINI_MODEL, help="default: the built-in model")
+    what = "checkpoint folder, or OWNER/NAME in the Hugging Face cache (default: the built-in model)"
+    named = made.add_mutually_exclusive_group()
+    named.add_argument("positional_model", nargs="?", type=Path, metavar="MODEL", help=what)
+    named.add_argument("--model", type=Path, metavar="MODEL", help="the same as an option")
     made.add_argument("--prompt", type=int, default=512, help="tokens to prefill (default 512)")
     made.add_argument("--decode", type=int, default=32, help="tokens to decode (default 32)")
     made.add_argument("--threads", type=int, help="default: one per physical core")
@@ -162,11 +177,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if min(options.prompt, options.decode) < 1:
         parser().error("--prompt and --decode must be at least 1")
     try:
+        named = options.model or options.positional_model
+        model = MINI_MODEL if named is None else find_model(named)
         machine = Machine(options.threads, options.isa)
         machine.pin_caller()
         bandwidth = measure(machine)
-        found = conditions(machine, bandwidth, model=options.model.resolve().name, prompt=options.prompt)
-        measured, rows = run(options.model, machine, bandwidth, options.prompt, options.decode)
+        found = conditions(machine, bandwidth, model=model_name(model), prompt=options.prompt)
+        measured, rows = run(model, machine, bandwidth, options.prompt, options.decode)
     except K2Error as error:
         print(f"k2hybrid bench: {error}")
         return 1

@@ -35,6 +35,8 @@ _VIEWS: dict[str, tuple[type[np.generic], torch.dtype]] = {
     "F32": (np.float32, torch.float32),
 }
 
+MISSING = "missing"  # what `compare` says of a tensor that is not there
+
 
 class Checkpoint:
     """An open checkpoint: owns the maps that every `TensorRef.address` points into.
@@ -157,7 +159,7 @@ def open_checkpoint(model_dir: Path, sink: ExpertSink) -> Checkpoint:
     """
     spec = read_spec(model_dir)
     index = ShardIndex(model_dir)
-    problems = {**_compare(expected_tensors(spec), index.tensors), **index.problems}
+    problems = {**compare(expected_tensors(spec), index.tensors), **index.problems}
     if problems:
         raise TensorError(
             f"the tensors in {model_dir} do not match config.json:",
@@ -168,14 +170,14 @@ def open_checkpoint(model_dir: Path, sink: ExpertSink) -> Checkpoint:
     return checkpoint
 
 
-def _compare(expected: Iterable[ExpectedTensor], found: dict[str, TensorRef]) -> dict[str, str]:
+def compare(expected: Iterable[ExpectedTensor], found: dict[str, TensorRef]) -> dict[str, str]:
     """name → what differs, for each tensor that is not as the spec asks."""
     problems: dict[str, str] = {}
     extra = set(found)
     for name, _, dtypes, shape in expected:
         ref = found.get(name)
         if ref is None:
-            problems[name] = "missing"
+            problems[name] = MISSING
             continue
         extra.discard(name)
         if ref.dtype not in dtypes or ref.shape != shape:

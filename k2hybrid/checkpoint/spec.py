@@ -112,13 +112,14 @@ def read_spec(model_dir: Path) -> ModelSpec:
     Raises:
         SpecError: a file is unreadable, or the configuration is not supported.
     """
-    config = _read_json(model_dir / "config.json")
+    config = read_config(model_dir / "config.json")
     generation_path = model_dir / "generation_config.json"
-    generation = _read_json(generation_path) if os.path.lexists(generation_path) else None
+    generation = read_config(generation_path) if os.path.lexists(generation_path) else None
     return ModelSpec.from_config(config, generation)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """The JSON object in `path`, one of a checkpoint's configuration files. SpecError."""
     return parse_object(read_bounded(path, _LIMIT_BYTES, SpecError), str(path), SpecError)
 
 

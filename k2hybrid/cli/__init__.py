@@ -1,4 +1,5 @@
-"""The `k2hybrid` command: serve, chat, bench, mini-eval, verify, synth, inspect, sessions, doctor.
+"""The `k2hybrid` command: serve, chat, bench, mini-eval, pull, inspect, verify, synth, plan, sessions,
+traces, doctor.
 
 Each command's code, and what it needs, is imported when that command runs: `--help` answers at once.
 """
@@ -11,13 +12,32 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from k2hybrid.cli.checkpoint_options import (
+    add_inspect_options,
+    add_pull_options,
+    add_verify_options,
+    asks_for_tools,
+)
 from k2hybrid.errors import K2Error
 from k2hybrid.server.__main__ import add_options
 from k2hybrid.server.options import USAGE, Parser, add_model_options, fail
 
 _PROGRAM = "k2hybrid"
-_COMMANDS = ("serve", "chat", "bench", "mini-eval", "verify", "synth", "inspect", "sessions", "doctor")
-_WITH_OWN_OPTIONS = ("bench", "mini-eval", "verify")
+_COMMANDS = (
+    "serve",
+    "chat",
+    "bench",
+    "mini-eval",
+    "pull",
+    "inspect",
+    "verify",
+    "synth",
+    "plan",
+    "sessions",
+    "traces",
+    "doctor",
+)
+_WITH_OWN_OPTIONS = ("bench", "mini-eval")
 
 # (option, type, what it sets); names as `k2hybrid.checkpoint.synth` knows them.
 _SYNTH_SIZES: tuple[tuple[str, str], ...] = (
@@ -60,19 +80,29 @@ def build_parser() -> Parser:
     # Their options are their own: they parse them themselves.
     command("bench", "measure prefill and decode tokens/s and their share of the memory limit")
     command("mini-eval", "count how often the built-in model calls tools rightly, through the HTTP API")
-    command("verify", "count how many tool calls of any endpoint are valid")
+
+    add_pull_options(command("pull", "download a model from a Hugging Face hub, or go on with that"))
+    add_inspect_options(command("inspect", "show what a checkpoint holds, and what it lacks"))
+    add_verify_options(command("verify", "check all of a checkpoint, or the tool calls of an endpoint"))
 
     synth = command("synth", "write a random checkpoint in the published layout")
     _add_synth_options(synth)
 
-    inspect = command("inspect", "check a checkpoint and show its sizes, and its tensors by role")
-    inspect.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder")
+    from k2hybrid.cli.plan import add_plan_options
+
+    add_plan_options(command("plan", "say what fits a machine, how fast it will be, and what would help"))
 
     from k2hybrid.cli.sessions import add_sessions_options
 
     add_sessions_options(command("sessions", "list or delete the sessions in a journal"))
 
-    command("doctor", "show what this machine offers: CPU, memory, NUMA nodes, kernels, versions")
+    from k2hybrid.cli.traces import add_traces_options
+
+    add_traces_options(command("traces", "show a routing trace, or simulate an expert cache with it"))
+
+    from k2hybrid.cli.doctor import add_doctor_options
+
+    add_doctor_options(command("doctor", "show what this machine offers, what slows it down, and the fixes"))
     return parser
 
 
@@ -111,7 +141,7 @@ def _add_synth_options(parser: argparse.ArgumentParser) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command in `argv`; its exit code."""
     given = list(sys.argv[1:] if argv is None else argv)
-    if given and given[0] in _WITH_OWN_OPTIONS:
+    if given and (given[0] in _WITH_OWN_OPTIONS or (given[0] == "verify" and asks_for_tools(given[1:]))):
         return _with_own_options(given[0], given[1:])
     parser = build_parser()
     _check_command(parser, given)
@@ -144,19 +174,34 @@ def _run(args: argparse.Namespace) -> int:
             return chat(args)
         case "synth":
             return _synth(args)
+        case "plan":
+            from k2hybrid.cli.plan import plan
+
+            return plan(args)
         case "sessions":
             from k2hybrid.cli.sessions import sessions
 
             return sessions(args)
+        case "traces":
+            from k2hybrid.cli.traces import traces
+
+            return traces(args)
         case "inspect":
             from k2hybrid.cli.inspect import inspect
 
-            return inspect(args.model)
-        case _:
-            from k2hybrid.hardware.doctor import report
+            return inspect(args)
+        case "verify":
+            from k2hybrid.cli.verify import verify
 
-            print_rows(report())
-            return 0
+            return verify(args)
+        case "pull":
+            from k2hybrid.cli.pull import pull
+
+            return pull(args)
+        case _:
+            from k2hybrid.cli.doctor import doctor
+
+            return doctor(args)
 
 
 def _with_own_options(command: str, argv: Sequence[str]) -> int:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
+from k2hybrid.checkpoint.hub import model_name
 from k2hybrid.errors import ConfigError, K2Error
 from k2hybrid.server.options import fail, model_path, runtime_options
 from k2hybrid.types import (
@@ -122,12 +122,13 @@ def chat(args: argparse.Namespace) -> int:
     reasoning = args.reasoning == "show" or (args.reasoning == "auto" and sys.stdout.isatty())
     screen = Screen(sys.stdout, reasoning=reasoning)
     prompt = _prompt(args)
-    with load(model_path(args), **runtime_options(args)) as runtime:
+    model = model_path(args)
+    with load(model, **runtime_options(args)) as runtime:
         conversation = Conversation(runtime, args)
         if prompt is not None:
             conversation.say(prompt, screen)
             return 0
-        return _converse(conversation, screen, model_path(args))
+        return _converse(conversation, screen, model_name(model))
 
 
 def _prompt(args: argparse.Namespace) -> str | None:
@@ -139,10 +140,10 @@ def _prompt(args: argparse.Namespace) -> str | None:
     return text
 
 
-def _converse(conversation: Conversation, screen: Screen, model: Path) -> int:
+def _converse(conversation: Conversation, screen: Screen, name: str) -> int:
     import readline  # noqa: F401 - gives input() its history and line editing
 
-    print(f"{model.name}: {_HELP}")
+    print(f"{name}: {_HELP}")
     while True:
         try:
             line = input("> ").strip()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 from importlib import metadata
 from pathlib import Path
 
 from k2hybrid.errors import NativeError
+from k2hybrid.hardware.cgroup import read_limits
+from k2hybrid.hardware.sysfs import chosen_word, field, kb_field, numbered, read_text, whole_number
+from k2hybrid.hardware.topology import NODES
 
 # Instruction sets that some kernel, present or planned, is written for; /proc/cpuinfo's spelling.
 _WANTED_FLAGS = (
@@ -40,15 +42,15 @@ def report(root: Path = Path("/")) -> list[tuple[str, str]]:
 
 def machine_rows(root: Path = Path("/")) -> list[tuple[str, str]]:
     """CPU, cores, memory, NUMA nodes, page sizes and GPU driver."""
-    cpuinfo = _read(root / "proc/cpuinfo")
-    flags = set(_field(cpuinfo, "flags").split())
+    cpuinfo = read_text(root / "proc/cpuinfo")
+    flags = set(field(cpuinfo, "flags").split())
     cores = {
-        (_field(block, "physical id"), _field(block, "core id"))
+        (field(block, "physical id"), field(block, "core id"))
         for block in cpuinfo.split("\n\n")
-        if _field(block, "processor")
+        if field(block, "processor")
     }
     return [
-        ("CPU", _field(cpuinfo, "model name") or "unknown"),
+        ("CPU", field(cpuinfo, "model name") or "unknown"),
         (
             "instruction sets",
             " ".join(flag for flag in _WANTED_FLAGS if flag in flags) or "none that matters here",
@@ -65,42 +67,46 @@ def machine_rows(root: Path = Path("/")) -> list[tuple[str, str]]:
 
 
 def _memory_rows(root: Path) -> list[tuple[str, str]]:
-    meminfo = _read(root / "proc/meminfo")
+    meminfo = read_text(root / "proc/meminfo")
     rows = []
     for name, key in (("RAM", "MemTotal"), ("RAM available", "MemAvailable"), ("swap", "SwapTotal")):
-        match = re.search(rf"^{key}:\s+(\d+) kB", meminfo, re.MULTILINE)
-        rows.append((name, f"{int(match[1]) / (1 << 20):.1f} GiB" if match else "unknown"))
-    limit = _read(root / "sys/fs/cgroup/memory.max").strip()
-    if limit.isdigit():
-        rows.append(("memory limit", f"{int(limit) / (1 << 30):.1f} GiB (control group)"))
+        size = kb_field(meminfo, key)
+        rows.append((name, "unknown" if size is None else _gib(size)))
+    limit = read_limits(root).memory_bytes
+    if limit is not None:
+        rows.append(("memory limit", f"{_gib(limit)} (control group)"))
     return rows
 
 
 def _numa_rows(root: Path) -> list[tuple[str, str]]:
-    nodes = sorted((root / "sys/devices/system/node").glob("node[0-9]*"), key=lambda node: int(node.name[4:]))
+    nodes = numbered(root / NODES, "node").values()
     if not nodes:
         return [("NUMA nodes", "not told by this kernel; taken as 1")]
     rows = [("NUMA nodes", str(len(nodes)))]
     for node in nodes:
-        match = re.search(r"MemTotal:\s+(\d+) kB", _read(node / "meminfo"))
-        size = f"{int(match[1]) / (1 << 20):.1f} GiB" if match else "memory unknown"
-        rows.append((f"  {node.name}", f"{size}, CPUs {_read(node / 'cpulist').strip() or 'none'}"))
+        total = kb_field(read_text(node / "meminfo"), "MemTotal")
+        size = "memory unknown" if total is None else _gib(total)
+        rows.append((f"  {node.name}", f"{size}, CPUs {read_text(node / 'cpulist') or 'none'}"))
     return rows
+
+
+def _gib(size: int) -> str:
+    return f"{size / (1 << 30):.1f} GiB"
 
 
 def _page_sizes(root: Path) -> str:
     parts = [f"{os.sysconf('SC_PAGE_SIZE') >> 10} KiB"]
-    mode = re.search(r"\[(\w+)\]", _read(root / "sys/kernel/mm/transparent_hugepage/enabled"))
-    parts.append(f"transparent huge pages: {mode[1] if mode else 'unknown'}")
+    mode = chosen_word(read_text(root / "sys/kernel/mm/transparent_hugepage/enabled"))
+    parts.append(f"transparent huge pages: {mode or 'unknown'}")
     for pool in sorted((root / "sys/kernel/mm/hugepages").glob("hugepages-*kB")):
-        size_kb = int(pool.name[len("hugepages-") : -2])
-        count = _read(pool / "nr_hugepages").strip() or "unknown"
-        parts.append(f"{size_kb >> 10} MiB: {count} reserved")
+        size_kb = whole_number(pool.name.removeprefix("hugepages-").removesuffix("kB"))
+        if size_kb is not None:
+            parts.append(f"{size_kb >> 10} MiB: {read_text(pool / 'nr_hugepages') or 'unknown'} reserved")
     return "; ".join(parts)
 
 
 def _gpu_driver(root: Path) -> str:
-    version = _read(root / "proc/driver/nvidia/version")
+    version = read_text(root / "proc/driver/nvidia/version")
     if version:
         return version.splitlines()[0].removeprefix("NVRM version: ").strip()
     return "none (no NVIDIA kernel driver)"
@@ -112,6 +118,8 @@ def kernel_rows() -> list[tuple[str, str]]:
         from k2hybrid.native import INSTRUCTION_SETS
     except NativeError as error:
         return [("kernels", f"unavailable: {error}")]
+    if not INSTRUCTION_SETS:
+        return [("kernels", "none for this CPU: numba runs the experts")]
     return [("kernels", f"{INSTRUCTION_SETS[0]} (this CPU offers: {', '.join(INSTRUCTION_SETS)})")]
 
 
@@ -123,15 +131,3 @@ def version_rows() -> list[tuple[str, str]]:
         ("kernel", platform.release()),
     ]
     return rows + [(name, package_version(name)) for name in _PACKAGES]
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text("utf-8", "replace")
-    except OSError:
-        return ""  # the callers say "unknown"
-
-
-def _field(text: str, key: str) -> str:
-    match = re.search(rf"^{re.escape(key)}[ \t]*:[ \t]*(.*)$", text, re.MULTILINE)
-    return match[1].strip() if match else ""

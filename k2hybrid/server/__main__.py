@@ -46,6 +46,7 @@ def serve(args: argparse.Namespace) -> int:
         options = {"model": model_path(args), **runtime_options(args), **session_options(args)}
         RuntimeConfig.from_mapping(options)
         # Heavy imports only now, the heaviest last: wrong options or a taken port are told at once.
+        from k2hybrid.checkpoint.hub import model_name
         from k2hybrid.server.process import bind, hosts_for, print_table, require_key, run
 
         require_key(args.host, keys, args.allow_no_key)
@@ -59,7 +60,8 @@ def serve(args: argparse.Namespace) -> int:
 
             with load(**options) as model:
                 print_table(model.config.table())
-                settings = Settings(args.served_model_name, keys, hosts, tuple(args.allow_origin))
+                name = args.served_model_name or model_name(options["model"])
+                settings = Settings(name, keys, hosts, tuple(args.allow_origin))
                 live = LiveRuns()
                 app = create_app(model, settings, live)
                 run(app, listener, live, drain_s=args.drain, on_stopped=model.close)

@@ -82,7 +82,7 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
         if live.draining:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             return json_response({"status": "draining", "model": name}, 503, headers)
-        return json_response({"status": "ok", "model": name})
+        return json_response({"status": "ok", "model": name, "experts": model.expert_status})
 
     app = Starlette(
         routes=[

@@ -18,6 +18,9 @@ FAILED = 1
 USAGE = 2
 MAX_GB = 1 << 20  # more is a slip of the finger
 MAX_DRAIN_S = 86400.0
+_UNITS = {"": 1, "B": 1}
+_UNITS |= {f"{letter}iB": 1 << (10 * power) for power, letter in enumerate("KMGT", 1)}
+_UNITS |= {f"{letter}B": 1000**power for power, letter in enumerate("KMGT", 1)}
 
 
 class Parser(argparse.ArgumentParser):
@@ -51,13 +54,10 @@ class Parser(argparse.ArgumentParser):
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Options that become a RuntimeConfig."""
     group = parser.add_argument_group("model")
-    group.add_argument(
-        "--model",
-        type=Path,
-        default=None,
-        metavar="PATH",
-        help="checkpoint folder (default: the built-in model)",
-    )
+    what = "checkpoint folder, or OWNER/NAME in the Hugging Face cache (default: the built-in model)"
+    named = group.add_mutually_exclusive_group()
+    named.add_argument("positional_model", nargs="?", type=Path, default=None, metavar="MODEL", help=what)
+    named.add_argument("--model", type=Path, default=None, metavar="MODEL", help="the same as an option")
     group.add_argument("--device", default=None, help="where the dense part runs (default: cpu)")
     group.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)"
@@ -66,6 +66,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         "--experts", choices=["native", "portable"], default=None,
         help="portable: routed experts through numba (pip install 'k2hybrid[portable]'), for other CPUs",
     )  # fmt: skip
+    group.add_argument(
+        "--expert-place", choices=["auto", "mapped", "resident", "streamed"], default=None,
+        help="where routed experts lie (default: auto; `k2hybrid plan` says which that is, and why)",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert-ram", type=size, default=None, metavar="SIZE",
+        help="RAM for routed experts, as 200GiB; what does not fit is read from disk as it is needed",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert-arena", type=Path, default=None, metavar="DIR",
+        help="keep resident experts in files on hugetlbfs or in /dev/shm, ready at the next start",
+    )  # fmt: skip
+    group.add_argument(
+        "--expert-reader", choices=["uring", "threads"], default=None, help="how experts are read from disk"
+    )
     group.add_argument("--isa", default=None, help="lower the instruction set used (see `k2hybrid doctor`)")
     group.add_argument(
         "--ctx", type=int, default=None, metavar="TOKENS", help="longest context (default: the model's)"
@@ -87,6 +102,10 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "device": args.device,
         "threads": args.threads,
         "experts": args.experts,
+        "expert_place": args.expert_place,
+        "expert_ram": args.expert_ram,
+        "expert_arena": args.expert_arena,
+        "expert_reader": args.expert_reader,
         "isa": args.isa,
         "context_tokens": args.ctx,
         "latent_bytes": latent_bytes,
@@ -98,8 +117,11 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def model_path(args: argparse.Namespace) -> Path:
-    """The checkpoint folder asked for."""
-    return args.model if args.model is not None else MINI_MODEL
+    """The checkpoint folder asked for; CheckpointError if there is none, or only a part of one."""
+    from k2hybrid.checkpoint.hub import find_model
+
+    named = args.model if args.model is not None else args.positional_model
+    return MINI_MODEL if named is None else find_model(named)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -214,6 +236,14 @@ def _origin(text: str) -> str:
     if origin not in ("*", "null") and not re.fullmatch(r"[a-z][a-z0-9+.\-]*://[^\s/?#]+", origin, re.ASCII):
         raise argparse.ArgumentTypeError(f"{text!r} is no origin (http://HOST:PORT, or * for any page)")
     return origin
+
+
+def size(text: str) -> int:
+    """Bytes, as `200GiB`, `1.5GB` or a plain number says."""
+    number = re.fullmatch(r"(\d{1,15}(?:\.\d{1,6})?) ?([A-Za-z]*)", text, re.ASCII)
+    if number is None or number[2] not in _UNITS or not 1 <= float(number[1]) * _UNITS[number[2]] < 1 << 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size; write bytes, or such as 1.5GiB or 200GB")
+    return int(float(number[1]) * _UNITS[number[2]])
 
 
 def _seconds(text: str) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from k2hybrid.cli import build_parser, main
+from k2hybrid.config import MINI_MODEL
 from k2hybrid.errors import ConfigError
 from k2hybrid.hardware.doctor import machine_rows
 from k2hybrid.server.options import model_path, read_api_keys, runtime_options
@@ -57,7 +58,11 @@ def test_help_exits_with_0(capsys: pytest.CaptureFixture[str], argv: list[str]) 
         (["serve", "--drain=86401"], "not a number of seconds"),
         (["serve", "--ctx", "many"], "invalid int value"),
         (["synth", "out", "--layer", "3"], "did you mean --layers?"),
-        (["serve", "extra"], "unknown argument extra"),
+        (["serve", "model", "extra"], "unknown argument extra"),
+        (["serve", "model", "--model", "other"], "not allowed with"),
+        (["verify"], "name a MODEL to check its files, or give --tools FILE"),
+        (["pull"], "REPO"),
+        (["pull", "a/b", "--revison", "x"], "did you mean --revision?"),
         (["srve"], "unknown command srve; did you mean serve?"),
         (["quux"], "unknown command quux; known: serve"),
         ([], "COMMAND"),
@@ -72,11 +77,13 @@ def test_a_wrong_command_line_is_one_line_and_exit_code_2(
     assert error.count("\n") == 1
 
 
-def test_options_become_a_configuration() -> None:
+def test_options_become_a_configuration(tmp_path: Path) -> None:
     args = build_parser().parse_args(
-        ["serve", "--model", "m", "--ctx", "4096", "--latent-gb", "0.5", "--threads", "1"]
+        ["serve", "--model", str(tmp_path), "--ctx", "4096", "--latent-gb", "0.5", "--threads", "1"]
     )
-    assert model_path(args) == Path("m")
+    assert model_path(args) == tmp_path
+    assert model_path(build_parser().parse_args(["chat", str(tmp_path), "-p", "x"])) == tmp_path
+    assert model_path(build_parser().parse_args(["serve"])) == MINI_MODEL
     assert runtime_options(args) == {"context_tokens": 4096, "latent_bytes": 1 << 29, "threads": 1}
     assert runtime_options(build_parser().parse_args(["serve"])) == {}
     for wrong in ("0", "-1", "nan", "inf", "1e300"):

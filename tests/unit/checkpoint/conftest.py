@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 
 from k2hybrid.checkpoint.synth import synthesize
 from k2hybrid.types import ExpertRef
+from tests.hub_server import Hub, content_of, serving
+from tests.unit.checkpoint.pulls import PUBLISHED_BESIDE, REPO
 
 SMALL: dict[str, Any] = {
     "layers": 3,
@@ -54,3 +57,16 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("small") / "model"
     synthesize(out, overrides=SMALL, seed=7, shard_bytes=60_000)
     return out
+
+
+@pytest.fixture
+def hub(small: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    # What comes is written in pieces of this size (10 MB else); less than one is lost with its connection.
+    monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 500)
+    with serving(Hub(REPO, content_of(small) | PUBLISHED_BESIDE)) as hub:
+        yield hub
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return tmp_path / "cache"
