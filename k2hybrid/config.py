@@ -32,6 +32,7 @@ class RuntimeConfig:
         None  # folder on hugetlbfs or /dev/shm: resident ones outlive the process
     )
     expert_reader: str | None = None  # "uring" or "threads"; None: the first that works here
+    trace: Path | None = None  # new file for the router's choices (ids only); None: they are not recorded
     context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
     latent_bytes: int | None = None  # None: one whole context, 1 GiB at least, a quarter of RAM at most
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
@@ -90,6 +91,7 @@ class RuntimeConfig:
             "expert_ram": "none of their own",
             "expert_arena": "none",
             "expert_reader": "the first that works",
+            "trace": "none",
             "context_tokens": "the model's",
             "latent_bytes": "one context",
             "request_seconds": "no limit",

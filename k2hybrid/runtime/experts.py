@@ -6,6 +6,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from k2hybrid.checkpoint.spec import ModelSpec
@@ -13,8 +14,11 @@ from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.placement import ExpertSizes, Placement, place_experts
+from k2hybrid.experts.recorder import TraceWriter
 from k2hybrid.experts.store import ExpertStore
+from k2hybrid.experts.traces import TraceHeader
 from k2hybrid.hardware.cgroup import read_limits
+from k2hybrid.hardware.doctor import package_version
 from k2hybrid.hardware.topology import Topology
 from k2hybrid.native import Machine
 from k2hybrid.runtime.fingerprint import weights_digest
@@ -118,6 +122,18 @@ def portable_experts(spec: ModelSpec, machine: Machine, *, max_rows: int) -> Exp
 
     made = PortableExperts(**_sizes(spec), max_rows=max_rows, top_k=spec.top_k, threads=machine.threads)
     return Experts(made, made, None, lambda: None)
+
+
+def trace_writer(path: Path, spec: ModelSpec, name: str) -> TraceWriter:
+    """A new trace of the model's routing.
+
+    Raises:
+        TraceError: the file is there already or cannot be made.
+    """
+    sizes = expert_sizes(spec)
+    made_by = f"k2hybrid {package_version()}"
+    header = TraceHeader(name, spec.num_layers, sizes.experts, spec.top_k, made_by, sizes.expert_bytes)
+    return TraceWriter(path, header)
 
 
 def expert_status(store: ExpertStore | None) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from k2hybrid.checkpoint.names import ExpectedTensor, expected_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.kimi import Kimi
-from k2hybrid.native import Machine
+from k2hybrid.model.layers import LinearKernels
 from k2hybrid.types import TicketStats
 
 
@@ -26,13 +26,14 @@ class HollowNetwork:
     """One layer of the kind that most layers of `spec` are.
 
     Args:
+        kernels: for products with the context.
         context: tokens that there is room for.
     """
 
-    def __init__(self, spec: ModelSpec, machine: Machine, context: int) -> None:
+    def __init__(self, spec: ModelSpec, kernels: LinearKernels, context: int) -> None:
         routed = bool(spec.moe_layers)
         self._spec = replace(spec, num_layers=1, first_k_dense=0 if routed else 1)
-        self._kernels = _HollowKernels(machine)
+        self._kernels = _HollowKernels(kernels)
         pages = LatentPages(1, -(-context // PAGE_TOKENS), Bf16Rows(spec.latent_dim))
         self._table = torch.tensor(pages.allocate(pages.free_pages))
         pages.write(0, self._table, 0, torch.randn(context, spec.latent_dim) * 0.1)
@@ -69,8 +70,8 @@ class HollowNetwork:
 class _HollowKernels:
     """Products with hollow weights are left out; see `LinearKernels`."""
 
-    def __init__(self, machine: Machine) -> None:
-        self._machine = machine
+    def __init__(self, kernels: LinearKernels) -> None:
+        self._real = kernels
         self._buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self.kv_b = torch.empty(0)  # real, since the context is multiplied with it
 
@@ -83,17 +84,17 @@ class _HollowKernels:
     def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if _is_hollow(weight):
             return self._buffer(x.shape[0], weight.shape[0])
-        return self._machine.linear(x, weight)
+        return self._real.linear(x, weight)
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self._is_kv_b(weight):
             return self._buffer(x.shape[0], weight.shape[0], weight.shape[1])
-        return self._machine.head_linear(x, weight)
+        return self._real.head_linear(x, weight)
 
     def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         if self._is_kv_b(weight):
             return self._buffer(x.shape[0], weight.shape[0], weight.shape[2])
-        return self._machine.head_linear_t(x, weight)
+        return self._real.head_linear_t(x, weight)
 
     def _is_kv_b(self, weight: torch.Tensor) -> bool:
         return weight.untyped_storage().data_ptr() == self.kv_b.untyped_storage().data_ptr()

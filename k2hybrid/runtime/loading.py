@@ -18,6 +18,7 @@ from k2hybrid.chat.exchanges import Exchanges
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.checkpoint.hub import model_name
 from k2hybrid.checkpoint.names import dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import RuntimeConfig
@@ -28,15 +29,23 @@ from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.step import StepModel
 from k2hybrid.errors import ConfigError, TokenizerError
 from k2hybrid.experts.placement import slot_bytes
+from k2hybrid.experts.recorder import TraceRecorder
 from k2hybrid.hardware.topology import read_topology
 from k2hybrid.native import ALLOWED_CPUS, Machine
-from k2hybrid.runtime.assembly import assemble
-from k2hybrid.runtime.experts import expert_sizes, native_experts, placement_for, portable_experts
+from k2hybrid.runtime.assembly import Parts, assemble
+from k2hybrid.runtime.experts import (
+    expert_sizes,
+    native_experts,
+    placement_for,
+    portable_experts,
+    trace_writer,
+)
 from k2hybrid.runtime.fingerprint import fingerprint
 from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.runtime.sessions import Sessions, journal_limit
 from k2hybrid.runtime.sizes import network_sizes
+from k2hybrid.types import RoutedExperts
 
 log = logging.getLogger(__name__)
 
@@ -103,6 +112,15 @@ def open_runtime(
             if placement and placement.slots
             else None,
         )
+        name = model_name(config.model)
+        tracing = None
+        if config.trace is not None and spec.moe_layers:
+            tracing = trace_writer(config.trace, spec, name)
+            opened.callback(tracing.close)
+
+        def traced(parts: Parts) -> RoutedExperts:
+            return parts.experts if tracing is None else TraceRecorder(parts.experts, tracing)
+
         checkpoint, network = assemble(
             config.model,
             spec,
@@ -111,7 +129,7 @@ def open_runtime(
             pages,
             latent_norm_eps=config.latent_norm_eps,
             metered=lambda parts: parts._replace(
-                weights=MeteredWeights(parts.weights, meter), experts=MeteredExperts(parts.experts, meter)
+                weights=MeteredWeights(parts.weights, meter), experts=MeteredExperts(traced(parts), meter)
             ),
         )
         if experts.store is not None:
@@ -137,8 +155,14 @@ def open_runtime(
             archive=archive,
             on_start=machine.pin_caller,
         )
+
+        def release() -> None:
+            if tracing is not None:
+                tracing.close()
+            checkpoint.close()
+
         runtime = Runtime(
-            name=config.model.resolve().name,
+            name=name,
             config=config,
             spec=spec,
             tokenizer=tokenizer,
@@ -146,7 +170,7 @@ def open_runtime(
             engine=engine,
             sessions=sessions,
             store=experts.store,
-            release=checkpoint.close,
+            release=release,
         )
         engine.start()
         opened.pop_all()

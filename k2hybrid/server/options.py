@@ -81,6 +81,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--expert-reader", choices=["uring", "threads"], default=None, help="how experts are read from disk"
     )
+    group.add_argument(
+        "--trace", type=Path, default=None, metavar="FILE",
+        help="record which experts are chosen, ids only, for `k2hybrid traces`",
+    )  # fmt: skip
     group.add_argument("--isa", default=None, help="lower the instruction set used (see `k2hybrid doctor`)")
     group.add_argument(
         "--ctx", type=int, default=None, metavar="TOKENS", help="longest context (default: the model's)"
@@ -106,6 +110,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "expert_ram": args.expert_ram,
         "expert_arena": args.expert_arena,
         "expert_reader": args.expert_reader,
+        "trace": args.trace,
         "isa": args.isa,
         "context_tokens": args.ctx,
         "latent_bytes": latent_bytes,
