@@ -84,10 +84,9 @@ class Runtime:
         """Counts of tool calls that did not fit their schema."""
         return self._rulebook.invalid_calls
 
-    @property
-    def expert_status(self) -> dict[str, Any]:
-        """Where the routed experts lie, how far their slots are filled, how often they were found there."""
-        return expert_status(self._store)
+    def status(self) -> dict[str, dict[str, Any]]:
+        """Figures of this moment: "engine", as `EngineMetrics.snapshot`, and "experts": where they lie."""
+        return {"engine": self.engine.metrics.snapshot(), "experts": expert_status(self._store)}
 
     def is_exact(self, tool: Mapping[str, Any]) -> bool:
         """Whether a grammar holds all that `tool` declares; otherwise its calls are validated as well."""

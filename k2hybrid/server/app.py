@@ -26,6 +26,7 @@ from k2hybrid.server.failures import (
 )
 from k2hybrid.server.guard import LOOPBACK_HOSTS, ApiKeys, Guard, log_unexpected, request_id
 from k2hybrid.server.live import LiveRuns
+from k2hybrid.server.metrics import Metrics
 from k2hybrid.server.models import Models
 from k2hybrid.server.openai import OpenAI
 from k2hybrid.server.openapi import description
@@ -71,6 +72,7 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
     responses = ResponsesApi(model, name, live)
     completions = Completions(model, name, live)
     tokenization = Tokenization(model)
+    metrics = Metrics(model)
 
     async def root(_request: Request) -> Response:
         return json_response({"name": "k2hybrid", "version": package_version(), "model": name})
@@ -82,12 +84,13 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
         if live.draining:
             headers = {"Retry-After": str(RETRY_AFTER_S)}
             return json_response({"status": "draining", "model": name}, 503, headers)
-        return json_response({"status": "ok", "model": name, "experts": model.expert_status})
+        return json_response({"status": "ok", "model": name})
 
     app = Starlette(
         routes=[
             Route("/", root),  # HEAD too: an agent probes with it
             Route("/health", health),
+            Route("/metrics", metrics.answer),
             Route("/openapi.json", described),
             Route("/v1/models", models.every),
             Route("/v1/models/{name:anything}", models.one),

@@ -9,6 +9,7 @@ from typing import Any
 from k2hybrid.hardware.doctor import package_version
 from k2hybrid.server.openapi_schemas import EVENT, PARTS, REPLIES, REQUESTS, ref
 
+_TEXT = "text/plain"
 _JSON = "application/json"
 _EVENTS = "text/event-stream"
 # What may happen to any request, and to one with a body.
@@ -21,8 +22,8 @@ _GENERATING = (429, 500, 504)
 class _Operation:
     """One method of one path.
 
-    `fails`: statuses beside those that always can be. `open`: needs no key. `anthropic`: errors are in its
-    words.
+    `fails`: statuses beside those that always can be. `open`: needs no key. `text`: the reply is plain text.
+    `anthropic`: errors are in its words.
     """
 
     method: str
@@ -33,6 +34,7 @@ class _Operation:
     streams: bool = False
     fails: tuple[int, ...] = ()
     open: bool = False
+    text: bool = False
     anthropic: bool = False
     query: tuple[dict[str, Any], ...] = ()
 
@@ -43,7 +45,7 @@ class _Operation:
         if self.streams:
             # An answer that takes long has its status before it is known how it ends.
             shape = {"anyOf": [shape, error]}
-        content: dict[str, Any] = {_JSON: {"schema": shape}}
+        content: dict[str, Any] = {_TEXT if self.text else _JSON: {"schema": shape}}
         if self.streams:
             content[_EVENTS] = {"schema": EVENT}
         statuses = {*_ALWAYS, *self.fails, *(_WITH_BODY if self.request else ())}
@@ -75,6 +77,7 @@ def _query(name: str, **schema: Any) -> dict[str, Any]:
 
 _OPERATIONS = (
     _Operation("get", "/health", "Whether the server takes requests", "Health", open=True),
+    _Operation("get", "/metrics", "Figures, as Prometheus reads them", "Metrics", text=True),
     _Operation("get", "/openapi.json", "This description", "Description", open=True),
     _Operation("get", "/v1/models", "The one model", "ModelList", open=True),
     _Operation("get", "/v1/models/{name}", "The one model, whatever name is asked for", "Model"),
@@ -173,6 +176,12 @@ def description() -> dict[str, Any]:
                 "bearer": {"type": "http", "scheme": "bearer"},
                 "key": {"type": "apiKey", "in": "header", "name": "x-api-key"},
             },
-            "schemas": {**REQUESTS, **PARTS, **REPLIES, "Description": {"type": "object"}},
+            "schemas": {
+                **REQUESTS,
+                **PARTS,
+                **REPLIES,
+                "Description": {"type": "object"},
+                "Metrics": {"type": "string"},
+            },
         },
     }

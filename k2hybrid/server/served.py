@@ -119,9 +119,8 @@ class ServedModel(Protocol):
     def tokenizer(self) -> Tokenizer: ...
     @property
     def template(self) -> Template: ...
-    @property
-    def expert_status(self) -> Mapping[str, Any]:
-        """Where the routed experts lie, and how far their slots are filled."""
+    def status(self) -> Mapping[str, Mapping[str, Any]]:
+        """Figures of this moment: "engine", as `EngineMetrics.snapshot`, and "experts", as `expert_status`."""
 
     def chat(self, request: ChatRequest) -> ChatRun:
         """Validate, render and queue. Takes as long as rendering does: call it in a thread.

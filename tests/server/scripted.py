@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from k2hybrid.engine.metrics import EngineMetrics
 from k2hybrid.errors import ContextLengthError, RequestError
 from k2hybrid.types import (
     ChatRequest,
@@ -191,7 +192,6 @@ class ScriptedModel:
     ) -> None:
         self.name = name
         self.context_tokens = context_tokens
-        self.expert_status = {"place": "mapped"}
         self.tokenizer = ByteTokenizer()
         self.template = PlainTemplate(self.tokenizer)
         self.requests: list[ChatRequest] = []
@@ -200,6 +200,9 @@ class ScriptedModel:
         self.parked: dict[str, list[ScriptedRun]] = {}
         self._scripts = list(scripts)
         self._lock = threading.Lock()
+
+    def status(self) -> dict[str, dict[str, Any]]:
+        return {"engine": EngineMetrics().snapshot(), "experts": {"place": "mapped"}}
 
     def play(self, *scripts: Script | Exception) -> None:
         """What comes next; forgets the past."""

@@ -25,7 +25,7 @@ def answer(**options: Any) -> tuple[list[int], dict[str, Any], dict[str, Any]]:
     with k2hybrid.load(threads=2, latent_bytes=64 << 20, **options) as model:
         events = list(model.generate(PROMPT, GREEDY, max_tokens=24, stop_ids=()))
         tokens = [event.token for event in events if isinstance(event, TokenEvent)]
-        return tokens, model.expert_status, dict(model.config.table())
+        return tokens, model.status()["experts"], dict(model.config.table())
 
 
 @pytest.fixture(scope="module")

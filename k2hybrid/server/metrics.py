@@ -1,0 +1,75 @@
+"""GET /metrics: what the engine did and where experts lie, as Prometheus reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from starlette.requests import Request
+from starlette.responses import Response
+
+from k2hybrid.server.served import ServedModel
+
+_TEXT = "text/plain; version=0.0.4; charset=utf-8"
+
+# (name, help) by their names in `EngineMetrics.snapshot` and `expert_status`.
+_ENGINE_COUNTERS = {
+    "steps": "Passes over the network",
+    "failed_steps": "Passes that ended in an error",
+    "prompt_tokens": "Tokens of prompts",
+    "cached_tokens": "Tokens of prompts that were not computed again",
+    "completion_tokens": "Tokens generated",
+}
+_ENGINE_GAUGES = {
+    "running": "Requests at work",
+    "waiting": "Requests in the queue",
+    "recent_tokens_per_s": "Tokens a second over recent passes",
+    "recent_gb_s": "Bytes of weights read a second over recent passes, in 10^9",
+}
+_EXPERT_COUNTERS = {
+    "hits": "Experts found in memory",
+    "misses": "Experts that had to be read from disk first",
+    "lost": "Reads of an expert that failed",
+    "bytes_read": "Bytes of experts read from disk",
+}
+_EXPERT_GAUGES = {
+    "slots": "Experts that have room in memory of their own",
+    "filled": "Experts that are there",
+    "filling": "1 while experts are brought in behind the scenes",
+}
+
+
+class Metrics:
+    """Answers with the figures of this moment."""
+
+    def __init__(self, model: ServedModel) -> None:
+        self._model = model
+        self._registry = CollectorRegistry()
+        self._registry.register(self)
+
+    def collect(self) -> Iterator[Metric]:
+        """All figures; called by the registry."""
+        status = self._model.status()
+        engine, experts = status["engine"], status["experts"]
+        for name, about in _ENGINE_COUNTERS.items():
+            yield CounterMetricFamily(f"k2hybrid_{name}", about, value=engine[name])
+        for name, about in _ENGINE_GAUGES.items():
+            yield GaugeMetricFamily(f"k2hybrid_{name}", about, value=engine[name])
+        finished = CounterMetricFamily("k2hybrid_requests", "Requests that ended", labels=["reason"])
+        for reason, count in engine["finished"].items():
+            finished.add_metric([reason], count)
+        yield finished
+        place = GaugeMetricFamily("k2hybrid_experts_place", "Where routed experts lie", labels=["place"])
+        place.add_metric([experts["place"]], 1)
+        yield place
+        for name, about in _EXPERT_COUNTERS.items():
+            if name in experts:
+                yield CounterMetricFamily(f"k2hybrid_experts_{name}", about, value=experts[name])
+        for name, about in _EXPERT_GAUGES.items():
+            if name in experts:
+                yield GaugeMetricFamily(f"k2hybrid_experts_{name}", about, value=experts[name])
+
+    async def answer(self, _request: Request) -> Response:
+        """The text that a scraper reads."""
+        return Response(generate_latest(self._registry), media_type=_TEXT)
