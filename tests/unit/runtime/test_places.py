@@ -10,7 +10,7 @@ import pytest
 import k2hybrid
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL
-from k2hybrid.errors import ConfigError
+from k2hybrid.errors import ConfigError, ExpertReadError
 from k2hybrid.experts.placement import least_slots, slot_bytes
 from k2hybrid.runtime.experts import expert_sizes
 from k2hybrid.types import SamplingParams, TokenEvent
@@ -80,3 +80,15 @@ def test_what_does_not_fit_is_named(options: dict[str, Any], says: str) -> None:
 def test_unknown_options_are_named() -> None:
     with pytest.raises(ConfigError, match="expert_ram"):
         answer(expertram=5)
+
+
+def test_a_disk_that_fails_ends_requests_and_no_more(mapped: list[int]) -> None:
+    with k2hybrid.load(threads=2, latent_bytes=64 << 20, expert_ram=least_slots(SIZES) * SLOT) as model:
+        assert model._store is not None
+        model._store.native.inject_read_faults(fail_every=1)
+        with pytest.raises(ExpertReadError, match="could not be read"):
+            list(model.generate(PROMPT, GREEDY, max_tokens=24, stop_ids=()))
+        model._store.native.inject_read_faults()
+        events = list(model.generate(PROMPT, GREEDY, max_tokens=24, stop_ids=()))
+        assert [event.token for event in events if isinstance(event, TokenEvent)] == mapped
+        assert model.status()["experts"]["lost"] > 0

@@ -1,0 +1,195 @@
+"""`k2hybrid plan` as a command: machines from files and options, what is printed and written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from k2hybrid.checkpoint.presets import published_config
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.cli import main
+from k2hybrid.cli.machine import _WIDTHS, describe, read_description
+from k2hybrid.errors import ConfigError
+
+SPEC = ModelSpec.from_config(published_config())
+RATES = {
+    "cores": 8, "ram_gb_s": 100.0, "dense_gb_s": 90.0, "mapped_gb_s": 80.0, "arena_gb_s": 85.0,
+    "dense_ops": 2e12, "expert_ops": 1.5e12, "overlap": 0.75, "step_s": 1e-4, "sequence_s": 2e-5,
+    "context_s": 1e-7, "chunk_s": 0.02, "chunk_context_s": 1e-5, "sample_s": 1e-3,
+    "widths": {name: getattr(SPEC, name) for name in _WIDTHS},
+}  # fmt: skip
+MACHINE = {"ram_gib": 768, "nodes": 2, "ram_gb_s": 400, "cores": 64, "nvme_gb_s": 12, "rates": RATES}
+
+
+def run(tmp_path: Path, *options: str, machine: dict[str, Any] | None = None) -> int:
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps(MACHINE if machine is None else machine))
+    return main(["plan", "kimi-k2-thinking", "--machine", str(file), *options])
+
+
+def test_it_prints_what_goes_where_and_how_fast(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path) == 0
+    out = capsys.readouterr().out
+    for text in (
+        "2 nodes",
+        "dense weights",
+        "resident",
+        "it fits",
+        "decode, 1 sequence at 32,768",
+        "as it is",
+    ):
+        assert text in out
+    assert all(line == line.rstrip() for line in out.splitlines())
+
+
+def test_options_change_the_machine_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(tmp_path, "--ram", "256", "--nodes", "1", "--ctx", "4096", "--concurrency", "1") == 0
+    out = capsys.readouterr().out
+    assert "254.0 GiB of RAM to use on 1 node" in out
+    assert "streamed" in out
+    assert "decode, 1 sequence at 4,096" in out
+    assert run(tmp_path, "--ram", "20") == 1
+    assert "more than the RAM there is" in capsys.readouterr().out
+
+
+def test_what_it_writes_it_reads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "plan.json"
+    assert run(tmp_path, "--json", str(written)) == 0
+    first = capsys.readouterr().out
+    assert main(["plan", "--machine", str(written)]) == 0
+    assert capsys.readouterr().out == first
+    found = json.loads(written.read_text())
+    assert found["fits"] is True
+    assert found["placement"]["place"] == "resident"
+    for prediction in found["predictions"]:
+        assert sum(prediction["parts"].values()) == pytest.approx(prediction["seconds"])
+
+
+def test_channels_give_a_share_of_what_they_promise(tmp_path: Path) -> None:
+    said = {key: value for key, value in MACHINE.items() if key != "ram_gb_s"}
+    found = describe(SPEC, {**said, "channels": 16, "mts": 4800})
+    assert found.machine.ram_gb_s == pytest.approx(0.8 * 16 * 4800 * 8 / 1e3)
+    assert any("614.4 GB/s" in note and "assumed" in note for note in found.notes)
+
+
+def test_toml_is_read_as_well(tmp_path: Path) -> None:
+    file = tmp_path / "machine.toml"
+    file.write_text("ram_gib = 512\ncores = 32\nram_gb_s = 200.5\n")
+    assert read_description(file) == {"ram_gib": 512, "cores": 32, "ram_gb_s": 200.5}
+
+
+def test_a_described_machine_needs_neither_torch_nor_the_extension(tmp_path: Path) -> None:
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps(MACHINE))
+    code = (
+        "import sys\nfrom k2hybrid.cli import main\n"
+        f"assert main(['plan', '--machine', {str(file)!r}]) == 0\n"
+        "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'k2hybrid._native')))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"3", b'{"ram_gib":', b"\xff\xfe", b'{"machine": []}'])
+def test_files_that_are_no_machine_are_refused(tmp_path: Path, content: bytes) -> None:
+    for name in ("m.json", "m.toml"):
+        file = tmp_path / name
+        file.write_bytes(content)
+        if name == "m.toml" and not content:
+            continue  # an empty machine: this one
+        with pytest.raises(ConfigError, match=r"machine"):
+            read_description(file)
+    with pytest.raises(ConfigError, match="cannot read"):
+        read_description(tmp_path / "nowhere.json")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"ram": 3}, "unknown ram"),
+        ({"cores": 0}, "cores must be a number above 0"),
+        ({"cores": 2.5}, "whole number"),
+        ({"ram_gb_s": "fast"}, "ram_gb_s must be a number"),
+        ({"ram_gb_s": float("inf")}, "ram_gb_s must be a number"),
+        ({"ram_gb_s": float("nan")}, "ram_gb_s must be a number"),
+        ({"ram_gib": True}, "ram_gib must be a number"),
+        ({"nodes": -2}, "nodes must be a number"),
+        ({"channels": 8}, "together"),
+        ({"channels": 8, "mts": 4800}, "not both"),
+        ({"rates": 5}, "exactly"),
+        ({"rates": {**RATES, "overlap": 2}}, "overlap"),
+        ({"rates": {**RATES, "dense_ops": 0}}, "above 0"),
+        ({"rates": {**RATES, "step_s": -1}}, "at least 0"),
+        ({"rates": {**RATES, "widths": {}}}, "other widths"),
+    ],
+)
+def test_machines_that_cannot_be_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], message: str
+) -> None:
+    assert run(tmp_path, machine={**MACHINE, **change}) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ctx", "0"], "at least one token"),
+        (["--ctx", "300000"], "262144"),
+        (["--concurrency", "0"], "one sequence"),
+    ],
+)
+def test_wishes_without_sense_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
+    assert run(tmp_path, *options) == 1
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", [["--hit-rate", "1.5"], ["--hit-rate", "x"], ["--expert-ram", "lots"]])
+def test_options_that_are_no_values_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: list[str]
+) -> None:
+    with pytest.raises(SystemExit) as exited:
+        run(tmp_path, *option)
+    assert exited.value.code == 2
+    assert option[1] in capsys.readouterr().err
+
+
+def test_an_unknown_model_names_the_known_ones(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "kimi-k3"]) == 1
+    assert "kimi-k2-thinking" in capsys.readouterr().err
+
+
+def test_a_folder_with_a_config_alone_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(published_config()))
+    file = tmp_path / "machine.json"
+    file.write_text(json.dumps(MACHINE))
+    for model in (tmp_path, tmp_path / "config.json"):
+        assert main(["plan", str(model), "--machine", str(file)]) == 0
+
+
+def test_the_disk_is_measured_where_it_matters_and_nothing_was_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    unsaid = {key: value for key, value in MACHINE.items() if key != "nvme_gb_s"}
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    assert run(tmp_path, "--disk", str(folder), machine=unsaid) == 0
+    assert "disk:" not in capsys.readouterr().out  # all experts fit
+    missing = tmp_path / "nowhere"
+    assert run(tmp_path, "--disk", str(missing), "--ram", "256", machine=unsaid) == 1
+    out = capsys.readouterr().out
+    assert "disk: not measured" in out
+    assert "disk's speed is not known" in out
+    shard = folder / "model.safetensors"
+    with shard.open("wb") as file:
+        file.truncate(300 << 20)  # as large as a checkpoint must be to be measured; a hole reads as well
+    assert run(tmp_path, "--disk", str(folder), "--ram", "256", machine=unsaid) == 0
+    assert "GB/s of" in capsys.readouterr().out

@@ -1,0 +1,135 @@
+"""Plans for machines that are only described: what fits, where, and what is said of changes."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from k2hybrid.checkpoint.presets import published_config
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.errors import ConfigError
+from k2hybrid.experts.placement import slot_bytes
+from k2hybrid.experts.plan import GIB, PROCESS_BYTES, MachineSpec, Plan, Wishes, make_plan
+from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
+
+K2 = ModelSizes.of(ModelSpec.from_config(published_config()))
+RATES = Rates(
+    cores=8, ram_gb_s=100.0, dense_gb_s=90.0, mapped_gb_s=80.0, arena_gb_s=85.0, dense_ops=2e12,
+    expert_ops=1.5e12, overlap=0.75, step_s=1e-4, sequence_s=2e-5, context_s=1e-7, chunk_s=0.02,
+    chunk_context_s=1e-5, sample_s=1e-3,
+)  # fmt: skip
+TWO_NODES = MachineSpec({0: 384 * GIB, 1: 384 * GIB}, cores=64, ram_gb_s=400.0, disk_gb_s=12.0)
+SMALL = MachineSpec({0: 254 * GIB}, cores=16, ram_gb_s=80.0, disk_gb_s=6.0)
+
+
+def plan(machine: MachineSpec, **wishes: Any) -> Plan:
+    return make_plan(K2, RATES, machine, Wishes(**wishes))
+
+
+def names(found: Plan) -> list[str]:
+    return [change.name for change in found.changes]
+
+
+def test_enough_ram_on_two_nodes_makes_experts_resident() -> None:
+    found = plan(TWO_NODES)
+    assert not found.problem
+    assert found.placement is not None
+    assert (found.placement.place, found.hit_rate) == ("resident", None)
+    experts = [need for need in found.needs if "experts" in need.name]
+    assert [need.nbytes for need in experts] == [23040 * share for share in slot_bytes(K2.experts, 2)]
+    latents = next(need for need in found.needs if need.name.startswith("latents"))
+    assert latents.nbytes == 4 * 32768 * 70_272
+    there = RATES.at(ram_gb_s=400.0, cores=64)
+    one = next(case for case in found.cases if case.name == "decode, 1 sequence at 32,768 tokens")
+    assert one.found == Predictor(K2, there, "resident").decode(1, 32768)
+    assert not any("RAM (" in name or "disk" in name for name in names(found))
+
+
+def test_less_ram_than_the_model_streams_with_even_hits() -> None:
+    found = plan(SMALL)
+    assert found.placement is not None
+    assert found.placement.place == "streamed"
+    assert found.hit_rate == found.placement.slots / 23040
+    room = 254 * GIB - K2.resting_bytes - 4 * 32768 * 70_272 - PROCESS_BYTES
+    assert found.placement.slots == room // sum(slot_bytes(K2.experts, 1))
+    assert "a disk twice as fast" in names(found)
+    assert "768 GiB of RAM (mapped)" in names(found)
+    assert plan(SMALL, hit_rate=lambda slots: 0.9).cases[0].found.seconds < found.cases[0].found.seconds
+
+
+def test_changes_are_ordered_by_what_they_bring_and_start_from_what_is() -> None:
+    found = plan(SMALL, context=1024)
+    assert found.changes[0].name == "as it is"
+    speeds = [change.decode.tokens_s for change in found.changes[1:] if change.decode]
+    assert speeds == sorted(speeds, reverse=True)
+    faster = next(change for change in found.changes if change.name == "a disk twice as fast")
+    assert faster.decode == plan(dataclasses.replace(SMALL, disk_gb_s=12.0), context=1024).changes[0].decode
+
+
+def test_a_change_of_ram_takes_the_next_size_that_helps() -> None:
+    found = plan(SMALL, context=1024)
+    sizes = [name for name in names(found) if "of RAM (" in name]
+    assert set(sizes) == {"384 GiB of RAM (streamed)", "768 GiB of RAM (mapped)"}
+
+
+@pytest.mark.parametrize(
+    ("machine", "wishes", "problem"),
+    [
+        (MachineSpec({0: 14 * GIB}, 8, 80.0), {}, "more than the RAM there is"),
+        (MachineSpec({0: 38 * GIB}, 8, 80.0, 6.0), {"context": 1024}, "room for"),
+        (dataclasses.replace(SMALL, disk_gb_s=None), {}, "disk's speed"),
+        (SMALL, {"place": "mapped"}, "push each other out"),
+        (SMALL, {"place": "resident"}, "stream them"),
+        (SMALL, {"expert_ram": GIB}, "give at least that"),
+    ],
+)
+def test_what_does_not_fit_says_what_is_missing(
+    machine: MachineSpec, wishes: dict[str, Any], problem: str
+) -> None:
+    found = plan(machine, **wishes)
+    assert problem in found.problem
+    assert found.cases == ()
+    assert found.changes[0].decode is None
+
+
+def test_what_does_not_fit_is_told_which_ram_would_do() -> None:
+    found = plan(MachineSpec({0: 14 * GIB}, 8, 80.0, 6.0), context=1024)
+    useful = [change for change in found.changes if change.decode]
+    assert [change.name for change in useful] == ["768 GiB of RAM (mapped)", "48 GiB of RAM (streamed)"]
+
+
+@pytest.mark.parametrize("wishes", [{"context": 0}, {"concurrency": 0}])
+def test_wishes_without_sense_are_refused(wishes: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        plan(TWO_NODES, **wishes)
+
+
+def test_a_gpu_changes_nothing_and_its_bound_is_labelled() -> None:
+    card = dataclasses.replace(TWO_NODES, vram_bytes=48 * GIB, gpu_gb_s=900.0, pcie_gb_s=25.0)
+    found = plan(card)
+    assert found.cases == plan(TWO_NODES).cases
+    assert "CPU alone" in found.gpu
+    assert "to spare" in found.gpu
+    bound = next(change for change in found.changes if "GPU" in change.name)
+    assert "not in this version" in bound.note
+    assert bound.decode is not None
+    experts = 60 * 8 * K2.experts.expert_bytes / (85e9 * 4)
+    read = (K2.dense_bytes + K2.head_bytes + 8192 * 70_272) / 900e9
+    crossing = 60 * (6 * 7168 + 8 * 8) / 25e9
+    assert bound.decode.seconds == pytest.approx(experts + read + crossing)
+
+
+@pytest.mark.parametrize(
+    ("card", "note"),
+    [
+        ({"vram_bytes": 48 * GIB}, "--gpu-gb-s"),
+        ({"vram_bytes": 16 * GIB, "gpu_gb_s": 900.0, "pcie_gb_s": 25.0}, "does not fit"),
+    ],
+)
+def test_a_gpu_of_which_too_little_is_known_or_there_has_no_figure(card: dict[str, Any], note: str) -> None:
+    found = plan(dataclasses.replace(TWO_NODES, **card))
+    change = next(change for change in found.changes if "GPU" in change.name)
+    assert (change.decode, change.prefill) == (None, None)
+    assert note in change.note

@@ -1,0 +1,122 @@
+"""Probes: they leave nothing behind, and what they time is the model's own work. No figure is judged."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from k2hybrid.checkpoint.spec import ModelSpec, read_spec
+from k2hybrid.config import MINI_MODEL
+from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
+from k2hybrid.model.kimi import Kimi
+from k2hybrid.native import Machine
+from k2hybrid.runtime import hollow
+from k2hybrid.runtime.hollow import HollowNetwork
+from k2hybrid.runtime.probes import measure_rates
+
+PROBE_BYTES = 1 << 22
+
+
+@pytest.fixture(scope="module")
+def spec() -> ModelSpec:
+    return read_spec(MINI_MODEL)
+
+
+@pytest.fixture(scope="module")
+def machine() -> Machine:
+    return Machine(2)
+
+
+def check(rates: Rates, cores: int) -> None:
+    values = dataclasses.asdict(rates)
+    assert rates.cores == cores
+    assert all(math.isfinite(value) and value >= 0 for value in values.values()), values
+    for name in ("ram_gb_s", "dense_gb_s", "mapped_gb_s", "arena_gb_s", "dense_ops", "expert_ops"):
+        assert values[name] > 0
+    assert 0 <= rates.overlap <= 1
+
+
+def test_every_rate_is_found_and_nothing_is_left_behind(
+    spec: ModelSpec, machine: Machine, tmp_path: Path
+) -> None:
+    threads = torch.get_num_threads()
+    rates = measure_rates(spec, machine, folder=tmp_path, probe_bytes=PROBE_BYTES)
+    check(rates, 2)
+    assert list(tmp_path.iterdir()) == []
+    assert torch.get_num_threads() == threads
+    predictor = Predictor(ModelSizes.of(spec), rates, "mapped")
+    assert predictor.decode(1, 100).seconds > 0
+    assert predictor.prefill(600).seconds > predictor.prefill(500).seconds
+
+
+def test_a_model_without_routed_experts_has_rates_as_well(
+    spec: ModelSpec, machine: Machine, tmp_path: Path
+) -> None:
+    dense = dataclasses.replace(spec, first_k_dense=spec.num_layers)
+    check(measure_rates(dense, machine, folder=tmp_path, probe_bytes=PROBE_BYTES), 2)
+
+
+def test_a_folder_that_cannot_be_written_is_an_error(
+    spec: ModelSpec, machine: Machine, tmp_path: Path
+) -> None:
+    with pytest.raises(OSError, match="nowhere"):
+        measure_rates(spec, machine, folder=tmp_path / "nowhere", probe_bytes=PROBE_BYTES)
+
+
+class _Recorder:
+    """`LinearKernels` that say which products the machine was asked for."""
+
+    def __init__(self, machine: Machine) -> None:
+        self._machine = machine
+        self.calls: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+            self.calls.append((name, tuple(x.shape), tuple(weight.shape)))
+            product: torch.Tensor = getattr(self._machine, name)(x, weight)
+            return product
+
+        return call
+
+
+@pytest.mark.parametrize(("starts", "count"), [((64,), 1), ((64, 0), 1), ((0,), 400)])
+def test_a_hollow_network_computes_the_context_and_no_weights(
+    spec: ModelSpec, machine: Machine, starts: tuple[int, ...], count: int
+) -> None:
+    recorder = _Recorder(machine)
+    network = HollowNetwork(spec, recorder, 512)
+    seconds = network.layer_seconds(starts, count, repeats=1)
+    assert seconds > 0
+    rows = spec.num_heads * (spec.qk_nope_head_dim + spec.v_head_dim)
+    width = spec.qk_head_dim
+    for name, x, weight in recorder.calls:
+        if count == 1:  # absorbed: queries over latent rows
+            assert name == "linear"
+            assert x == (spec.num_heads, spec.latent_dim)
+            assert weight[0] in {start + 1 for start in starts}
+        else:  # expanded: kv_b over the context, and scores by head
+            assert (name, weight) == ("linear", (rows, spec.kv_lora_rank)) or (
+                name == "head_linear" and weight[2] == width
+            )
+    assert len(recorder.calls) >= 2 * len(starts)
+
+
+def test_a_hollow_network_runs_the_layer_that_the_model_runs(
+    spec: ModelSpec, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built: list[ModelSpec] = []
+
+    class Seen(Kimi):
+        def __init__(self, spec: ModelSpec, *args: Any, **kwargs: Any) -> None:
+            built.append(spec)
+            super().__init__(spec, *args, **kwargs)
+
+    monkeypatch.setattr(hollow, "Kimi", Seen)
+    HollowNetwork(spec, machine, 64)
+    assert [one.is_moe(0) for one in built] == [True]
+    assert dataclasses.replace(built[0], num_layers=spec.num_layers, first_k_dense=spec.first_k_dense) == spec
