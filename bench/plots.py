@@ -1,10 +1,10 @@
-"""The pictures of the kernel and bandwidth benches; the same rows give the same bytes."""
+"""The pictures of the benches; the same rows give the same bytes."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -12,6 +12,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
 from k2hybrid.bench.report import Row
+from k2hybrid.cli.traces_plot import draw_hit_rates
+
+if TYPE_CHECKING:
+    from k2hybrid.experts.simulate import Replay
 
 _COLOURS = {"memory": "tab:blue", "compute": "tab:orange"}
 
@@ -67,6 +71,25 @@ def plot_bandwidth(found: Mapping[str, Any], rows: Sequence[Row], out: Path) -> 
         handles, labels = left[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=7)
     figure.suptitle(f"{found['cpu']}, {found['isa']}", fontsize=9)
+    _save(figure, out)
+
+
+def plot_expert_cache(pictures: Sequence[tuple[str, Sequence[Replay], int]], out: Path) -> None:
+    """Hit rate against RAM, a picture a trace: its name, the replays, bytes of an expert."""
+    columns = min(3, len(pictures))
+    lines = -(-len(pictures) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(4.2 * columns, 3.6 * lines), layout="constrained", squeeze=False
+    )
+    for at in range(lines * columns):
+        picture = axes[at // columns][at % columns]
+        if at >= len(pictures):
+            picture.set_axis_off()
+            continue
+        name, replays, expert_bytes = pictures[at]
+        draw_hit_rates(picture, replays, expert_bytes)
+        picture.set_title(name, fontsize=9)
+    axes[0][0].legend(fontsize=7, loc="lower right")
     _save(figure, out)
 
 

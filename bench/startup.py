@@ -95,7 +95,7 @@ class Fill:
     def seconds(self) -> float:
         """Until all experts are resident."""
         began = time.perf_counter()
-        self.store.open_slots()
+        self.store.open_slots(self.checkpoint.maps)
         while (progress := self.store.progress) is not None and progress.running:
             time.sleep(0.002)
         took = time.perf_counter() - began

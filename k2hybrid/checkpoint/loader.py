@@ -72,6 +72,11 @@ class Checkpoint:
             return torch.from_numpy(array).view(torch_type)
 
     @property
+    def maps(self) -> list[NDArray[np.uint8]]:
+        """The shards' maps: whoever holds them keeps every address valid."""
+        return [shard.bytes for shard in self._open_index().shards.values()]
+
+    @property
     def total_bytes(self) -> int:
         """Bytes of all tensors."""
         return sum(ref.nbytes for ref in self._open_index().tensors.values())

@@ -38,6 +38,7 @@ class ExpertStore:
         self.expert_bytes = self.native.expert_bytes
         self._refs: dict[tuple[int, int], ExpertRef] = {}
         self._filler: NativeFiller | None = None
+        self._maps: Sequence[object] = ()  # after the filler, which lets go of their pages: it ends first
 
     @property
     def count(self) -> int:
@@ -62,6 +63,7 @@ class ExpertStore:
 
     def open_slots(
         self,
+        maps: Sequence[object],
         *,
         folder: Path | None = None,
         digest: str = "",
@@ -73,6 +75,7 @@ class ExpertStore:
         """Make the slots of the placement, and begin to fill those that nobody has to wait for.
 
         Args:
+            maps: owners of the files' maps that the experts' addresses lie in, kept until `close`.
             folder, digest: of slots that outlive the process; the digest says what they are filled from.
             reader: "uring", "threads", or "": the first that works.
             half_life: of an expert's uses, in hand-offs, for `streamed`; 0: the least recently used leaves.
@@ -85,6 +88,7 @@ class ExpertStore:
         placement = self.placement
         if placement is None or placement.slots == 0:
             return
+        self._maps = maps
         sources: dict[Path, int] = {}
         for layer, expert in self._refs:
             tensors = self.tensors(layer, expert)
@@ -142,6 +146,7 @@ class ExpertStore:
             self._filler.stop()
             self._filler = None
             self.native.close_slots()
+            self._maps = ()
 
     @staticmethod
     def _check(what: str, matrix: Int4Ref, out: int, inner: int) -> None:

@@ -51,6 +51,6 @@ def assemble(
             spec, parts.weights, parts.experts, parts.kernels, pages, latent_norm_eps=latent_norm_eps
         )
         checkpoint.close_ledger()
-        experts.open()
+        experts.open(checkpoint)
         opened.pop_all()
     return checkpoint, network

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from k2hybrid.checkpoint.loader import Checkpoint
+from k2hybrid.checkpoint.names import dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
-from k2hybrid.experts.placement import ExpertSizes, Placement, place_experts
+from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts
 from k2hybrid.experts.recorder import TraceWriter
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.experts.traces import TraceHeader
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 
 # The process itself, its threads, torch, and what the system keeps for itself.
 HEADROOM_BYTES = 3 << 30
+BF16_BYTES = 2
 PROGRESS_S = 10.0
 CORES_PER_FILL_THREAD = 8  # one thread copies as fast as several cores compute
 MOST_FILL_THREADS = 4
@@ -38,14 +42,30 @@ class Experts:
     """What the loader fills and the network computes with.
 
     Attributes:
-        open: to be called once the loader has handed out all experts.
+        open: to be called with the checkpoint that handed out all experts.
         store: None where numba computes.
     """
 
     sink: ExpertSink
     routed: RoutedExperts
     store: ExpertStore | None
-    open: Callable[[], None]
+    open: Callable[[Checkpoint], None]
+
+    @property
+    def _placement(self) -> Placement | None:
+        return self.store.placement if self.store is not None else None
+
+    @property
+    def place(self) -> Place:
+        """Where they lie."""
+        return self._placement.place if self._placement is not None else "mapped"
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of all slots."""
+        if self.store is None or self._placement is None:
+            return 0
+        return self._placement.slots * sum(self.store.native.slot_bytes)
 
 
 def expert_sizes(spec: ModelSpec) -> ExpertSizes:
@@ -84,6 +104,30 @@ def placement_for(
     return placement
 
 
+def make_experts(
+    config: RuntimeConfig, spec: ModelSpec, machine: Machine, topology: Topology, latent_bytes: int
+) -> Experts:
+    """Experts as the options ask for them.
+
+    Raises:
+        ConfigError: they do not fit, or numba is asked for and not installed.
+    """
+    if config.experts == "portable":
+        return portable_experts(spec, machine, max_rows=config.max_step_tokens)
+    placement = placement_for(config, spec, topology, dense_bytes(spec) + latent_bytes)
+    log.info("experts are %s: %s", placement.place, placement.reason)
+    return native_experts(
+        config, spec, machine, max_rows=config.max_step_tokens, placement=placement, topology=topology
+    )
+
+
+def dense_bytes(spec: ModelSpec) -> int:
+    """Of all weights that are no routed expert's, as stored."""
+    layers = (dense_layer_tensors(spec, layer) for layer in range(spec.num_layers))
+    weights = sum(math.prod(tensor.shape) for tensors in layers for tensor in tensors)
+    return BF16_BYTES * (weights + 2 * spec.vocab_size * spec.hidden_size)  # embedding and head
+
+
 def native_experts(
     config: RuntimeConfig,
     spec: ModelSpec,
@@ -98,9 +142,10 @@ def native_experts(
     routed = Dispatcher(store, machine, max_rows=max_rows, top_k=spec.top_k)
     cpus = [node.threads for node in topology.compute_nodes] if topology is not None else [()]
 
-    def opened() -> None:
+    def opened(checkpoint: Checkpoint) -> None:
         most = max(len(threads) for threads in cpus)
         store.open_slots(
+            checkpoint.maps,
             folder=config.expert_arena,
             digest=weights_digest(config.model),
             reader=config.expert_reader or "",
@@ -121,7 +166,7 @@ def portable_experts(spec: ModelSpec, machine: Machine, *, max_rows: int) -> Exp
     from k2hybrid.experts.portable import PortableExperts  # numba is optional, and slow to import
 
     made = PortableExperts(**_sizes(spec), max_rows=max_rows, top_k=spec.top_k, threads=machine.threads)
-    return Experts(made, made, None, lambda: None)
+    return Experts(made, made, None, lambda _: None)
 
 
 def trace_writer(path: Path, spec: ModelSpec, name: str) -> TraceWriter:

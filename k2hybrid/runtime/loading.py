@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import os
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -13,44 +10,31 @@ from typing import Any
 
 from k2hybrid.cache.journal import Journal
 from k2hybrid.cache.journal_writer import JournalWriter
-from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
 from k2hybrid.chat.exchanges import Exchanges
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.checkpoint.hub import model_name
-from k2hybrid.checkpoint.names import dense_layer_tensors
-from k2hybrid.checkpoint.spec import ModelSpec, read_spec
+from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.archive import Archive
 from k2hybrid.engine.engine import Engine
 from k2hybrid.engine.metrics import ByteMeter
-from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.step import StepModel
-from k2hybrid.errors import ConfigError, TokenizerError
-from k2hybrid.experts.placement import slot_bytes
+from k2hybrid.errors import TokenizerError
 from k2hybrid.experts.recorder import TraceRecorder
 from k2hybrid.hardware.topology import read_topology
 from k2hybrid.native import ALLOWED_CPUS, Machine
 from k2hybrid.runtime.assembly import Parts, assemble
-from k2hybrid.runtime.experts import (
-    expert_sizes,
-    native_experts,
-    placement_for,
-    portable_experts,
-    trace_writer,
-)
+from k2hybrid.runtime.experts import make_experts, trace_writer
 from k2hybrid.runtime.fingerprint import fingerprint
+from k2hybrid.runtime.latents import context_tokens_of, latent_pages
 from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.runtime.sessions import Sessions, journal_limit
 from k2hybrid.runtime.sizes import network_sizes
 from k2hybrid.types import RoutedExperts
-
-log = logging.getLogger(__name__)
-
-LEAST_LATENT_BYTES = 1 << 30  # of the default
-BF16_BYTES = 2
 
 # Attention this wide (heads · v_head_dim) is worth several torch threads in a prefill. In a narrower one they
 # mostly wait for each other: on two busy cores a small model's prefill took thrice as long with two.
@@ -91,26 +75,16 @@ def open_runtime(
         nodes = [node.cpus for node in topology.compute_nodes]
         machine = Machine(config.threads, config.isa, nodes if len(nodes) > 1 else None)
         meter = ByteMeter()
-        context_tokens = _context_tokens(spec, config)
-        pages = _pages(spec, config, context_tokens)
-        placement = None
-        if config.experts == "portable":
-            experts = portable_experts(spec, machine, max_rows=config.max_step_tokens)
-        else:
-            placement = placement_for(config, spec, topology, _reserved_bytes(spec, pages))
-            log.info("experts are %s: %s", placement.place, placement.reason)
-            experts = native_experts(
-                config, spec, machine, max_rows=config.max_step_tokens, placement=placement, topology=topology
-            )
+        context_tokens = context_tokens_of(spec, config)
+        pages = latent_pages(spec, config, context_tokens)
+        experts = make_experts(config, spec, machine, topology, pages.pages * pages.page_bytes)
         # From here on it says what runs, not what was left open: it is printed.
         config = replace(
             config,
             threads=machine.threads,
             isa=machine.isa,
-            expert_place=placement.place if placement else "mapped",
-            expert_ram=placement.slots * sum(slot_bytes(expert_sizes(spec), len(placement.nodes)))
-            if placement and placement.slots
-            else None,
+            expert_place=experts.place,
+            expert_ram=experts.slot_bytes or None,
         )
         name = model_name(config.model)
         tracing = None
@@ -132,9 +106,9 @@ def open_runtime(
                 weights=MeteredWeights(parts.weights, meter), experts=MeteredExperts(traced(parts), meter)
             ),
         )
+        opened.callback(checkpoint.close)
         if experts.store is not None:
             opened.callback(experts.store.close)
-        opened.callback(checkpoint.close)
         journal, writer = _journal(config, pages, template.source)
         archive = None
         if journal is not None and writer is not None:
@@ -190,47 +164,3 @@ def _journal(
         max_age_s=config.journal_days * 86_400,
     )
     return journal, JournalWriter(journal)
-
-
-def _pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) -> LatentPages:
-    rows = Bf16Rows(spec.latent_dim)
-    page_bytes = spec.num_layers * LatentPages.PAGE_TOKENS * rows.row_bytes
-    latent_bytes = config.latent_bytes
-    if latent_bytes is None:
-        # Reserved, not touched: pages that no request has needed yet cost nothing.
-        context_bytes = pages_for(context_tokens, LatentPages.PAGE_TOKENS) * page_bytes
-        most = max(LEAST_LATENT_BYTES, _ram_bytes() // 4)
-        latent_bytes = min(max(LEAST_LATENT_BYTES, context_bytes), most)
-    pages = latent_bytes // page_bytes
-    if pages < 1:
-        raise ConfigError(
-            f"latent_bytes {latent_bytes} holds no page: {LatentPages.PAGE_TOKENS} tokens of this "
-            f"model take {page_bytes} bytes"
-        )
-    try:
-        return LatentPages(spec.num_layers, pages, rows)
-    except RuntimeError as error:  # torch's word for memory that cannot be had
-        raise ConfigError(
-            f"{latent_bytes} bytes for latent pages cannot be had here; ask for less"
-        ) from error
-
-
-def _reserved_bytes(spec: ModelSpec, pages: LatentPages) -> int:
-    """Of dense weights and latents, which experts must leave room for."""
-    layers = (dense_layer_tensors(spec, layer) for layer in range(spec.num_layers))
-    weights = sum(math.prod(tensor.shape) for tensors in layers for tensor in tensors)
-    embedded = 2 * spec.vocab_size * spec.hidden_size  # embedding and head
-    return BF16_BYTES * (weights + embedded) + pages.pages * pages.page_bytes
-
-
-def _ram_bytes() -> int:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _context_tokens(spec: ModelSpec, config: RuntimeConfig) -> int:
-    wanted = config.context_tokens or spec.max_positions
-    if wanted > spec.max_positions:
-        log.warning(
-            "a context of %d tokens was asked for; the model was made for %d", wanted, spec.max_positions
-        )
-    return wanted

@@ -57,7 +57,7 @@ class Placed:
         self.checkpoint: Checkpoint = open_checkpoint(model, self.store)
         if not fill:
             self.store._order = lambda placement: []  # type: ignore[method-assign]
-        self.store.open_slots(**slots)  # type: ignore[arg-type]
+        self.store.open_slots(self.checkpoint.maps, **slots)  # type: ignore[arg-type]
         self.dispatcher = Dispatcher(self.store, machine or Machine(2), max_rows=ROWS, top_k=TOP_K)
 
     def filled(self) -> None:

@@ -13,7 +13,7 @@ import pytest
 
 import k2hybrid
 from k2hybrid.errors import ConfigError, EngineError, TensorError, TokenizerError
-from k2hybrid.runtime import Runtime, load, loading
+from k2hybrid.runtime import Runtime, latents, load
 from k2hybrid.types import ChatRequest, Message
 
 
@@ -111,9 +111,9 @@ def test_the_main_module_is_the_command() -> None:
 
 
 def test_pages_hold_one_context_at_least(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "LEAST_LATENT_BYTES", 1 << 12)
+    monkeypatch.setattr(latents, "LEAST_LATENT_BYTES", 1 << 12)
     with load(checkpoint, context_tokens=1000, threads=1) as small:
         assert small.context_tokens == 1000
-    monkeypatch.setattr(loading, "_ram_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(latents, "ram_bytes", lambda: 1 << 20)
     with load(checkpoint, context_tokens=200_000, threads=1) as poor:
         assert 0 < poor.context_tokens < 200_000
