@@ -40,7 +40,7 @@ from k2hybrid.hardware.disk import direct_read_gb_s
 from k2hybrid.hardware.memory import MemoryUse
 from k2hybrid.native import Machine
 from k2hybrid.runtime.assembly import Parts
-from k2hybrid.runtime.experts import expert_sizes
+from k2hybrid.runtime.experts import HALF_LIFE_PASSES, expert_sizes
 from k2hybrid.types import RoutedExperts, Ticket, TicketStats
 
 BAR = 1.15
@@ -185,7 +185,9 @@ def run(model: Path, machine: Machine, share: float, kind: str, options: argpars
     cached = cached_bytes(store)
     found, fetched = stats.hits - start.hits, stats.misses - start.misses
     measured = slice(options.warm * sizes.layers, None)
-    missed = replay(Tickets.of(trace), placement.slots, "lru").missed_by_ticket()[measured]
+    missed = replay(Tickets.of(trace), placement.slots, "lrfu-ghost", HALF_LIFE_PASSES).missed_by_ticket()[
+        measured
+    ]
     simulated = 1 - missed.sum() / (missed.size * spec.top_k)
     ratio = statistics.median(ratios)
     used = memory + cached
@@ -197,7 +199,7 @@ def run(model: Path, machine: Machine, share: float, kind: str, options: argpars
         "time_over_limit": ratio,
         "bar": BAR,
         "hit_rate": found / (found + fetched),
-        "simulated_hit_rate_lru": simulated,
+        "simulated_hit_rate": simulated,
         "misses_per_step": statistics.mean(hidden),
         "disk_gb_s": statistics.median(disk for _, disk in rates) / 1e9,
         "ram_gb_s": statistics.median(rate for rate, _ in rates) / 1e9,

@@ -2,7 +2,8 @@
 //
 // The clock ticks once a ticket. Least recently used: the score is the time of the last use. With a half life, each use
 // counts 1 and halves its weight every so many ticks (LRFU: D. Lee et al., 2001); scores are kept as
-// log2(value) + time / half_life, which needs no update while time passes.
+// log2(value) + time / half_life, which needs no update while time passes. An expert that left keeps its score: it comes
+// back as what it was, not as a newcomer (docs/traces.md says what that is worth).
 #pragma once
 
 #include <cmath>

@@ -215,7 +215,6 @@ void ExpertStore::Free(Entry& entry) {
   if (entry.state.load() == kIn) --stats_.filled;
   entry.slot = -1;
   entry.state.store(kOut, std::memory_order_release);
-  entry.score = Recency::kNever;
 }
 
 void ExpertStore::Arrived(Slot& slot, bool whole) {

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from k2hybrid.experts.simulate import Replay, Tickets
     from k2hybrid.experts.traces import Trace
 
-HALF_LIFE = 16.0  # passes
+HALF_LIFE = 8.0  # passes
 SIZES = 12  # of a sweep, if none are named
 
 
@@ -41,7 +41,7 @@ def add_traces_options(parser: argparse.ArgumentParser) -> None:
         help="of lru, lrfu, lrfu-ghost and min, which knows the future (default: all)",
     )  # fmt: skip
     simulate.add_argument(
-        "--half-life", type=float, default=HALF_LIFE, metavar="PASSES", help="of a use in lrfu (default: 16)"
+        "--half-life", type=float, default=HALF_LIFE, metavar="PASSES", help="of a use in lrfu (default: 8)"
     )
     simulate.add_argument("--by-layer", action="store_true", help="show hits and misses of each layer too")
     simulate.add_argument("--json", type=Path, metavar="OUT", help="write the figures there")
@@ -168,9 +168,14 @@ def _table(replays: Sequence[Replay], expert_bytes: int) -> list[str]:
     rates = {(replay.slots, column): replay.hit_rate for replay, column in zip(replays, names, strict=True)}
     lines = [f"{'slots':>8}{'RAM':>12}" + "".join(f"{column:>24}" for column in columns)]
     for slots in dict.fromkeys(replay.slots for replay in replays):
-        ram = f"{slots * expert_bytes / (1 << 30):.2f} GiB" if expert_bytes else "?"
+        ram = _shown(slots * expert_bytes) if expert_bytes else "?"
         lines.append(f"{slots:>8}{ram:>12}" + "".join(f"{rates[slots, column]:>24.2%}" for column in columns))
     return lines
+
+
+def _shown(size: int) -> str:
+    unit, power = ("GiB", 30) if size >= 1 << 30 else ("MiB", 20)
+    return f"{size / (1 << power):.2f} {unit}"
 
 
 def name(replay: Replay) -> str:

@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 HEADROOM_BYTES = 3 << 30
 BF16_BYTES = 2
 PROGRESS_S = 10.0
+HALF_LIFE_PASSES = 8.0  # of an expert's uses; chosen by replay, docs/traces.md
 CORES_PER_FILL_THREAD = 8  # one thread copies as fast as several cores compute
 MOST_FILL_THREADS = 4
 
@@ -149,6 +150,7 @@ def native_experts(
             folder=config.expert_arena,
             digest=weights_digest(config.model),
             reader=config.expert_reader or "",
+            half_life=HALF_LIFE_PASSES * len(spec.moe_layers),
             cpus=cpus,
             fill_threads=min(MOST_FILL_THREADS, max(1, most // CORES_PER_FILL_THREAD)),
         )

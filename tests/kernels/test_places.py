@@ -314,7 +314,7 @@ def test_placements_are_what_the_store_takes(folder: Path, expected: list[torch.
     check(Placed(folder, streamed), expected)
 
 
-@pytest.mark.parametrize(("policy", "half_life"), [("lru", None), ("lrfu", 4.0)])
+@pytest.mark.parametrize(("policy", "half_life"), [("lru", None), ("lrfu-ghost", 4.0)])
 @pytest.mark.parametrize("slots", [2 * EXPERTS, 2 * EXPERTS + 5])
 def test_what_the_simulator_says(folder: Path, policy: str, half_life: float | None, slots: int) -> None:
     made = Placed(
