@@ -120,7 +120,7 @@ class ServedModel(Protocol):
     @property
     def template(self) -> Template: ...
     def status(self) -> Mapping[str, Mapping[str, Any]]:
-        """Figures of this moment: "engine", as `EngineMetrics.snapshot`, and "experts", as `expert_status`."""
+        """Figures of this moment: "engine", as `EngineMetrics.snapshot`, and "experts": where they lie."""
 
     def chat(self, request: ChatRequest) -> ChatRun:
         """Validate, render and queue. Takes as long as rendering does: call it in a thread.
