@@ -20,11 +20,13 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
 import httpx
 
+from bench.page_cache import cached_bytes, forget, remember
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
 from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.spec import read_spec
@@ -64,18 +66,7 @@ def first_token_seconds(model: Path) -> float:
         server.wait(timeout=60)
 
 
-def prepare(model: Path, source: Source) -> None:
-    """Bring the shards into the page cache, or out of it."""
-    for path in model.glob("*.safetensors"):
-        descriptor = os.open(path, os.O_RDONLY)
-        if source == "disk":
-            os.fsync(descriptor)
-            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        else:
-            at, buffer = 0, bytearray(8 << 20)
-            while got := os.preadv(descriptor, [buffer], at):
-                at += got
-        os.close(descriptor)
+PREPARE: dict[Source, Callable[[Path], None]] = {"page cache": remember, "disk": forget}
 
 
 class Fill:
@@ -160,13 +151,14 @@ def read_seconds(tensors: list[TensorRef], source: Source) -> float:
 
 def residency(model: Path, source: Source, rounds: int) -> Row:
     """Fill and reference in turns."""
-    fills, reads = [], []
+    fills, reads, cached = [], [], []
     for _ in range(rounds):
-        prepare(model, source)
+        PREPARE[source](model)
         fill = Fill(model)
         fills.append(fill.seconds())
+        cached.append(cached_bytes(fill.store))
         fill.close()
-        prepare(model, source)
+        PREPARE[source](model)
         reads.append(read_seconds(fill.tensors(), source))
     rate, reference = (fill.nbytes / statistics.median(times) / 1e9 for times in (fills, reads))
     ratio = statistics.median(read / fill for fill, read in zip(fills, reads, strict=True))
@@ -176,6 +168,7 @@ def residency(model: Path, source: Source, rounds: int) -> Row:
         "gb_s": rate,
         "reference_gb_s": reference,
         "share": ratio,
+        "experts_cached_gb": statistics.median(cached) / 1e9,
         "bar": RESIDENCY_BAR,
         "holds": ratio >= RESIDENCY_BAR,
     }
@@ -191,7 +184,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=3, help="of residency; 0 leaves it out")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args()
-    prepare(options.model, "page cache")
+    remember(options.model)
     starts = [first_token_seconds(options.model) for _ in range(options.starts)]
     seconds = statistics.median(starts)
     rows: list[Row] = [

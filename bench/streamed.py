@@ -16,8 +16,6 @@ experts, and what the page cache holds of their files.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import os
 import statistics
 import sys
 import time
@@ -27,12 +25,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from bench.page_cache import cached_bytes, forget
 from k2hybrid.bench.command import Bench
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.experts.placement import place_experts, slot_bytes
 from k2hybrid.experts.simulate import Tickets, replay
-from k2hybrid.experts.store import ExpertStore
 from k2hybrid.experts.synthetic import synthetic
 from k2hybrid.experts.traces import Trace
 from k2hybrid.hardware.bandwidth import quick_gb_s
@@ -47,7 +45,6 @@ BAR = 1.15
 SLACK_BYTES = 1_000_000_000  # beyond --expert-ram
 PROBE_BYTES = 512 << 20
 REQUEST_BYTES, DEPTH = 1 << 20, 16  # of the store's reader
-PAGE = os.sysconf("SC_PAGE_SIZE")
 TRACES = {"skewed": (1.0, 0.3), "even": (0.0, 0.0)}  # skew and stickiness
 
 
@@ -100,31 +97,6 @@ def tickets_of(trace: Trace) -> Iterator[np.ndarray]:
         yield np.asarray(trace.ids[trace.starts[at] : trace.starts[at + 1]])
 
 
-def cached_bytes(store: ExpertStore) -> int:
-    """What the page cache holds of the routed experts."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    found = 0
-    for tensor in (tensor for key in store.keys for tensor in store.tensors(*key)):
-        first = tensor.address // PAGE * PAGE
-        pages = -(-(tensor.address + tensor.nbytes - first) // PAGE)
-        held = np.zeros(pages, np.uint8)
-        if libc.mincore(
-            ctypes.c_void_p(first), ctypes.c_size_t(pages * PAGE), ctypes.c_void_p(held.ctypes.data)
-        ):
-            raise OSError(ctypes.get_errno(), "mincore")
-        found += PAGE * int((held & 1).sum())
-    return found
-
-
-def drop_cache(model: Path) -> None:
-    """Let the page cache forget the model's files, as far as nobody maps them."""
-    for path in model.glob("*.safetensors"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-
-
 def run(model: Path, machine: Machine, share: float, kind: str, options: argparse.Namespace) -> Row:
     """One case: a share of the experts in RAM, one kind of trace."""
     spec = read_spec(model)
@@ -137,7 +109,7 @@ def run(model: Path, machine: Machine, share: float, kind: str, options: argpars
         layers=sizes.layers, experts=sizes.experts, top_k=spec.top_k, passes=passes, skew=skew,
         stickiness=stickiness, seed=7,
     )  # fmt: skip
-    drop_cache(model)
+    forget(model)
     TracedBench.trace = tickets_of(trace)
     before = MemoryUse.now().private_bytes
     bench = TracedBench(model, machine, passes + 64, placement=placement)

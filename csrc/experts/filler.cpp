@@ -14,7 +14,7 @@ namespace {
 
 constexpr auto kStep = std::chrono::milliseconds(5);
 constexpr auto kLongest = std::chrono::milliseconds(100);  // of stepping back before each expert
-constexpr int kOnTheirWay = 2;                             // experts of one thread
+constexpr int kOnTheirWay = 3;                             // experts of one thread
 constexpr int kNice = 10;
 
 void Bind(const std::vector<int>& cpus) {

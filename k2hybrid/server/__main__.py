@@ -47,13 +47,14 @@ def serve(args: argparse.Namespace) -> int:
         RuntimeConfig.from_mapping(options)
         # Heavy imports only now, the heaviest last: wrong options or a taken port are told at once.
         from k2hybrid.checkpoint.hub import model_name
-        from k2hybrid.server.process import bind, hosts_for, print_table, require_key, run
+        from k2hybrid.server.process import bind, hosts_for, log_to_stderr, print_table, require_key, run
 
         require_key(args.host, keys, args.allow_no_key)
         hosts = hosts_for(args.host)
         with bind(args.host, args.port) as listener:
             if hosts is None and not keys:
                 print(f"{program}: anyone who reaches {args.host} can use this", file=sys.stderr)
+            log_to_stderr()
             from k2hybrid.runtime import load
             from k2hybrid.server.app import Settings, create_app
             from k2hybrid.server.live import LiveRuns

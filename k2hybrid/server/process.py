@@ -76,6 +76,12 @@ def require_key(host: str, keys: Sequence[str], allow_none: bool) -> None:
         )
 
 
+def log_to_stderr() -> None:
+    """What a server tells while it loads and runs."""
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("k2hybrid").setLevel(logging.INFO)
+
+
 def print_table(rows: Sequence[tuple[str, str]]) -> None:
     """The resolved options, aligned."""
     width = max(len(name) for name, _ in rows)
@@ -156,8 +162,6 @@ def run(
     Raises:
         ConfigError: it cannot listen.
     """
-    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("k2hybrid").setLevel(logging.INFO)
     try:
         listener.listen(BACKLOG)
     except OSError as error:  # taken meanwhile: two sockets may be bound to a port until one listens
