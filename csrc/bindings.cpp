@@ -5,6 +5,7 @@
 #include <optional>
 #include <string_view>
 
+#include "cpu/bind_fault.h"
 #include "cpu/machine.h"
 #include "cpu/probe.h"
 #include "experts/bind_store.h"
@@ -113,4 +114,5 @@ PYBIND11_MODULE(_native, m) {
   k2::bind_store(m);
   BindExperts(m);
   k2::bind_doorbell(m);
+  k2::bind_fault(m);
 }

@@ -113,6 +113,10 @@ class ExpertReadError(EngineError):
     """The bytes of an expert could not be read; the requests that needed it end, others go on."""
 
 
+class WeightReadError(EngineError):
+    """Weights that every request needs could not be read; requests are served again once they can."""
+
+
 class TraceError(K2Error):
     """A routing trace cannot be recorded, is damaged, or is none."""
 

@@ -1,7 +1,6 @@
 #include "cpu/machine.h"
 
 #include <algorithm>
-#include <atomic>
 
 #include "cpu/fault.h"
 
@@ -22,7 +21,6 @@ struct LinearCall {
   float* y;
   int rows_per_chunk;
   int chunks_per_head;
-  std::atomic<bool> failed{false};
 };
 
 void RunLinear(void* context, int chunk, int) {
@@ -32,43 +30,40 @@ void RunLinear(void* context, int chunk, int) {
   const int rows = std::min(call.rows_per_chunk, call.w.rows - row);
   const ptrdiff_t ldy = static_cast<ptrdiff_t>(call.w.heads) * call.w.rows;
   const bf16* w = call.w.data + head * call.w.head_stride + row * call.w.row_stride;
-  const bool readable = FaultGuard::Run([&] {
-    for (int t = 0; t < call.x.tokens; t += kTokenTile) {
-      const int tokens = std::min(kTokenTile, call.x.tokens - t);
-      const bf16* x[kTokenTile];
-      for (int i = 0; i < tokens; ++i)
-        x[i] = call.x.data + (t + i) * call.x.token_stride + head * call.x.head_stride;
-      call.kernels.dense_rows(w, call.w.row_stride, call.w.columns, rows, x, tokens,
-                              call.y + t * ldy + static_cast<ptrdiff_t>(head) * call.w.rows + row, ldy);
-    }
-  });
-  if (!readable) call.failed.store(true, std::memory_order_relaxed);
+  for (int t = 0; t < call.x.tokens; t += kTokenTile) {
+    const int tokens = std::min(kTokenTile, call.x.tokens - t);
+    const bf16* x[kTokenTile];
+    for (int i = 0; i < tokens; ++i)
+      x[i] = call.x.data + (t + i) * call.x.token_stride + head * call.x.head_stride;
+    call.kernels.dense_rows(w, call.w.row_stride, call.w.columns, rows, x, tokens,
+                            call.y + t * ldy + static_cast<ptrdiff_t>(head) * call.w.rows + row, ldy);
+  }
 }
 
 void RunTransposed(void* context, int head, int) {
   auto& call = *static_cast<LinearCall*>(context);
   const ptrdiff_t ldy = static_cast<ptrdiff_t>(call.w.heads) * call.w.columns;
-  const bool readable = FaultGuard::Run([&] {
-    for (int t = 0; t < call.x.tokens; ++t)
-      call.kernels.dense_columns(call.w.data + head * call.w.head_stride, call.w.row_stride, call.w.rows,
-                                 call.w.columns,
-                                 call.x.data + t * call.x.token_stride + head * call.x.head_stride,
-                                 call.y + t * ldy + static_cast<ptrdiff_t>(head) * call.w.columns);
-  });
-  if (!readable) call.failed.store(true, std::memory_order_relaxed);
+  for (int t = 0; t < call.x.tokens; ++t)
+    call.kernels.dense_columns(call.w.data + head * call.w.head_stride, call.w.row_stride, call.w.rows,
+                               call.w.columns,
+                               call.x.data + t * call.x.token_stride + head * call.x.head_stride,
+                               call.y + t * ldy + static_cast<ptrdiff_t>(head) * call.w.columns);
 }
 
-void RequireReadable(const LinearCall& call) {
-  Require(!call.failed.load(), "weights could not be read: their file shrank or its disk failed");
+// After they were read.
+void RequireReadable(const Weights& w) {
+  if (w.rows == 0 || w.heads == 0) return;
+  const ptrdiff_t last = (w.heads - 1) * w.head_stride + (w.rows - 1) * w.row_stride + w.columns;
+  Require(!FileMaps::Failed(w.data, static_cast<size_t>(last) * sizeof(bf16)),
+          "weights could not be read: their file shrank or its disk failed; put the whole file back in its "
+          "place");
 }
 
 }  // namespace
 
 Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cpus,
                  const std::vector<int>& groups)
-    : kernels_(PickKernels(isa)), pool_(threads, cpus, groups) {
-  FaultGuard::Install();
-}
+    : kernels_(PickKernels(isa)), pool_(threads, cpus, groups) {}
 
 void Machine::Linear(const Activations& x, const Weights& w, float* y) {
   if (x.tokens == 0 || w.rows == 0) return;
@@ -81,7 +76,7 @@ void Machine::Linear(const Activations& x, const Weights& w, float* y) {
   Job job;
   job.Reset(&call, {{RunLinear, call.chunks_per_head * w.heads}});
   pool_.Run(&job);
-  RequireReadable(call);
+  RequireReadable(w);
 }
 
 void Machine::LinearTransposed(const Activations& x, const Weights& w, float* y) {
@@ -89,7 +84,7 @@ void Machine::LinearTransposed(const Activations& x, const Weights& w, float* y)
   Job job;
   job.Reset(&call, {{RunTransposed, x.tokens == 0 ? 0 : w.heads}});
   pool_.Run(&job);
-  RequireReadable(call);
+  RequireReadable(w);
 }
 
 }  // namespace k2

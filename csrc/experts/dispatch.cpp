@@ -55,6 +55,15 @@ int PanelRows(int in, int tokens, int rows) {
   return tokens <= kFewTokens ? rows : std::max(kRowStep, kPanelBytes / (in / 2) / kRowStep * kRowStep);
 }
 
+// After it was read.
+bool Unreadable(const Int4Matrix& matrix) {
+  const auto bytes = [](const void* from, const void* to) {
+    return static_cast<size_t>(static_cast<const char*>(to) - static_cast<const char*>(from));
+  };
+  return FileMaps::Failed(matrix.packed, bytes(matrix.packed, matrix.PackedRow(matrix.out))) ||
+         FileMaps::Failed(matrix.scale, bytes(matrix.scale, matrix.ScaleRow(matrix.out)));
+}
+
 }  // namespace
 
 struct Dispatcher::Slot {
@@ -279,33 +288,31 @@ void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
   const int row = self.store_.layout().shards().gate[node] + begin_row;  // of all nodes' rows
   float* gate = self.scratch_[worker].data();
   float* up = gate + kTokenTile * kGateRows;
-  const bool readable = FaultGuard::Run([&] {
-    for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
-      const int tokens = std::min(kTokenTile, group.end - begin);
-      const bf16* x[kTokenTile];
-      for (int t = 0; t < tokens; ++t)
-        x[t] = slot.prepared.get() +
-               static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * PreparedSize(sizes.hidden);
-      slot.job.Beat();
-      const int panel = PanelRows(sizes.hidden, tokens, rows);
-      for (int top = 0; top < rows; top += panel) {
-        const int count = std::min(panel, rows - top);
-        kernels.int4_rows(gate_rows, begin_row + top, count, x, tokens, gate + top, kGateRows);
-        kernels.int4_rows(up_rows, begin_row + top, count, x, tokens, up + top, kGateRows);
-      }
-      for (int t = 0; t < tokens; ++t) {
-        bf16* h = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
-        bf16 plain[kGateRows];
-        kernels.swiglu(gate + t * kGateRows, up + t * kGateRows, rows, plain);
-        if (rows % kBlock == 0 && row % kBlock == 0) {
-          kernels.prepare(plain, rows, h + row);
-        } else {
-          for (int r = 0; r < rows; ++r) h[PreparedIndex(row + r)] = plain[r];
-        }
+  for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
+    const int tokens = std::min(kTokenTile, group.end - begin);
+    const bf16* x[kTokenTile];
+    for (int t = 0; t < tokens; ++t)
+      x[t] = slot.prepared.get() +
+             static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * PreparedSize(sizes.hidden);
+    slot.job.Beat();
+    const int panel = PanelRows(sizes.hidden, tokens, rows);
+    for (int top = 0; top < rows; top += panel) {
+      const int count = std::min(panel, rows - top);
+      kernels.int4_rows(gate_rows, begin_row + top, count, x, tokens, gate + top, kGateRows);
+      kernels.int4_rows(up_rows, begin_row + top, count, x, tokens, up + top, kGateRows);
+    }
+    for (int t = 0; t < tokens; ++t) {
+      bf16* h = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
+      bf16 plain[kGateRows];
+      kernels.swiglu(gate + t * kGateRows, up + t * kGateRows, rows, plain);
+      if (rows % kBlock == 0 && row % kBlock == 0) {
+        kernels.prepare(plain, rows, h + row);
+      } else {
+        for (int r = 0; r < rows; ++r) h[PreparedIndex(row + r)] = plain[r];
       }
     }
-  });
-  if (!readable) slot.failed[g].store(true, std::memory_order_relaxed);
+  }
+  if (Unreadable(gate_rows) || Unreadable(up_rows)) slot.failed[g].store(true, std::memory_order_relaxed);
 }
 
 void Dispatcher::RunDown(void* context, int chunk, int worker) {
@@ -327,31 +334,30 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
   for (int g = 0; g < slot.group_count; ++g) {
     if (slot.failed[g].load(std::memory_order_relaxed)) continue;
     const Slot::Group& group = slot.groups[g];
-    const bool readable = FaultGuard::Run([&] {
-      for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
-        const int tokens = std::min(kTokenTile, group.end - begin);
-        const bf16* h[kTokenTile];
-        for (int t = 0; t < tokens; ++t) {
-          h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
-          const float* out = slot.out.get() +
-                             static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * sizes.hidden +
-                             row;
-          for (int r = 0; r < rows; r += 16) __builtin_prefetch(out + r, 1);
-        }
-        slot.job.Beat();
-        const int panel = PanelRows(sizes.inter, tokens, rows);
-        for (int top = 0; top < rows; top += panel)
-          kernels.int4_rows(group.view.down[node], begin_row + top, std::min(panel, rows - top), h, tokens,
-                            y + top, kDownRows);
-        for (int t = 0; t < tokens; ++t) {
-          const int a = slot.assignment[begin + t];
-          const float weight = slot.weights.get()[a];
-          float* out = slot.out.get() + static_cast<ptrdiff_t>(a / self.top_k_) * sizes.hidden + row;
-          kernels.add_scaled(weight, y + t * kDownRows, rows, out);
-        }
+    const Int4Matrix& down_rows = group.view.down[node];
+    for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
+      const int tokens = std::min(kTokenTile, group.end - begin);
+      const bf16* h[kTokenTile];
+      for (int t = 0; t < tokens; ++t) {
+        h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
+        const float* out = slot.out.get() +
+                           static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * sizes.hidden +
+                           row;
+        for (int r = 0; r < rows; r += 16) __builtin_prefetch(out + r, 1);
       }
-    });
-    if (!readable) slot.failed[g].store(true, std::memory_order_relaxed);
+      slot.job.Beat();
+      const int panel = PanelRows(sizes.inter, tokens, rows);
+      for (int top = 0; top < rows; top += panel)
+        kernels.int4_rows(down_rows, begin_row + top, std::min(panel, rows - top), h, tokens, y + top,
+                          kDownRows);
+      for (int t = 0; t < tokens; ++t) {
+        const int a = slot.assignment[begin + t];
+        const float weight = slot.weights.get()[a];
+        float* out = slot.out.get() + static_cast<ptrdiff_t>(a / self.top_k_) * sizes.hidden + row;
+        kernels.add_scaled(weight, y + t * kDownRows, rows, out);
+      }
+    }
+    if (Unreadable(down_rows)) slot.failed[g].store(true, std::memory_order_relaxed);
   }
 }
 

@@ -12,6 +12,7 @@ namespace {
 // Gaps between the layers of a step, and between steps, are shorter.
 constexpr auto kMoment = std::chrono::milliseconds(20);
 constexpr auto kNap = std::chrono::milliseconds(20);
+constexpr auto kPatience = std::chrono::seconds(30);  // with a disk that brings nothing
 
 RowShards Whole(const ExpertSizes& sizes, const RowShards& shards) {
   return shards.gate.empty() ? RowShards{{0, sizes.inter}, {0, sizes.hidden}} : shards;
@@ -146,24 +147,26 @@ void ExpertStore::View(const Entry& entry, ExpertView* view) const {
 }
 
 int ExpertStore::Pin(int layer, const int* experts, int count, ExpertView* const* views) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   last_ticket_ns_.store(NowNs(), std::memory_order_relaxed);
   for (int i = 0; i < count; ++i)
     Require(At(layer, experts[i]).bytes.packed[0] != nullptr,
             "layer " + std::to_string(layer) + " has no expert " + std::to_string(experts[i]) + " loaded");
   // Those that are here first: they must not make room for the others.
-  std::vector<int> missing;
-  for (int i = 0; i < count; ++i) {
-    Entry& entry = At(layer, experts[i]);
-    entry.pins.fetch_add(1);
-    if (streamed_ && entry.slot < 0) missing.push_back(Index(layer, experts[i]));
-  }
-  std::vector<int> victims;
-  try {
-    victims = Victims(missing.size());
-  } catch (...) {
-    for (int i = 0; i < count; ++i) At(layer, experts[i]).pins.fetch_sub(1);
-    throw;
+  for (int i = 0; i < count; ++i) At(layer, experts[i]).pins.fetch_add(1);
+  std::vector<int> missing, victims;
+  for (const auto begun = Clock::now();;) {
+    missing.clear();
+    for (int i = 0; i < count; ++i)
+      if (streamed_ && At(layer, experts[i]).slot < 0) missing.push_back(Index(layer, experts[i]));
+    const bool more = Victims(missing.size(), &victims);
+    if (victims.size() == missing.size()) break;
+    // Slots on their way to somebody else may leave once they are here.
+    if (!more || Clock::now() - begun > kPatience) {
+      for (int i = 0; i < count; ++i) At(layer, experts[i]).pins.fetch_sub(1);
+      throw Error("all slots for experts are in use; give --expert-ram more");
+    }
+    arrived_.wait_for(lock, kNap);
   }
   ++now_;
   for (size_t i = 0; i < missing.size(); ++i) BeginFetch(victims[i], missing[i]);
@@ -178,22 +181,26 @@ int ExpertStore::Pin(int layer, const int* experts, int count, ExpertView* const
   return static_cast<int>(missing.size());
 }
 
-std::vector<int> ExpertStore::Victims(size_t count) {
-  if (count == 0) return {};
+bool ExpertStore::Victims(size_t count, std::vector<int>* victims) const {
+  victims->clear();
+  if (count == 0) return false;
+  bool filling = false;
   std::vector<std::pair<double, int>> found;
   for (size_t i = 0; i < slots_.size(); ++i) {
-    const int entry = slots_[i].entry;
-    if (entry < 0) {
+    const int index = slots_[i].entry;
+    if (index < 0) {
       found.emplace_back(Recency::kNever, static_cast<int>(i));
-    } else if (entries_[entry].pins.load() == 0 && entries_[entry].state.load() == kIn) {
-      found.emplace_back(entries_[entry].score, static_cast<int>(i));
+      continue;
     }
+    const Entry& entry = entries_[index];
+    if (entry.pins.load() != 0) continue;
+    if (entry.state.load() == kIn) found.emplace_back(entry.score, static_cast<int>(i));
+    filling = filling || entry.state.load() == kFilling;
   }
-  Require(found.size() >= count, "all slots for experts are in use; give --expert-ram more");
-  std::partial_sort(found.begin(), found.begin() + static_cast<ptrdiff_t>(count), found.end());
-  std::vector<int> slots;
-  for (size_t i = 0; i < count; ++i) slots.push_back(found[i].second);
-  return slots;
+  const size_t taken = std::min(count, found.size());
+  std::partial_sort(found.begin(), found.begin() + static_cast<ptrdiff_t>(taken), found.end());
+  for (size_t i = 0; i < taken; ++i) victims->push_back(found[i].second);
+  return filling;
 }
 
 void ExpertStore::BeginFetch(int index, int to) {

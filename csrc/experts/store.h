@@ -115,8 +115,8 @@ class ExpertStore {
   int Index(int layer, int expert) const;
   Entry& At(int layer, int expert) const { return entries_[Index(layer, expert)]; }
   void View(const Entry& entry, ExpertView* view) const;
-  // The slots that `count` experts may take, worst first; throws if there are too few.
-  std::vector<int> Victims(size_t count);
+  // The slots that `count` experts may take, worst first, as far as there are; whether others will be.
+  bool Victims(size_t count, std::vector<int>* victims) const;
   void BeginFetch(int slot, int entry);
   void Arrived(Slot& slot, bool whole);
   void Free(Entry& entry);

@@ -23,6 +23,7 @@ from k2hybrid.checkpoint.names import (
     tensor_name,
 )
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
+from k2hybrid.checkpoint.watch import FileWatch
 from k2hybrid.errors import CheckpointError, TensorError
 from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef
 
@@ -70,6 +71,11 @@ class Checkpoint:
             # torch warns that it cannot mark the tensor read-only; nothing here writes to weights.
             warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
             return torch.from_numpy(array).view(torch_type)
+
+    def watch(self) -> FileWatch:
+        """What tells whether the shards are still whole, now and after this checkpoint is closed."""
+        index = self._open_index()
+        return FileWatch(index.shards.values(), index.tensors)
 
     @property
     def maps(self) -> list[NDArray[np.uint8]]:

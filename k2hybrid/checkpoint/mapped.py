@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import stat
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from k2hybrid.checkpoint.header import PREFIX_BYTES, HeaderEntry, header_bytes, parse_header
-from k2hybrid.errors import HeaderError, ShardIndexError
+from k2hybrid.errors import HeaderError, NativeError, ShardIndexError
+from k2hybrid.native import FileMap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -28,12 +31,20 @@ class MappedShard:
     path: Path
     bytes: NDArray[np.uint8]
     address: int
+    guard: FileMap
+    header_bytes: int  # with the length before it
+    header_digest: str
+
+
+def header_digest(head: bytes) -> str:
+    """By which a file is known again: of its header with the length before it."""
+    return hashlib.blake2b(head, digest_size=32).hexdigest()
 
 
 def map_shard(path: Path) -> tuple[MappedShard, list[HeaderEntry]]:
     """Map `path` and parse its header; every tensor of the header then lies inside the map.
 
-    Whoever shrinks the file afterwards takes the pages away (SIGBUS), as with any mapped file.
+    Who shrinks the file afterwards takes its pages away: they are read as zeros, and `guard` tells.
 
     Raises:
         HeaderError: the file is truncated, or its header does not describe it.
@@ -47,7 +58,8 @@ def map_shard(path: Path) -> tuple[MappedShard, list[HeaderEntry]]:
             info = os.fstat(descriptor)
             if not stat.S_ISREG(info.st_mode):
                 raise ShardIndexError(f"{what} is not a regular file")
-            length = header_bytes(file.read(PREFIX_BYTES), info.st_size, what)
+            prefix = file.read(PREFIX_BYTES)
+            length = header_bytes(prefix, info.st_size, what)
             header = file.read(length)
             if len(header) != length:
                 raise HeaderError(f"{what} is truncated: it ends inside its header")
@@ -55,7 +67,13 @@ def map_shard(path: Path) -> tuple[MappedShard, list[HeaderEntry]]:
             view = mmap.mmap(descriptor, info.st_size, prot=mmap.PROT_READ, flags=mmap.MAP_SHARED)
             if os.fstat(descriptor).st_size != info.st_size:
                 raise HeaderError(f"{what} changed its size while it was opened")
-    except (OSError, ValueError) as problem:
+            content = np.frombuffer(view, dtype=np.uint8)
+            guard = FileMap(content.ctypes.data, info.st_size, descriptor)
+    except (OSError, ValueError, NativeError) as problem:
         raise ShardIndexError(f"{what} cannot be mapped: {problem}") from problem
-    content = np.frombuffer(view, dtype=np.uint8)
-    return MappedShard(path, content, content.ctypes.data), entries
+    # Of the array, which goes before the map does; at the process's end threads may still read.
+    weakref.finalize(content, guard.close).atexit = False
+    shard = MappedShard(
+        path, content, guard.address, guard, PREFIX_BYTES + length, header_digest(prefix + header)
+    )
+    return shard, entries

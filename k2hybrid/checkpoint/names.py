@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -42,6 +43,9 @@ _IN_LAYER = {
 }
 
 
+_IN_EXPERT = re.compile(r"model\.layers\.(\d+)\.mlp\.experts\.(\d+)\.")
+
+
 class TensorKey(NamedTuple):
     """What a tensor is to the model. `layer` is None outside the layers, `expert` for all but routed experts.
 
@@ -70,6 +74,12 @@ def tensor_name(layer: int | None, role: str) -> str:
 def expert_prefix(layer: int, expert: int) -> str:
     """What the names of one routed expert's nine tensors begin with."""
     return f"model.layers.{layer}.mlp.experts.{expert}."
+
+
+def expert_of(name: str) -> tuple[int, int] | None:
+    """(layer, expert) of a routed expert's tensor; None: it is none."""
+    found = _IN_EXPERT.match(name)
+    return None if found is None else (int(found[1]), int(found[2]))
 
 
 def expected_tensors(spec: ModelSpec) -> Iterator[ExpectedTensor]:

@@ -481,7 +481,11 @@ class Engine:
     def _commit(self, sequence: Sequence, share: Share, result: StepResult) -> None:
         if share.number in result.failed:
             self._fail(
-                sequence, ExpertReadError("an expert could not be read for this request; others go on")
+                sequence,
+                ExpertReadError(
+                    "an expert, or a token's embedding, could not be read for this request; others go on. "
+                    "The log names the file: put it back whole, and the same request works again"
+                ),
             )
             return
         if sequence.cancelled or not share.last:

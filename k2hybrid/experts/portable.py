@@ -14,7 +14,7 @@ case). So the results have the bits of the plain C++ kernels, as those of AVX2 a
 BF16 adds a pair of products in one step and flushes subnormals: last bits differ, within the bound of
 `docs/numerics.md`.
 
-The extension survives the loss of a mapped file; this does not: SIGBUS ends the process.
+Of what a mapped file lost, zeros are read (`csrc/cpu/fault.h`); the rows concerned are told.
 """
 
 from __future__ import annotations
@@ -314,10 +314,19 @@ class PortableExperts:
         experts: routed experts per MoE layer.
         hidden, inter: `hidden_size` and `moe_intermediate_size`, multiples of 32.
         threads: at most so many; None: all that numba offers.
+        failed: whether bytes at (address, nbytes) were lost, asked after they were read.
     """
 
     def __init__(
-        self, *, experts: int, hidden: int, inter: int, max_rows: int, top_k: int, threads: int | None = None
+        self,
+        *,
+        experts: int,
+        hidden: int,
+        inter: int,
+        max_rows: int,
+        top_k: int,
+        threads: int | None = None,
+        failed: Callable[[int, int], bool] = lambda address, nbytes: False,
     ) -> None:
         self.experts = experts
         self.hidden = hidden
@@ -325,6 +334,7 @@ class PortableExperts:
         self.max_rows = max_rows
         self.top_k = top_k
         self.expert_bytes = 3 * hidden * inter // 2 + 3 * hidden * inter // GROUP * 2
+        self._failed = failed
         self._threads = min(threads or numba.config.NUMBA_NUM_THREADS, numba.config.NUMBA_NUM_THREADS)
         self._refs: dict[tuple[int, int], ExpertRef] = {}
         self._aborted = threading.Event()
@@ -370,30 +380,42 @@ class PortableExperts:
                 f"submit takes up to {self.max_rows} rows of {self.hidden} bf16 values and {self.top_k} "
                 f"experts; x {x.dtype} {list(x.shape)}, ids {list(ids.shape)}, weights {list(weights.shape)}"
             )
-        chosen = {expert: self._expert(layer, expert) for expert in set(ids.flatten().tolist()) - {-1}}
+        chosen = {expert: self._ref(layer, expert) for expert in set(ids.flatten().tolist()) - {-1}}
         bits = x.detach().contiguous().view(torch.int16).numpy().view(np.uint16).copy()
         copies = ids.numpy().astype(np.int32), weights.detach().numpy().astype(np.float32)
         submitted = time.monotonic()
         done = self._worker.submit(self._run, chosen, bits, *copies)
-        return PortableTicket(done, rows, len(chosen) * self.expert_bytes, submitted)
+        return PortableTicket(done, len(chosen) * self.expert_bytes, submitted)
 
     def abort(self) -> None:
         """Complete every outstanding and later ticket as poisoned."""
         self._aborted.set()
 
-    def _expert(self, layer: int, expert: int) -> Expert:
+    def _ref(self, layer: int, expert: int) -> ExpertRef:
         if not 0 <= expert < self.experts:
             raise EngineError(f"expert id {expert} is out of range")
         ref = self._refs.get((layer, expert))
         if ref is None:
             raise EngineError(f"there is no expert {expert} in layer {layer}")
-        return Expert(_matrix(ref.gate), _matrix(ref.up), _matrix(ref.down))
+        return ref
 
-    def _run(self, experts: Mapping[int, Expert], x: Halves, ids: Words, weights: Floats) -> _Result:
+    def _run(self, refs: Mapping[int, ExpertRef], x: Halves, ids: Words, weights: Floats) -> _Result:
+        experts = {
+            expert: Expert(*(_matrix(matrix) for matrix in _matrices(ref))) for expert, ref in refs.items()
+        }
+        out = self._sum(experts, x, ids, weights)
+        failed = np.zeros(len(ids), bool)
+        for expert, ref in refs.items():
+            if any(self._failed(t.address, t.nbytes) for m in _matrices(ref) for t in (m.packed, m.scale)):
+                failed |= (ids == expert).any(axis=1)
+        if self._aborted.is_set():
+            failed[:] = True
+        return _Result(torch.from_numpy(out), tuple(np.flatnonzero(failed).tolist()), time.monotonic())
+
+    def _sum(self, experts: Mapping[int, Expert], x: Halves, ids: Words, weights: Floats) -> Floats:
         with _one_caller:
             numba.set_num_threads(self._threads)
-            out = routed_sum(experts, x, ids, weights, stopped=self._aborted.is_set)
-        return _Result(torch.from_numpy(out), self._aborted.is_set(), time.monotonic())
+            return routed_sum(experts, x, ids, weights, stopped=self._aborted.is_set)
 
     def _warm_up(self) -> None:
         """Compiles, so that the first step is as fast as the next."""
@@ -401,21 +423,20 @@ class PortableExperts:
         for array in matrix:
             array.flags.writeable = False
         one = np.zeros((1, 1), np.int32), np.zeros((1, 1), np.float32)
-        self._run({0: Expert(matrix, matrix, matrix)}, np.zeros((1, GROUP), np.uint16), *one)
+        self._sum({0: Expert(matrix, matrix, matrix)}, np.zeros((1, GROUP), np.uint16), *one)
 
 
 class _Result(NamedTuple):
     out: torch.Tensor
-    poisoned: bool
+    failed_rows: tuple[int, ...]
     finished: float
 
 
 class PortableTicket:
     """One hand-off in flight (`types.Ticket`)."""
 
-    def __init__(self, done: Future[_Result], rows: int, bytes_read: int, submitted: float) -> None:
+    def __init__(self, done: Future[_Result], bytes_read: int, submitted: float) -> None:
         self._done: Future[_Result] | None = done
-        self._rows = rows
         self._bytes_read = bytes_read
         self._submitted = submitted
         self._failed: tuple[int, ...] = ()
@@ -432,7 +453,7 @@ class PortableTicket:
         done, self._done = self._done, None
         start = time.monotonic()
         result = done.result()
-        self._failed = tuple(range(self._rows)) if result.poisoned else ()
+        self._failed = result.failed_rows
         self._stats = TicketStats(
             bytes_read=self._bytes_read,
             misses=0,
@@ -443,7 +464,7 @@ class PortableTicket:
 
     @property
     def failed_rows(self) -> tuple[int, ...]:
-        """Rows whose result is not to be used: all, if the hand-off was aborted."""
+        """Rows whose result is not to be used: an expert could not be read, or the hand-off was aborted."""
         return self._failed
 
     @property
@@ -452,6 +473,10 @@ class PortableTicket:
         if self._stats is None:
             raise EngineError("collect the ticket before asking what it cost")
         return self._stats
+
+
+def _matrices(ref: ExpertRef) -> tuple[Int4Ref, Int4Ref, Int4Ref]:
+    return ref.gate, ref.up, ref.down
 
 
 def _matrix(ref: Int4Ref) -> Matrix:

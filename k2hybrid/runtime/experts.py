@@ -23,7 +23,7 @@ from k2hybrid.experts.traces import TraceHeader
 from k2hybrid.hardware.cgroup import read_limits
 from k2hybrid.hardware.doctor import package_version
 from k2hybrid.hardware.topology import Topology
-from k2hybrid.native import Machine
+from k2hybrid.native import Machine, file_failed
 from k2hybrid.runtime.fingerprint import weights_digest
 from k2hybrid.types import ExpertSink, RoutedExperts
 
@@ -167,7 +167,9 @@ def portable_experts(spec: ModelSpec, machine: Machine, *, max_rows: int) -> Exp
     """
     from k2hybrid.experts.portable import PortableExperts  # numba is optional, and slow to import
 
-    made = PortableExperts(**_sizes(spec), max_rows=max_rows, top_k=spec.top_k, threads=machine.threads)
+    made = PortableExperts(
+        **_sizes(spec), max_rows=max_rows, top_k=spec.top_k, threads=machine.threads, failed=file_failed
+    )
     return Experts(made, made, None, lambda _: None)
 
 

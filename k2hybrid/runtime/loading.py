@@ -34,6 +34,7 @@ from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.runtime.sessions import Sessions, journal_limit
 from k2hybrid.runtime.sizes import network_sizes
+from k2hybrid.runtime.watched import Handoffs, NotedExperts, WatchedModel
 from k2hybrid.types import RoutedExperts
 
 # Attention this wide (heads · v_head_dim) is worth several torch threads in a prefill. In a narrower one they
@@ -74,7 +75,7 @@ def open_runtime(
         topology = read_topology(allowed_cpus=ALLOWED_CPUS)
         nodes = [node.cpus for node in topology.compute_nodes]
         machine = Machine(config.threads, config.isa, nodes if len(nodes) > 1 else None)
-        meter = ByteMeter()
+        meter, handoffs = ByteMeter(), Handoffs()
         context_tokens = context_tokens_of(spec, config)
         pages = latent_pages(spec, config, context_tokens)
         experts = make_experts(config, spec, machine, topology, pages.pages * pages.page_bytes)
@@ -103,7 +104,8 @@ def open_runtime(
             pages,
             latent_norm_eps=config.latent_norm_eps,
             metered=lambda parts: parts._replace(
-                weights=MeteredWeights(parts.weights, meter), experts=MeteredExperts(traced(parts), meter)
+                weights=MeteredWeights(parts.weights, meter),
+                experts=NotedExperts(MeteredExperts(traced(parts), meter), handoffs),
             ),
         )
         opened.callback(checkpoint.close)
@@ -118,7 +120,7 @@ def open_runtime(
         exchanges = Exchanges(Markers.from_specials(tokenizer.specials), tokenizer)
         sessions = Sessions(exchanges, pages.PAGE_TOKENS, journal, writer)
         engine = Engine(
-            wrapped(network),
+            wrapped(WatchedModel(network, checkpoint.watch(), network.embedding, handoffs)),
             pages,
             sizes=network_sizes(spec, meter.step_bytes, pages.format.row_bytes),
             vocab_size=spec.vocab_size,

@@ -27,6 +27,7 @@ from k2hybrid.errors import (
     RequestError,
     TemplateError,
     TimeLimitError,
+    WeightReadError,
 )
 
 # Seconds a client should wait when the queue is full (about one long prompt's prefill on a CPU), or for
@@ -88,6 +89,7 @@ _RULES: tuple[tuple[type[K2Error], _Rule], ...] = (
     (AnswerCancelledError, _Rule(503, "server_error", "shutting_down", retry=True)),
     (ShuttingDownError, _Rule(503, "server_error", "shutting_down", retry=True)),
     (ExpertReadError, _Rule(500, "server_error", "expert_read_error", retry=True)),
+    (WeightReadError, _Rule(500, "server_error", "weight_read_error", retry=True)),
     (TimeLimitError, _Rule(504, "server_error", "time_limit")),
     (EngineError, _Rule(500, "server_error", "engine_error")),
     (ConfigError, _Rule(500, "server_error", "config_error")),

@@ -13,7 +13,8 @@ import torch
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native import INSTRUCTION_SETS, Machine, look_at_files
+from tests.guarded import guarded
 from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, RandomExperts, relative_error
 
 # Everything is exact or fp32 but for one rounding, of the SwiGLU output to bf16: relative RMS 1.5e-3 … 1.7e-3
@@ -196,29 +197,67 @@ def test_an_expert_that_cannot_be_read_fails_its_rows_only(isa: str, tmp_path: P
     made = Fixture(128, 128)
     file = tmp_path / "expert"
     file.write_bytes(bytes(1 << 20))
-    mapped = np.memmap(file, mode="r")
     broken = int(made.rows(1)[1][0, 0])
-    address = mapped.ctypes.data
-    made.store.native.put(LAYER, broken, [address, address + 65536, address + 131072], [address + 196608] * 3)
-    with file.open("r+b") as handle:
-        handle.truncate(0)  # the bytes are gone: touching them raises SIGBUS
     x, ids, weights = made.rows(30)
     hit = tuple(t for t in range(30) if broken in ids[t].tolist())
     assert 0 < len(hit) < 30
-    dispatcher = Dispatcher(made.store, Machine(2, isa), max_rows=30, top_k=TOP_K)
-    for _ in range(3):
-        ticket = dispatcher.submit(LAYER, x, ids, weights)
-        got = ticket.collect()
-        assert ticket.failed_rows == hit
-        good = [t for t in range(30) if t not in hit]
-        assert relative_error(got[good], made.want(x, ids, weights)[good]) < BOUND
+    with guarded(file) as mapped:
+        address = mapped.ctypes.data
+        packed = [address, address + 65536, address + 131072]
+        made.store.native.put(LAYER, broken, packed, [address + 196608] * 3)
+        with file.open("r+b") as handle:
+            handle.truncate(0)  # the bytes are gone: touching them raises SIGBUS
+        dispatcher = Dispatcher(made.store, Machine(2, isa), max_rows=30, top_k=TOP_K)
+        for _ in range(3):
+            ticket = dispatcher.submit(LAYER, x, ids, weights)
+            got = ticket.collect()
+            assert ticket.failed_rows == hit
+            good = [t for t in range(30) if t not in hit]
+            assert relative_error(got[good], made.want(x, ids, weights)[good]) < BOUND
 
 
-def test_a_linear_over_weights_that_cannot_be_read_is_anrelative_error(isa: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", range(6))
+def test_each_matrix_of_an_expert_counts(isa: str, tmp_path: Path, part: int) -> None:
+    made = Fixture(128, 128)
+    file = tmp_path / "expert"
+    file.write_bytes(bytes(6 << 14))
+    broken = int(made.rows(1)[1][0, 0])
+    x, ids, weights = made.rows(30)
+    hit = tuple(t for t in range(30) if broken in ids[t].tolist())
+    with guarded(file) as mapped:
+        # Gate, up, down, and their scales, 16 KB apart; the one that is looked at comes last.
+        places = [mapped.ctypes.data + (at - part - 1) % 6 * (1 << 14) for at in range(6)]
+        made.store.native.put(LAYER, broken, places[:3], places[3:])
+        dispatcher = Dispatcher(made.store, Machine(2, isa), max_rows=30, top_k=TOP_K)
+        with file.open("r+b") as handle:
+            for end, lost in ((5 << 14) + 8192, ()), ((5 << 14) + 1024, hit):
+                handle.truncate(end)  # a matrix has 8192 bytes, its scales 1024
+                look_at_files()
+                ticket = dispatcher.submit(LAYER, x, ids, weights)
+                ticket.collect()
+                assert ticket.failed_rows == (lost if part < 3 else ())
+            handle.truncate((5 << 14) + 1023)
+            look_at_files()
+            ticket = dispatcher.submit(LAYER, x, ids, weights)
+            ticket.collect()
+            assert ticket.failed_rows == hit
+
+
+def test_a_linear_over_weights_that_cannot_be_read_is_an_error(isa: str, tmp_path: Path) -> None:
     file = tmp_path / "weights"
     file.write_bytes(bytes(1 << 20))
-    weights = torch.from_numpy(np.memmap(file, mode="c")).view(torch.bfloat16).view(512, 1024)
-    with file.open("r+b") as handle:
-        handle.truncate(0)
-    with pytest.raises(NativeError, match="could not be read"):
-        Machine(2, isa).linear(torch.ones(1, 1024, dtype=torch.bfloat16), weights)
+    machine, x = Machine(2, isa), torch.ones(1, 1024, dtype=torch.bfloat16)
+    with guarded(file) as mapped:
+        weights = torch.from_numpy(mapped).view(torch.bfloat16).view(512, 1024)
+        assert machine.linear(x, weights).shape == (1, 512)
+        with file.open("r+b") as handle:
+            handle.truncate(300 * 2048)
+        with pytest.raises(NativeError, match=r"could not be read.*put the whole file back"):
+            machine.linear(x, weights)
+        heads = torch.ones(1, 2, 256, dtype=torch.bfloat16)
+        with pytest.raises(NativeError, match="could not be read"):
+            machine.head_linear_t(heads, weights.view(2, 256, 1024))
+        assert machine.linear(x, weights[:300]).shape == (1, 300)
+        assert machine.linear(x, weights[:0]).shape == (1, 0)
+        with pytest.raises(NativeError, match="could not be read"):
+            machine.linear(x, weights[299:301])

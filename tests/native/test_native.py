@@ -23,7 +23,7 @@ MODES = {
     "thread": ["-O1", "-g", "-fsanitize=thread"],
 }
 
-# SIGBUS belongs to the guard that turns a lost file into a status. Checks off by default cost little here.
+# SIGBUS belongs to the guard of mapped files. Checks off by default cost little here.
 OPTIONS = {
     "ASAN_OPTIONS": ":".join(
         [
@@ -41,7 +41,7 @@ OPTIONS = {
 CASES = [
     (program, mode)
     for mode in MODES
-    for program in ("pool", "kernels", "dispatch", "places")
+    for program in ("pool", "kernels", "dispatch", "places", "fault")
     if (program, mode) != ("kernels", "thread")
 ]
 

@@ -17,6 +17,7 @@ from k2hybrid.errors import (
     ExpertReadError,
     RequestError,
     TemplateError,
+    WeightReadError,
 )
 from k2hybrid.server.body import MAX_BODY_BYTES, MAX_DEPTH
 from k2hybrid.types import Content
@@ -234,6 +235,7 @@ def test_an_over_long_prompt_says_so_in_openais_words(server: Served) -> None:
         (CapacityError("full"), 429, "capacity_exceeded", None),
         (EngineError("stopped"), 500, "engine_error", "false"),
         (ExpertReadError("disk"), 500, "expert_read_error", None),
+        (WeightReadError("disk"), 500, "weight_read_error", None),
         (ConfigError("odd"), 500, "config_error", "false"),
         (ZeroDivisionError("secret prompt"), 500, "internal_error", "false"),
     ],

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import sys
+from dataclasses import replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -17,7 +20,9 @@ from k2hybrid.errors import ConfigError, EngineError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.reference import ReferenceExperts
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native import INSTRUCTION_SETS, Machine, file_failed, look_at_files
+from k2hybrid.types import ExpertRef, Int4Ref
+from tests.guarded import guarded
 from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, RandomExperts, relative_error
 
 BOUND = 3e-3  # one rounding to bf16, of the SwiGLU output (docs/numerics.md)
@@ -34,7 +39,7 @@ def portable() -> ModuleType:
 class Made(RandomExperts):
     """Experts that either path can be given."""
 
-    def experts(self, portable: ModuleType, threads: int | None = 2) -> Any:
+    def experts(self, portable: ModuleType, threads: int | None = 2, **options: Any) -> Any:
         experts = portable.PortableExperts(
             experts=EXPERTS,
             hidden=self.hidden,
@@ -42,6 +47,7 @@ class Made(RandomExperts):
             max_rows=MAX_ROWS,
             top_k=TOP_K,
             threads=threads,
+            **options,
         )
         self.give(experts)
         return experts
@@ -220,3 +226,35 @@ def test_without_numba_the_error_says_what_to_install(monkeypatch: pytest.Monkey
     monkeypatch.delitem(sys.modules, "k2hybrid.experts.portable", raising=False)
     with pytest.raises(ConfigError, match="pip install numba"):
         importlib.import_module("k2hybrid.experts.portable")
+
+
+def test_an_expert_that_cannot_be_read_fails_its_rows_only(portable: ModuleType, tmp_path: Path) -> None:
+    made = Made(128, 128)
+    broken = 4
+    file = tmp_path / "expert"
+    tensors = [
+        t
+        for m in (made.refs[broken].gate, made.refs[broken].up, made.refs[broken].down)
+        for t in (m.packed, m.scale)
+    ]
+    file.write_bytes(b"".join(ctypes.string_at(t.address, t.nbytes).ljust(16384, b"\0") for t in tensors))
+    x, ids, weights = made.rows(30)
+    hit = tuple(t for t in range(30) if broken in ids[t].tolist())
+    good = [t for t in range(30) if t not in hit]
+    assert 0 < len(hit) < 30
+    with guarded(file) as mapped:
+        places = iter(range(mapped.ctypes.data, mapped.ctypes.data + mapped.nbytes, 16384))
+        moved = [replace(t, address=next(places)) for t in tensors]
+        made.refs[broken] = ExpertRef(*(Int4Ref(*moved[i : i + 2]) for i in (0, 2, 4)))
+        experts = made.experts(portable, failed=file_failed)
+        whole = experts.submit(LAYER, x, ids, weights)
+        want = whole.collect()
+        assert whole.failed_rows == ()
+        with file.open("r+b") as handle:
+            for end in (5 * 16384 + 1000, 3 * 16384, 0):  # the scales of down; down and up's; all
+                handle.truncate(end)
+                look_at_files()
+                ticket = experts.submit(LAYER, x, ids, weights)
+                got = ticket.collect()
+                assert ticket.failed_rows == hit
+                assert torch.equal(got[good], want[good])
