@@ -32,6 +32,7 @@ NUMBERS: tuple[tuple[str, str, str], ...] = (
 CHANNEL_BYTES = 8
 # Of what channels promise: refreshes and turns of the bus cost some. An assumption, and printed as one.
 CHANNEL_SHARE = 0.8
+DISK_SECONDS = 3.0  # a shared disk changes its pace within a second
 _WHOLE = ("nodes", "channels", "cores")
 _LIMIT = 1e9
 _WIDTHS = (
@@ -133,7 +134,7 @@ def with_disk(described: Description, spec: ModelSpec, where: Path) -> Descripti
     # What fills a slot is mostly nibbles of one matrix, a node's rows of it.
     nibbles = spec.hidden_size * spec.moe_intermediate_size // 2 // len(machine.node_memory)
     try:
-        rate = direct_read_gb_s(where, -(-nibbles // BLOCK) * BLOCK)
+        rate = direct_read_gb_s(where, -(-nibbles // BLOCK) * BLOCK, seconds=DISK_SECONDS)
     except OSError as error:
         note = f"disk: not measured ({error.strerror}); give --nvme-gb-s"
     else:

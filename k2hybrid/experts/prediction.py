@@ -13,9 +13,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from itertools import takewhile
 
-from k2hybrid.checkpoint.names import ExpectedTensor, layer_tensors
+from k2hybrid.checkpoint.names import dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.experts.placement import ExpertSizes, Place
 
@@ -40,7 +39,7 @@ class ModelSizes:
     @classmethod
     def of(cls, spec: ModelSpec) -> ModelSizes:
         """The sizes of the model that `spec` describes."""
-        dense = [tensor for layer in range(spec.num_layers) for tensor in _dense_tensors(spec, layer)]
+        dense = [tensor for layer in range(spec.num_layers) for tensor in dense_layer_tensors(spec, layer)]
         head = 2 * spec.vocab_size * spec.hidden_size
         return cls(
             experts=ExpertSizes(
@@ -71,11 +70,6 @@ class ModelSizes:
         """Expected distinct experts that `rows` rows choose in one layer."""
         experts = self.experts.experts
         return experts * (1.0 - (1.0 - self.top_k / experts) ** rows) if experts else 0.0
-
-
-def _dense_tensors(spec: ModelSpec, layer: int) -> list[ExpectedTensor]:
-    # Those of the experts come last.
-    return list(takewhile(lambda tensor: tensor.key.expert is None, layer_tensors(spec, layer)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,6 +201,10 @@ class Predictor:
         self._read(total, self.sizes.head_bytes, 1, 0.0)
         total["overhead"] += rates.sample_s
         return Prediction(tokens, total)
+
+    def weights_seconds(self, rows: int) -> float:
+        """Of a decode step of `rows` sequences, all weights but the head's."""
+        return sum(self._weights(rows, self.sizes.dense_ops).values())
 
     def _weights(self, rows: int, dense_ops: int) -> dict[str, float]:
         """Seconds of all weights but the head's, for `rows` rows."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from k2hybrid.checkpoint.loader import Checkpoint
-from k2hybrid.checkpoint.names import dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts
+from k2hybrid.experts.plan import PROCESS_BYTES, SYSTEM_BYTES
+from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.experts.recorder import TraceWriter
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.experts.traces import TraceHeader
@@ -29,9 +29,6 @@ from k2hybrid.types import ExpertSink, RoutedExperts
 
 log = logging.getLogger(__name__)
 
-# The process itself, its threads, torch, and what the system keeps for itself.
-HEADROOM_BYTES = 3 << 30
-BF16_BYTES = 2
 PROGRESS_S = 10.0
 HALF_LIFE_PASSES = 8.0  # of an expert's uses; chosen by replay, docs/traces.md
 CORES_PER_FILL_THREAD = 8  # one thread copies as fast as several cores compute
@@ -74,13 +71,8 @@ def expert_sizes(spec: ModelSpec) -> ExpertSizes:
     return ExpertSizes(len(spec.moe_layers), spec.num_experts, spec.hidden_size, spec.moe_intermediate_size)
 
 
-def placement_for(
-    config: RuntimeConfig, spec: ModelSpec, topology: Topology, reserved_bytes: int
-) -> Placement:
+def placement_for(config: RuntimeConfig, spec: ModelSpec, topology: Topology, latent_bytes: int) -> Placement:
     """Where the experts are to lie on this machine.
-
-    Args:
-        reserved_bytes: of dense weights and latents.
 
     Raises:
         ConfigError: what the options ask for does not fit; the message says what would.
@@ -95,7 +87,7 @@ def placement_for(
         node_memory=memory,
         wanted=config.expert_place,
         expert_ram=config.expert_ram,
-        reserved_bytes=reserved_bytes + HEADROOM_BYTES,
+        reserved_bytes=ModelSizes.of(spec).resting_bytes + latent_bytes + PROCESS_BYTES + SYSTEM_BYTES,
     )
     if config.expert_arena is not None and placement.place != "resident":
         raise ConfigError(
@@ -115,18 +107,11 @@ def make_experts(
     """
     if config.experts == "portable":
         return portable_experts(spec, machine, max_rows=config.max_step_tokens)
-    placement = placement_for(config, spec, topology, dense_bytes(spec) + latent_bytes)
+    placement = placement_for(config, spec, topology, latent_bytes)
     log.info("experts are %s: %s", placement.place, placement.reason)
     return native_experts(
         config, spec, machine, max_rows=config.max_step_tokens, placement=placement, topology=topology
     )
-
-
-def dense_bytes(spec: ModelSpec) -> int:
-    """Of all weights that are no routed expert's, as stored."""
-    layers = (dense_layer_tensors(spec, layer) for layer in range(spec.num_layers))
-    weights = sum(math.prod(tensor.shape) for tensors in layers for tensor in tensors)
-    return BF16_BYTES * (weights + 2 * spec.vocab_size * spec.hidden_size)  # embedding and head
 
 
 def native_experts(

@@ -19,52 +19,85 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import LinearKernels
-from k2hybrid.types import TicketStats
+from k2hybrid.types import RoutedExperts, TicketStats, WeightSource
+
+FEW_TOKENS = 64  # in a vocabulary of which nothing but rows of the embedding is used
 
 
-class HollowNetwork:
-    """One layer of the kind that most layers of `spec` are.
+class TimedNetwork:
+    """A network of which passes are timed, layer by layer; what it computes is of no use.
 
     Args:
-        kernels: for products with the context.
+        spec: few layers and few tokens to choose from.
         context: tokens that there is room for.
     """
 
-    def __init__(self, spec: ModelSpec, kernels: LinearKernels, context: int) -> None:
-        routed = bool(spec.moe_layers)
-        self._spec = replace(spec, num_layers=1, first_k_dense=0 if routed else 1)
-        self._kernels = _HollowKernels(kernels)
-        pages = LatentPages(1, -(-context // PAGE_TOKENS), Bf16Rows(spec.latent_dim))
+    def __init__(
+        self,
+        spec: ModelSpec,
+        weights: WeightSource,
+        experts: RoutedExperts,
+        kernels: LinearKernels,
+        context: int,
+    ) -> None:
+        self._spec = spec
+        pages = LatentPages(spec.num_layers, -(-context // PAGE_TOKENS), Bf16Rows(spec.latent_dim))
         self._table = torch.tensor(pages.allocate(pages.free_pages))
-        pages.write(0, self._table, 0, torch.randn(context, spec.latent_dim) * 0.1)
-        weights = _HollowWeights(self._spec, self._kernels)
-        self._network = Kimi(self._spec, weights, _HollowExperts(), self._kernels, pages)
+        for layer in range(spec.num_layers):
+            pages.write(layer, self._table, 0, torch.randn(context, spec.latent_dim) * 0.1)
+        self._network = Kimi(spec, weights, experts, kernels, pages)
 
     def layer_seconds(self, starts: Sequence[int], count: int, repeats: int) -> float:
         """Median seconds of a layer in a pass over `count` tokens after each of `starts`.
 
         Spans may overlap in the pages: nobody reads the results.
         """
-        return self._median(starts, count, repeats, whole=False)
+        return self._median(starts, count, repeats, whole=False) / self._spec.num_layers
 
     def pass_seconds(self, repeats: int) -> float:
         """Median seconds of what a pass over one token does before its first layer."""
         return self._median((0,), 1, repeats, whole=True)
 
+    def refill(self) -> None:
+        """Called before each pass."""
+
     def _median(self, starts: Sequence[int], count: int, repeats: int, *, whole: bool) -> float:
         spans = tuple(Span(start, count, self._table) for start in starts)
-        ids = torch.zeros(count * len(starts), dtype=torch.int64)
+        ids = torch.arange(count * len(starts)) % self._spec.vocab_size
         positions = torch.cat([torch.arange(start, start + count) for start in starts])
         batch = Batch(ids, positions, spans, torch.tensor([0]))
         times = []
-        for _ in range(repeats + 1):  # the first makes the buffers
-            self._kernels.refill()
+        for _ in range(repeats + 1):  # the first makes what lasts
+            self.refill()
             begun = time.perf_counter()
             state = self._network.begin(batch)
             ready = time.perf_counter()
             self._network.forward(state)
             times.append(ready - begun if whole else time.perf_counter() - ready)
         return statistics.median(times[1:])
+
+
+def few_layers(spec: ModelSpec, layers: int) -> ModelSpec:
+    """`layers` layers of the kind that most layers of `spec` are, and a small vocabulary."""
+    return replace(
+        spec, num_layers=layers, first_k_dense=0 if spec.moe_layers else layers, vocab_size=FEW_TOKENS
+    )
+
+
+class HollowNetwork(TimedNetwork):
+    """One layer without its weights.
+
+    Args:
+        kernels: for products with the context.
+    """
+
+    def __init__(self, spec: ModelSpec, kernels: LinearKernels, context: int) -> None:
+        self._kernels = _HollowKernels(kernels)
+        one = few_layers(spec, 1)
+        super().__init__(one, _HollowWeights(one, self._kernels), _HollowExperts(), self._kernels, context)
+
+    def refill(self) -> None:
+        self._kernels.refill()
 
 
 class _HollowKernels:

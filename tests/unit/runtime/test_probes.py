@@ -18,6 +18,7 @@ from k2hybrid.native import Machine
 from k2hybrid.runtime import hollow
 from k2hybrid.runtime.hollow import HollowNetwork
 from k2hybrid.runtime.probes import measure_rates
+from k2hybrid.runtime.random_bytes import ByteNetwork, _ByteWeights, arena_bytes
 
 PROBE_BYTES = 1 << 22
 
@@ -119,4 +120,38 @@ def test_a_hollow_network_runs_the_layer_that_the_model_runs(
     monkeypatch.setattr(hollow, "Kimi", Seen)
     HollowNetwork(spec, machine, 64)
     assert [one.is_moe(0) for one in built] == [True]
-    assert dataclasses.replace(built[0], num_layers=spec.num_layers, first_k_dense=spec.first_k_dense) == spec
+    same = {name: getattr(spec, name) for name in ("num_layers", "first_k_dense", "vocab_size")}
+    assert dataclasses.replace(built[0], **same) == spec
+
+
+def test_random_bytes_are_ordinary_numbers_in_every_layer(
+    spec: ModelSpec, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[torch.Tensor] = []
+
+    class Kept(Kimi):
+        def forward(self, state: Any, until: int | None = None) -> Any:
+            done = super().forward(state, until)
+            states.append(done.hidden)
+            return done
+
+    monkeypatch.setattr(hollow, "Kimi", Kept)
+    network = ByteNetwork(spec, machine, arena_bytes(PROBE_BYTES), 128)
+    assert network.layer_seconds((64, 0, 5), 1, repeats=1) > 0
+    assert network.pass_seconds(repeats=1) > 0
+    for state in states:
+        assert state.isfinite().all()
+        assert 1e-3 < state.abs().mean() < 1e3
+    rows = states[0]
+    assert not torch.equal(rows[0], rows[1])  # sequences differ, so that their experts do
+
+
+def test_matrices_lie_as_in_files(spec: ModelSpec, machine: Machine) -> None:
+    memory = arena_bytes(PROBE_BYTES)
+    weights = _ByteWeights(spec, memory)
+    for layer in range(spec.num_layers):
+        weight = weights.take(layer, "o_proj")
+        assert weight.shape == (spec.hidden_size, spec.num_heads * spec.v_head_dim)
+        start = weight.data_ptr() - memory.data_ptr()
+        assert start % 8 == 0
+        assert 0 < start <= start + weight.nbytes <= memory.nbytes
