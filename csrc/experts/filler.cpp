@@ -2,11 +2,13 @@
 
 #include <pthread.h>
 #include <sched.h>
+#include <sys/mman.h>
 #include <sys/resource.h>
 #include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <array>
 
 namespace k2 {
@@ -25,24 +27,23 @@ void Bind(const std::vector<int>& cpus) {
   pthread_setaffinity_np(pthread_self(), sizeof(set), &set);  // refused: it floats
 }
 
-// Takes what the page cache holds of a read, from its beginning; the rest is left in `read`.
-bool TakeCached(Read* read) {
-  const std::shared_ptr<OpenFile> file = read->source->file();
-  uint64_t got = 0;
-  while (got < read->needed) {
-    iovec room{read->into + got, static_cast<size_t>(read->needed - got)};
-    const ssize_t result =
-        preadv2(file->cached, &room, 1, static_cast<off_t>(read->offset + got), RWF_NOWAIT);
-    if (result <= 0) break;
+// Copies what the page cache holds whole. It is asked first: a read that may not wait would begin to read ahead.
+bool TakeCached(const Read& read) {
+  static const auto page = static_cast<uint64_t>(sysconf(_SC_PAGESIZE));
+  const auto address = reinterpret_cast<uintptr_t>(read.mapped);
+  const uintptr_t first = address / page * page;
+  std::vector<unsigned char> held((address + read.needed - first + page - 1) / page);
+  if (mincore(reinterpret_cast<void*>(first), held.size() * page, held.data()) != 0 ||
+      !std::all_of(held.begin(), held.end(), [](unsigned char page) { return (page & 1) != 0; }))
+    return false;
+  const std::shared_ptr<OpenFile> file = read.source->file();
+  for (uint64_t got = 0; got < read.needed;) {
+    iovec room{read.into + got, static_cast<size_t>(read.needed - got)};
+    const ssize_t result = preadv2(file->cached, &room, 1, static_cast<off_t>(read.offset + got), RWF_NOWAIT);
+    if (result <= 0) return false;  // dropped meanwhile
     got += static_cast<uint64_t>(result);
   }
-  if (got >= read->needed) return true;
-  const uint64_t whole = BlockFloor(got);
-  read->offset += whole;
-  read->bytes -= whole;
-  read->needed -= whole;
-  read->into += whole;
-  return false;
+  return true;
 }
 
 }  // namespace
@@ -127,8 +128,8 @@ void Filler::Begin(int i, int node, Coming* read) {
     Finished(i, false);
     return;
   }
-  for (Read part : store_.Reads(layer, expert, slot, node))
-    if (!TakeCached(&part)) left.push_back(part);
+  for (const Read& part : store_.Reads(layer, expert, slot, node))
+    if (!TakeCached(part)) left.push_back(part);
   if (left.empty()) {
     Finished(i, true);
     return;

@@ -65,7 +65,7 @@ void SlotLayout::ViewSlot(const ExpertSpans& spans, uint8_t* const* base, Expert
     }
 }
 
-std::vector<Read> SlotLayout::Reads(const ExpertSpans& spans,
+std::vector<Read> SlotLayout::Reads(const ExpertSpans& spans, const ExpertBytes& bytes,
                                     const std::vector<std::unique_ptr<Source>>& sources, int node,
                                     uint8_t* base) const {
   std::vector<Read> reads;
@@ -74,8 +74,11 @@ std::vector<Read> SlotLayout::Reads(const ExpertSpans& spans,
     const Segment& segment = segments_[node][part];
     const uint64_t begin = span.offset + segment.skip, first = BlockFloor(begin);
     if (segment.bytes == 0) continue;
+    const auto* start =
+        part < 3 ? bytes.packed[part] : reinterpret_cast<const uint8_t*>(bytes.scale[part - 3]);
     reads.push_back({sources[span.source].get(), first, BlockCeil(begin + segment.bytes) - first,
-                     begin + segment.bytes - first, base + segment.at});
+                     begin + segment.bytes - first, base + segment.at,
+                     start + segment.skip - (begin - first)});
   }
   return reads;
 }

@@ -68,8 +68,8 @@ class SlotLayout {
   // In a slot; `base` is its first byte on each node.
   void ViewSlot(const ExpertSpans& spans, uint8_t* const* base, ExpertView* view) const;
   // What fills a slot on one node. Six reads.
-  std::vector<Read> Reads(const ExpertSpans& spans, const std::vector<std::unique_ptr<Source>>& sources,
-                          int node, uint8_t* base) const;
+  std::vector<Read> Reads(const ExpertSpans& spans, const ExpertBytes& bytes,
+                          const std::vector<std::unique_ptr<Source>>& sources, int node, uint8_t* base) const;
 
  private:
   struct Segment {

@@ -212,7 +212,7 @@ void ExpertStore::BeginFetch(int index, int to) {
   entry.state.store(kFilling, std::memory_order_release);
   std::vector<Read> reads;
   for (int node = 0; node < layout_.nodes(); ++node)
-    for (const Read& read : layout_.Reads(entry.spans, sources_, node, memory_->at(index, node)))
+    for (const Read& read : layout_.Reads(entry.spans, entry.bytes, sources_, node, memory_->at(index, node)))
       reads.push_back(read);
   reader_->Submit(&slot.fetch, reads, Urgency::kDemand);
 }
@@ -314,7 +314,8 @@ void ExpertStore::EndFill(int layer, int expert, bool whole) {
 }
 
 std::vector<Read> ExpertStore::Reads(int layer, int expert, int slot, int node) const {
-  return layout_.Reads(At(layer, expert).spans, sources_, node, memory_->at(slot, node));
+  const Entry& entry = At(layer, expert);
+  return layout_.Reads(entry.spans, entry.bytes, sources_, node, memory_->at(slot, node));
 }
 
 bool ExpertStore::Release(int layer, int expert) {

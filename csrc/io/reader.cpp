@@ -72,8 +72,10 @@ void Reader::Submit(Fetch* fetch, const std::vector<Read>& reads, Urgency urgenc
       for (uint64_t at = 0; at < read.bytes; at += options_.piece_bytes) {
         const uint64_t bytes = std::min(options_.piece_bytes, read.bytes - at);
         const uint64_t needed = read.needed <= at ? 0 : std::min(bytes, read.needed - at);
-        queue.push_back(
-            {fetch, {read.source, read.offset + at, bytes, needed, read.into + at}, urgency, nullptr});
+        queue.push_back({fetch,
+                         {read.source, read.offset + at, bytes, needed, read.into + at, nullptr},
+                         urgency,
+                         nullptr});
       }
     stopped = stop_;
   }

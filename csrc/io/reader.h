@@ -73,6 +73,7 @@ struct Read {
   uint64_t bytes;
   uint64_t needed;
   uint8_t* into;
+  const void* mapped = nullptr;  // the same bytes in a map of the file, if there is one
 };
 
 struct ReaderOptions {

@@ -21,7 +21,6 @@ Place = Literal["mapped", "resident", "streamed"]
 GROUP = 32  # weights that share a scale: the published INT4 format
 ROW_STEP = 16  # output rows that the kernels write at a time, one cache line of fp32
 BLOCK = 4096  # direct reads start and end at such blocks of the file
-LEAST_LAYERS = 2  # one computes, the next is read: slots for fewer would wait for each other
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +108,8 @@ def slot_bytes(sizes: ExpertSizes, nodes: int) -> tuple[int, ...]:
 
 
 def least_slots(sizes: ExpertSizes) -> int:
-    """The fewest slots that work."""
-    return min(LEAST_LAYERS, sizes.layers) * sizes.experts
+    """The fewest slots that work: a large chunk asks for all experts of a layer at once."""
+    return sizes.experts if sizes.layers else 0
 
 
 def place_experts(
@@ -160,7 +159,7 @@ def place_experts(
         return _streamed(memory, slots, routing, "as asked")
     if slots < least_slots(sizes):
         raise ConfigError(
-            f"--expert-ram {_gib(expert_ram)} has room for {slots} experts; two layers' worth, "
+            f"--expert-ram {_gib(expert_ram)} has room for {slots} experts; a layer's worth, "
             f"{least_slots(sizes)}, take {_gib(memory.bytes_of(least_slots(sizes)), up=True)}: "
             "give at least that"
         )
@@ -185,7 +184,7 @@ def _streamed(memory: _Memory, slots: int, routing: Sequence[Sequence[int]] | No
     least = least_slots(memory.sizes)
     if slots < least:
         raise ConfigError(
-            f"there is room for {slots} experts in {memory.left}; streamed ones need two layers' worth, "
+            f"there is room for {slots} experts in {memory.left}; streamed ones need a layer's worth, "
             f"{least}, {_gib(memory.bytes_of(least), up=True)}: free memory, or shorten the context"
         )
     return memory.placed("streamed", slots, routing, reason)

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable
 from dataclasses import replace
 
-from k2hybrid.mini_eval import decimals, frames
+from k2hybrid.mini_eval import decimals, frames, thinking
 from k2hybrid.mini_eval.conversation import DEFAULT_SYSTEM, Call, Conversation, Step, Turn
 from k2hybrid.mini_eval.requests import Request, Requests
 from k2hybrid.mini_eval.split import frames_of
@@ -56,6 +56,10 @@ class Author:
             tool = self._toolbox.tool(rng)
             if len(tool.parameters) == 1:
                 return tool
+
+    def small_tool(self, rng: random.Random) -> Tool:
+        """A tool of random words with a short declaration, for drills."""
+        return self._toolbox.small(rng)
 
     def system(self, rng: random.Random) -> str | None:
         """Mostly the default; sometimes a plain assistant, another persona, or a persona with a rule."""
@@ -107,12 +111,12 @@ class Author:
         if last is not None and kind in (None, "one") and rng.random() < 0.4:
             following = self._requests.follow_up(rng, last)
             if following is not None:
-                turn = self._call_turn(rng, following.text, [following])
+                turn = self._call_turn(rng, toolset, following.text, [following])
                 return Conversation(
                     (*history, turn), toolset.declarations, system, following.types, "follow-up"
                 )
         chained = 18 if toolset.chain else 0
-        drawn = kind or rng.choices(["one", "parallel", "sequential", "none"], [38, 15, chained, 62])[0]
+        drawn = kind or rng.choices(["one", "parallel", "sequential", "none"], [42, 16, chained, 42])[0]
         turn, _, types = self._any_turn(rng, toolset, system, drawn)
         return Conversation((*history, turn), toolset.declarations, system, types, turn.kind)
 
@@ -124,13 +128,13 @@ class Author:
         if kind == "none":
             return self._idle_turn(rng, toolset, system), None, frozenset()
         if kind == "sequential" and toolset.chain is not None:
-            return self._chain_turn(rng, toolset.chain), None, frozenset({"string"})
+            return self._chain_turn(rng, toolset, toolset.chain), None, frozenset({"string"})
         if kind == "parallel":
             text, requests = self._parallel(rng, toolset)
             types = frozenset().union(*(r.types for r in requests))
-            return self._call_turn(rng, text, requests), None, types
+            return self._call_turn(rng, toolset, text, requests), None, types
         request = self._requests.one(rng, rng.choice(toolset.tools))
-        return self._call_turn(rng, request.text, [request]), request, request.types
+        return self._call_turn(rng, toolset, request.text, [request]), request, request.types
 
     def _parallel(self, rng: random.Random, toolset: Toolset) -> tuple[str, list[Request]]:
         count = 3 if rng.random() < 0.25 else 2
@@ -147,7 +151,9 @@ class Author:
             b = b[0].lower() + b[1:]
         return rng.choice(self._both).format(a=a, b=b), [first, second]
 
-    def _call_turn(self, rng: random.Random, text: str, requests: list[Request]) -> Turn:
+    def _call_turn(self, rng: random.Random, toolset: Toolset, text: str, requests: list[Request]) -> Turn:
+        """The calls in the order of the tools, which is that of the thinking."""
+        requests = sorted(requests, key=lambda request: toolset.tools.index(request.tool))
         calls: list[Call] = []
         sentences: list[str] = []
         told: list[str] = []
@@ -156,12 +162,13 @@ class Author:
             calls.append(Call(request.tool.name, request.arguments, result))
             sentences.append(sentence)
             told += values
-        think = " ".join(_plan(r.tool, r.about) for r in requests)
+        lines = [thinking.call_line(r.tool, r.arguments) for r in requests]
+        think = "\n".join([thinking.walk(toolset.tools, [r.tool for r in requests]), *lines])
         think_last = "I have the result." if len(calls) == 1 else "I have the results."
         return Turn(text, " ".join(sentences), think_last,
                     (Step(think, tuple(calls)),), tuple(told))  # fmt: skip
 
-    def _chain_turn(self, rng: random.Random, chain: tuple[Tool, Tool]) -> Turn:
+    def _chain_turn(self, rng: random.Random, toolset: Toolset, chain: tuple[Tool, Tool]) -> Turn:
         first, second = chain
         (source,), (link,) = first.parameters, second.parameters
         value = self.lexicon.draw(rng, source.kind)
@@ -174,12 +181,14 @@ class Author:
             found[rng.choice(frames.ATTRIBUTES)] = self.lexicon.value(rng)
         steps = [
             Step(
-                f"{_plan(first, str(value))} Then {second.want}.",
+                f"{thinking.walk(toolset.tools, chain)}\n"
+                f"{thinking.call_line(first, {source.name: value})}\nthen {second.name}",
                 (Call(first.name, {source.name: value}, json.dumps(found, ensure_ascii=False)),),
             ),
         ]  # fmt: skip
         result, sentence, told = self._result(rng, second.want, str(key))
-        steps.append(Step(_plan(second, str(key)), (Call(second.name, {link.name: key}, result),)))
+        plan = thinking.call_line(second, {link.name: key})
+        steps.append(Step(plan, (Call(second.name, {link.name: key}, result),)))
         return Turn(text, sentence, "I have the result.", tuple(steps), told)
 
     def _result(self, rng: random.Random, want: str, about: str) -> tuple[str, str, tuple[str, ...]]:
@@ -227,26 +236,27 @@ class Author:
     def _idle_turn(self, rng: random.Random, toolset: Toolset, system: str | None) -> Turn:
         """Tools are there and not needed, or none of them serves, or what they need was not said."""
         draw = rng.random()
+        walked = thinking.walk(toolset.tools)
+        unserved = f"{walked}\nNo tool fits."
         if draw < 0.3:
             other = self._toolbox.unrelated(rng, toolset)
-            return Turn(self._requests.one(rng, other).text, "I have no tool for that.", "No tool fits.")
+            return Turn(self._requests.one(rng, other).text, "I have no tool for that.", unserved)
         if draw < 0.4:
             tool = rng.choice(toolset.tools)
             needed = [p for p in tool.parameters if p.required]
             if len(needed) == 1 and self._bare:
                 missing = needed[0].spoken
                 text = rng.choice(self._bare).format(t=tool.want)
-                return Turn(text, f"Please tell me the {missing}.", f"The {missing} is missing.")
+                seen = f"{thinking.walk(toolset.tools, [tool])}\n{thinking.call_line(tool, {})}"
+                return Turn(text, f"Please tell me the {missing}.", f"{seen}\nThe {missing} is missing.")
         kind = rng.choices(
             ["greeting", "who", "thanks", "beyond", "sum", "facts", "decimals", "echo"],
             [14, 14, 8, 12, 12, 20, 14, 6],
         )[0]
         turn = self.talk_turn(rng, kind, system)
-        return (
-            replace(turn, think="No tool fits.", answer="I have no tool for that.")
-            if kind == "beyond"
-            else turn
-        )
+        if kind == "beyond":
+            return replace(turn, think=unserved, answer="I have no tool for that.")
+        return replace(turn, think=f"{walked}\n{turn.think}")
 
     # ---- talk ----------------------------------------------------------------------------------------------
 
@@ -303,10 +313,6 @@ class Author:
         text = " ".join(frame.format(n=noun, x=holder, y=value) for holder, noun, value in facts)
         user = self._say(rng, "intros") + text + " " + self._say(rng, "about_facts", n=n, x=x)
         return Turn(user, f"The {n} of {x} is {y}.", "The text says it.", told=(y,))
-
-
-def _plan(tool: Tool, about: str) -> str:
-    return f"{tool.want}: I call {tool.name}{f' for {about}' if about else ''}."
 
 
 def _who(system: str | None) -> str:

@@ -147,6 +147,17 @@ class Toolbox:
             return self._of_domain(rng, rng.choice(DOMAINS))
         return self._random_query(rng) if rng.random() < 0.6 else self._random_action(rng)
 
+    def small(self, rng: random.Random) -> Tool:
+        """Random words: a name, and few parameters without descriptions."""
+        words = [self._lexicon.word(rng) for _ in range(rng.choice([1, 2, 2, 3]))]
+        kinds = rng.choices(["word", "int", "bool", "decimal"], [6, 2, 1, 1], k=rng.choice([1, 1, 2, 3]))
+        drawn = (Parameter(self._lexicon.word(rng), "", kind, "small") for kind in kinds)
+        parameters = tuple({p.name: p for p in drawn}.values())
+        properties = {p.name: _schema(rng, p, shown=False) for p in parameters}
+        name, schema = _join_name(rng, words), {"properties": properties, "type": "object"}
+        declaration = {"type": "function", "function": {"name": name, "parameters": schema}}
+        return Tool(" ".join(words), name, parameters, (), declaration)
+
     def unrelated(self, rng: random.Random, toolset: Toolset) -> Tool:
         """A tool for a request that no tool of `toolset` serves."""
         while True:
