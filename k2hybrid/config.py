@@ -28,9 +28,7 @@ class RuntimeConfig:
     )
     expert_place: ExpertPlace = "auto"  # where the routed experts lie; see `experts.placement`
     expert_ram: int | None = None  # bytes that experts may take; fewer than they have: they are streamed
-    expert_arena: Path | None = (
-        None  # folder on hugetlbfs or /dev/shm: resident ones outlive the process
-    )
+    expert_arena: Path | None = None  # folder on hugetlbfs or /dev/shm: resident ones outlive the process
     expert_reader: str | None = None  # "uring" or "threads"; None: the first that works here
     trace: Path | None = None  # new file for the router's choices (ids only); None: they are not recorded
     context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
@@ -58,8 +56,13 @@ class RuntimeConfig:
             )
         if self.expert_reader not in (None, "uring", "threads"):
             raise ConfigError(f"expert_reader must be uring or threads, not {self.expert_reader!r}")
-        if self.experts == "portable" and (self.expert_place not in ("auto", "mapped") or self.expert_ram):
-            raise ConfigError("portable experts are read mapped: leave expert_place and expert_ram out")
+        if self.expert_ram is not None and type(self.expert_ram) is not int:
+            raise ConfigError(f"expert_ram is a number of bytes, not {self.expert_ram!r}")
+        placed = self.expert_place not in ("auto", "mapped") or self.expert_ram or self.expert_arena
+        if self.experts == "portable" and placed:
+            raise ConfigError(
+                "portable experts are read mapped: leave expert_place, expert_ram and expert_arena out"
+            )
         for name in ("max_step_tokens", "max_running", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")

@@ -362,16 +362,19 @@ class NativeStore:
 
     def arenas(self) -> list[tuple[int, str, bool]]:
         """(bytes, kind of pages, bound to its node) of each node's slots."""
-        return [(int(nbytes), str(pages), bool(bound)) for nbytes, pages, bound in self.handle.arenas()]
+        with _errors():
+            return [(int(nbytes), str(pages), bool(bound)) for nbytes, pages, bound in self.handle.arenas()]
 
     @property
     def reader(self) -> str:
         """What reads: "uring" or "threads"."""
-        return str(self.handle.reader)
+        with _errors():
+            return str(self.handle.reader)
 
     def inject_read_faults(self, *, fail_every: int = 0, short_every: int = 0) -> None:
         """For tests: every n-th piece fails, or ends early; 0: none."""
-        self.handle.inject_read_faults(fail_every, short_every)
+        with _errors():
+            self.handle.inject_read_faults(fail_every, short_every)
 
 
 class NativeFiller:

@@ -23,6 +23,7 @@ constexpr int kBind = 2;  // MPOL_BIND
 // <linux/mman.h> of older headers lacks it; Linux 5.14 and later know it.
 constexpr int kPopulateWrite = 23;
 constexpr long kHugetlbfs = 0x958458f6;
+constexpr long kTmpfs = 0x01021994;
 
 size_t Up(size_t bytes, size_t page) { return (bytes + page - 1) / page * page; }
 
@@ -103,29 +104,35 @@ void Arena::MapAnonymous(int node) {
 }
 
 void Arena::MapFile(const std::string& path) {
-  descriptor_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW, 0600);
+  descriptor_ = open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK, 0600);
   Require(descriptor_ >= 0, path + " cannot be opened: " + strerror(errno));
-  if (flock(descriptor_, LOCK_EX | LOCK_NB) != 0) {
+  const auto require = [&](bool holds, const std::string& why) {
+    if (holds) return;
     close(descriptor_);
-    throw Error(path + " is in use by another process; stop it, or give another folder");
-  }
+    throw Error(path + why);
+  };
   struct stat info{};
-  fstat(descriptor_, &info);
+  struct statfs system{};
+  require(fstat(descriptor_, &info) == 0 && fstatfs(descriptor_, &system) == 0, " cannot be examined");
+  // Whoever else could write to it, or has another name for it, could change weights under us.
+  require(
+      S_ISREG(info.st_mode) && info.st_uid == geteuid() && info.st_nlink == 1 && (info.st_mode & 022) == 0,
+      " is not a plain file of this user's alone; delete it, or give another folder");
+  const bool huge = static_cast<long>(system.f_type) == kHugetlbfs;
+  // On a disk it would be written back, marks perhaps before what they are for.
+  require(huge || static_cast<long>(system.f_type) == kTmpfs,
+          " would lie on a disk; give a folder in shared memory (/dev/shm) or on hugetlbfs");
+  require(flock(descriptor_, LOCK_EX | LOCK_NB) == 0,
+          " is in use by another process; stop it, or give another folder");
   found_ = static_cast<size_t>(info.st_size) == bytes_;
-  // What has another size was made for something else.
+  // What has another size was made for something else. Pages are made as they are needed, huge ones as well.
   void* at = MAP_FAILED;
   if (found_ || (ftruncate(descriptor_, 0) == 0 && ftruncate(descriptor_, static_cast<off_t>(bytes_)) == 0))
-    at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED, descriptor_, 0);
-  if (at == MAP_FAILED) {
-    const std::string why = strerror(errno);
-    close(descriptor_);
-    throw Error(path + " cannot hold " + std::to_string(bytes_ >> 20) + " MiB: " + why);
-  }
+    at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, descriptor_, 0);
+  require(at != MAP_FAILED, " cannot hold " + std::to_string(bytes_ >> 20) + " MiB: " + strerror(errno));
   data_ = static_cast<uint8_t*>(at);
-  struct statfs system{};
-  const bool huge = fstatfs(descriptor_, &system) == 0 && static_cast<long>(system.f_type) == kHugetlbfs;
   if (!huge) madvise(data_, bytes_, MADV_HUGEPAGE);
-  pages_ = huge ? "explicit huge, in a file" : "shared memory, in a file";
+  pages_ = huge ? "explicit huge" : "shared memory";
 }
 
 bool Arena::Ensure(size_t offset, size_t bytes) {

@@ -25,7 +25,9 @@ class Arena {
 
   uint8_t* data() const { return data_; }
   size_t bytes() const { return bytes_; }
-  const char* pages() const { return pages_; }  // "explicit huge", "transparent huge", "4 KB", "file"
+  const char* pages() const {
+    return pages_;
+  }  // "explicit huge", "transparent huge", "4 KB", "shared memory"
   bool bound() const { return bound_; }
   bool found() const { return found_; }  // the file was there already, with this size
 

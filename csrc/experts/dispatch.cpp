@@ -149,9 +149,10 @@ SlotBuffers Dispatcher::buffers(int slot) const {
 }
 
 int Dispatcher::Acquire() {
+  for (const auto& slot : slots_)
+    if (slot->state == Slot::kStuck && machine_.pool().Retire(&slot->job)) Retire(*slot);
   for (size_t i = 0; i < slots_.size(); ++i) {
     Slot& slot = *slots_[i];
-    if (slot.state == Slot::kStuck && machine_.pool().Retire(&slot.job)) Retire(slot);
     if (slot.state == Slot::kFree) {
       slot.state = Slot::kFilling;
       return static_cast<int>(i);
@@ -246,7 +247,8 @@ void Dispatcher::RunPrepare(void* context, int chunk, int) {
 bool Dispatcher::Claim(Slot& slot, int node, int* group, int* piece) {
   const auto claims = slot.claims.begin() + static_cast<ptrdiff_t>(node) * store_.sizes().experts;
   for (uint32_t seen = store_.arrivals(); !abort_.load(std::memory_order_relaxed);) {
-    const bool late = Clock::now() - slot.submitted > kReadPatience;
+    // A slow disk is not a stuck one.
+    const bool late = Clock::now() - std::max(slot.submitted, store_.last_arrival()) > kReadPatience;
     for (int place = slot.present; place < slot.group_count; ++place) {
       std::atomic<int>& claim = claims[place];
       if (claim.load(std::memory_order_relaxed) >= slot.gate_chunks) continue;

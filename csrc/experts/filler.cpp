@@ -10,6 +10,7 @@
 
 #include <algorithm>
 #include <array>
+#include <system_error>
 
 namespace k2 {
 namespace {
@@ -59,9 +60,18 @@ Filler::Filler(ExpertStore& store, std::vector<std::pair<int, int>> order, std::
   Require(static_cast<int>(cpus_.size()) == store.layout().nodes(), "every node needs its CPUs");
   Require(threads >= 1 && threads <= 64, "a node is filled by 1 to 64 threads");
   for (Work& work : work_) work.nodes_left.store(store.layout().nodes());
+  for (const auto& [layer, expert] : order_) store.pins(layer, expert);  // throws if there is no such expert
   running_.store(static_cast<int>(cpus_.size()) * threads);
-  for (int node = 0; node < static_cast<int>(cpus_.size()); ++node)
-    for (int i = 0; i < threads; ++i) threads_.emplace_back([this, node] { Loop(node); });
+  std::unique_lock lock(mutex_);  // no thread begins before all are there
+  try {
+    for (int node = 0; node < static_cast<int>(cpus_.size()); ++node)
+      for (int i = 0; i < threads; ++i) threads_.emplace_back([this, node] { Loop(node); });
+  } catch (const std::system_error&) {
+    stop_.store(true);
+    lock.unlock();
+    Stop();
+    throw Error("the system refuses threads that fill slots; let this process have more");
+  }
 }
 
 Filler::~Filler() { Stop(); }
@@ -97,7 +107,8 @@ void Filler::Loop(int node) {
     settle(read);
     const int i = next_[node].fetch_add(1);
     if (i >= count) break;
-    if (!stop_.load()) StepBack();
+    // Not before an expert that another node began: a ticket may wait for it.
+    if (!stop_.load() && work_[i].slot.load() == -2) StepBack();
     Begin(i, node, &read);
   }
   for (Coming& read : reads) settle(read);

@@ -114,6 +114,16 @@ void ExpertStore::OpenSlots(const SlotMemory::Options& memory, const ReaderOptio
     }
 }
 
+const SlotMemory& ExpertStore::memory() const {
+  Require(memory_ != nullptr, "the store has no slots");
+  return *memory_;
+}
+
+Reader& ExpertStore::reader() {
+  Require(reader_ != nullptr, "the store has no slots");
+  return *reader_;
+}
+
 void ExpertStore::CloseSlots() {
   if (memory_ == nullptr) return;
   Require(tickets_pins_.load() == 0, "experts that a ticket reads cannot be moved");
@@ -162,14 +172,15 @@ int ExpertStore::Pin(int layer, const int* experts, int count, ExpertView* const
     const bool more = Victims(missing.size(), &victims);
     if (victims.size() == missing.size()) break;
     // Slots on their way to somebody else may leave once they are here.
-    if (!more || Clock::now() - begun > kPatience) {
+    if (more && Clock::now() - std::max(begun, last_arrival()) > kPatience) break;  // the rest counts as lost
+    if (!more) {
       for (int i = 0; i < count; ++i) At(layer, experts[i]).pins.fetch_sub(1);
       throw Error("all slots for experts are in use; give --expert-ram more");
     }
     arrived_.wait_for(lock, kNap);
   }
   ++now_;
-  for (size_t i = 0; i < missing.size(); ++i) BeginFetch(victims[i], missing[i]);
+  for (size_t i = 0; i < victims.size(); ++i) BeginFetch(victims[i], missing[i]);
   for (int i = 0; i < count; ++i) {
     Entry& entry = At(layer, experts[i]);
     if (streamed_) entry.score = recency_.Used(entry.score, now_);
@@ -235,6 +246,7 @@ void ExpertStore::Arrived(Slot& slot, bool whole) {
     }
     entry.state.store(whole ? kIn : kLost, std::memory_order_release);
     if (!whole && entry.pins.load() == 0) Free(entry);
+    last_arrival_ns_.store(NowNs(), std::memory_order_relaxed);
     arrivals_.fetch_add(1, std::memory_order_release);
   }
   arrived_.notify_all();
@@ -244,7 +256,9 @@ void ExpertStore::Unpin(int layer, int expert) {
   Entry& entry = At(layer, expert);
   tickets_pins_.fetch_sub(1);
   last_ticket_ns_.store(NowNs(), std::memory_order_relaxed);
-  if (entry.pins.fetch_sub(1) != 1 || entry.state.load() != kLost) return;
+  if (entry.pins.fetch_sub(1) != 1) return;
+  // While it is on its way `Arrived` may be telling of its loss right now: the lock decides who frees the slot.
+  if (const uint8_t state = entry.state.load(); state == kIn || state == kOut) return;
   const std::lock_guard lock(mutex_);  // what was lost is asked for again by the next ticket
   if (entry.pins.load() == 0 && entry.state.load() == kLost) Free(entry);
 }
@@ -254,7 +268,7 @@ int ExpertStore::pins(int layer, int expert) const { return At(layer, expert).pi
 Arrival ExpertStore::arrival(int layer, int expert) const {
   const uint8_t state = At(layer, expert).state.load(std::memory_order_acquire);
   if (!streamed_ || state == kIn) return Arrival::kHere;
-  return state == kLost ? Arrival::kLost : Arrival::kOnItsWay;
+  return state == kFilling ? Arrival::kOnItsWay : Arrival::kLost;  // out: late reads hold the slots
 }
 
 uint32_t ExpertStore::WaitArrival(uint32_t seen) {
@@ -307,6 +321,7 @@ void ExpertStore::EndFill(int layer, int expert, bool whole) {
     }
     entry.state.store(whole ? kIn : kLost, std::memory_order_release);
     if (!whole && entry.pins.load() == 0) Free(entry);
+    last_arrival_ns_.store(NowNs(), std::memory_order_relaxed);
     arrivals_.fetch_add(1, std::memory_order_release);
   }
   arrived_.notify_all();

@@ -63,8 +63,9 @@ class ExpertStore {
   // Gives the slots back: every expert is mapped again. The filler must have stopped. Throws if an expert is pinned.
   void CloseSlots();
   bool has_slots() const { return memory_ != nullptr; }
-  const SlotMemory& memory() const { return *memory_; }
-  Reader& reader() { return *reader_; }
+  // Throw if there are none.
+  const SlotMemory& memory() const;
+  Reader& reader();
 
   // ---- tickets: one thread at a time ----
 
@@ -78,6 +79,10 @@ class ExpertStore {
   // Waits until an expert arrives after `seen`, but not for long; returns what to pass next time.
   uint32_t WaitArrival(uint32_t seen);
   uint32_t arrivals() const { return arrivals_.load(std::memory_order_acquire); }
+  // When bytes of an expert last came, or failed to.
+  Clock::time_point last_arrival() const {
+    return Clock::time_point(std::chrono::nanoseconds(last_arrival_ns_.load(std::memory_order_relaxed)));
+  }
   // Whether a ticket was at work within the last moment: others step back.
   bool busy() const;
 
@@ -138,6 +143,7 @@ class ExpertStore {
   std::atomic<uint32_t> arrivals_{0};
   std::atomic<int> tickets_pins_{0};
   std::atomic<int64_t> last_ticket_ns_{0};
+  std::atomic<int64_t> last_arrival_ns_{0};
   StoreStats stats_;
   std::unique_ptr<Reader> reader_;  // last: what it reads into goes after it
 };

@@ -111,7 +111,7 @@ bool Reader::Again(Piece* piece, ssize_t result) {
   if (cut > 0 && number % static_cast<uint64_t>(cut) == 0 && result > static_cast<ssize_t>(kBlock4k))
     result = result / 2 + 1;
   if (result == -EINTR || result == -EAGAIN) return true;
-  if ((result == -EINVAL || result == -EOPNOTSUPP) && piece->is_direct()) {
+  if ((result == -EINVAL || result == -EOPNOTSUPP) && piece->began_direct) {
     piece->file->refused.store(true, std::memory_order_relaxed);
     return true;
   }
@@ -121,7 +121,7 @@ bool Reader::Again(Piece* piece, ssize_t result) {
   }
   const uint64_t got = static_cast<uint64_t>(result);
   bytes_read_.fetch_add(got, std::memory_order_relaxed);
-  if (!piece->is_direct())
+  if (!piece->began_direct)
     posix_fadvise(piece->file->cached, static_cast<off_t>(read.offset), static_cast<off_t>(read.bytes),
                   POSIX_FADV_DONTNEED);
   if (got >= read.needed) {
@@ -134,7 +134,7 @@ bool Reader::Again(Piece* piece, ssize_t result) {
   }
   // It goes on where it ended: a direct read at the last whole block, and where there is none, as at the end of a file
   // that shrank, through the page cache.
-  const uint64_t kept = piece->is_direct() ? BlockFloor(got) : got;
+  const uint64_t kept = piece->began_direct ? BlockFloor(got) : got;
   if (kept == 0) piece->direct = false;
   read.offset += kept;
   read.bytes -= kept;

@@ -111,8 +111,11 @@ class Reader {
     Urgency urgency;
     std::shared_ptr<OpenFile> file;  // set by Next
     bool direct = true;
-    bool is_direct() const { return direct && file->is_direct(); }
-    int descriptor() const { return is_direct() ? file->direct : file->cached; }
+    bool began_direct = false;  // how the read under way was asked for: `refused` may be set meanwhile
+    int Descriptor() {          // of the read that begins now
+      began_direct = direct && file->is_direct();
+      return began_direct ? file->direct : file->cached;
+    }
   };
   explicit Reader(const ReaderOptions& options) : options_(options) {}
 

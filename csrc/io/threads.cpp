@@ -5,7 +5,9 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <system_error>
 
+#include "base.h"
 #include "io/reader.h"
 
 namespace k2 {
@@ -14,7 +16,12 @@ namespace {
 class ThreadReader final : public Reader {
  public:
   explicit ThreadReader(const ReaderOptions& options) : Reader(options) {
-    for (int i = 0; i < options.depth; ++i) threads_.emplace_back([this] { Loop(); });
+    try {
+      for (int i = 0; i < options.depth; ++i) threads_.emplace_back([this] { Loop(); });
+    } catch (const std::system_error&) {
+      if (!threads_.empty()) return;  // fewer read as well
+      throw Error("the system refuses threads that read; let this process have more");
+    }
   }
 
   ~ThreadReader() override {
@@ -42,7 +49,7 @@ class ThreadReader final : public Reader {
       lock.unlock();
       ssize_t result;
       do {
-        result = ::pread(piece.descriptor(), piece.read.into, piece.read.bytes,
+        result = ::pread(piece.Descriptor(), piece.read.into, piece.read.bytes,
                          static_cast<off_t>(piece.read.offset));
       } while (Again(&piece, result < 0 ? -errno : result));
       lock.lock();

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,7 @@ class ExpertStore:
         self.placement = placement
         self.expert_bytes = self.native.expert_bytes
         self._refs: dict[tuple[int, int], ExpertRef] = {}
+        self.closing = threading.Event()  # set by `close`, for those that follow what the store does
         self._filler: NativeFiller | None = None
         self._maps: Sequence[object] = ()  # after the filler, which lets go of their pages: it ends first
 
@@ -133,7 +135,8 @@ class ExpertStore:
     @property
     def progress(self) -> FillProgress | None:
         """How far the slots are filled; None where there are none."""
-        return self._filler.progress() if self._filler else None
+        filler = self._filler  # `close` may take it away meanwhile
+        return filler.progress() if filler is not None else None
 
     @property
     def stats(self) -> StoreStats:
@@ -142,6 +145,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """Stop filling and give the slots back. No hand-off may be under way; afterwards all is mapped."""
+        self.closing.set()
         if self._filler:
             self._filler.stop()
             self._filler = None

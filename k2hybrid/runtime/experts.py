@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
-from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts
+from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts, slot_bytes
 from k2hybrid.experts.plan import PROCESS_BYTES, SYSTEM_BYTES
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.experts.recorder import TraceWriter
@@ -82,8 +83,9 @@ def placement_for(config: RuntimeConfig, spec: ModelSpec, topology: Topology, la
     total = sum(memory.values())
     if limit is not None and limit < total:  # a container's share, taken from all nodes alike
         memory = {node: nbytes * limit // total for node, nbytes in memory.items()}
+    sizes = expert_sizes(spec)
     placement = place_experts(
-        expert_sizes(spec),
+        sizes,
         node_memory=memory,
         wanted=config.expert_place,
         expert_ram=config.expert_ram,
@@ -94,7 +96,22 @@ def placement_for(config: RuntimeConfig, spec: ModelSpec, topology: Topology, la
             f"experts are {placement.place} here ({placement.reason}); --expert-arena is for resident ones: "
             "leave it out, or add --expert-place resident"
         )
+    if config.expert_arena is not None:
+        _require_room(config.expert_arena, placement.slots * sum(slot_bytes(sizes, len(placement.nodes))))
     return placement
+
+
+def _require_room(folder: Path, nbytes: int) -> None:
+    try:
+        system = os.statvfs(folder)
+    except OSError as error:
+        raise ConfigError(f"{folder} cannot hold experts: {error.strerror}") from None
+    room = system.f_blocks * system.f_frsize
+    if room < nbytes:
+        raise ConfigError(
+            f"{folder} has {room / 2**30:.2f} GiB, resident experts take {nbytes / 2**30:.2f} GiB; as root: "
+            f"mount -o remount,size={-(-nbytes // 2**30) + 1}G {folder}"
+        )
 
 
 def make_experts(
@@ -203,7 +220,6 @@ def _report(store: ExpertStore) -> None:
     log.info("experts: %s; read by %s", kinds, store.native.reader)
 
     def follow() -> None:
-        waiting = threading.Event()
         told = -1
         while True:
             progress = store.progress
@@ -213,7 +229,8 @@ def _report(store: ExpertStore) -> None:
             if share != told:
                 log.info("experts: %d %% of %d in memory", share, progress.experts)
                 told = share
-            waiting.wait(PROGRESS_S)
+            if store.closing.wait(PROGRESS_S):
+                return
         if progress is not None:
             log.info("experts: %d filled, %d could not be read", store.stats.filled, progress.failed)
 

@@ -214,9 +214,11 @@ class Runtime:
             self._rulebook.close()
             self._sessions.close()
             self.template.close()
-            if self._store is not None:
-                self._store.close()
-            self._release()
+            try:
+                if self._store is not None:
+                    self._store.close()
+            finally:
+                self._release()
 
     def __enter__(self) -> Runtime:
         return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -266,12 +267,18 @@ def test_a_file_that_shrinks_and_comes_back(
     check(made, expected)
 
 
-def test_slots_that_last(folder: Path, expected: list[torch.Tensor], tmp_path: Path) -> None:
+@pytest.fixture
+def shared_memory() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as made:
+        yield Path(made)
+
+
+def test_slots_that_last(folder: Path, expected: list[torch.Tensor], shared_memory: Path) -> None:
     first = Placed(
-        folder, placed("resident", 2), machine=Machine(2, nodes=[[], []]), folder=tmp_path, digest="a"
+        folder, placed("resident", 2), machine=Machine(2, nodes=[[], []]), folder=shared_memory, digest="a"
     )
     with pytest.raises(NativeError, match="in use by another process"):
-        Placed(folder, placed("resident", 2), folder=tmp_path, digest="a")
+        Placed(folder, placed("resident", 2), folder=shared_memory, digest="a")
     first.filled()
     first.store.native.release(2, 5)
     del first
@@ -280,7 +287,7 @@ def test_slots_that_last(folder: Path, expected: list[torch.Tensor], tmp_path: P
         placed("resident", 2),
         machine=Machine(2, nodes=[[], []]),
         fill=False,
-        folder=tmp_path,
+        folder=shared_memory,
         digest="a",
     )
     assert again.store.stats.filled == SIZES.count - 1
@@ -292,7 +299,7 @@ def test_slots_that_last(folder: Path, expected: list[torch.Tensor], tmp_path: P
         placed("resident", 2),
         machine=Machine(2, nodes=[[], []]),
         fill=False,
-        folder=tmp_path,
+        folder=shared_memory,
         digest="b",
     )
     assert other.store.stats.filled == 0

@@ -78,7 +78,7 @@ def test_a_change_of_ram_takes_the_next_size_that_helps() -> None:
     ("machine", "wishes", "problem"),
     [
         (MachineSpec({0: 14 * GIB}, 8, 80.0), {}, "more than the RAM there is"),
-        (MachineSpec({0: 38 * GIB}, 8, 80.0, 6.0), {"context": 1024}, "room for"),
+        (MachineSpec({0: 28 * GIB}, 8, 80.0, 6.0), {"context": 1024}, "room for"),
         (dataclasses.replace(SMALL, disk_gb_s=None), {}, "disk's speed"),
         (SMALL, {"place": "mapped"}, "push each other out"),
         (SMALL, {"place": "resident"}, "stream them"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +52,13 @@ def test_streamed_with_the_fewest_slots(mapped: list[int], reader: str) -> None:
     assert status["filled"] <= least
 
 
-def test_resident_and_found_again(mapped: list[int], tmp_path: Path) -> None:
-    for _ in range(2):
-        tokens, status, _ = answer(expert_place="resident", expert_arena=tmp_path)
-        assert tokens == mapped
-        assert status["place"] == "resident"
-        assert status["slots"] == SIZES.count
+def test_resident_and_found_again(mapped: list[int]) -> None:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        for _ in range(2):
+            tokens, status, _ = answer(expert_place="resident", expert_arena=Path(folder))
+            assert tokens == mapped
+            assert status["place"] == "resident"
+            assert status["slots"] == SIZES.count
 
 
 @pytest.mark.parametrize(
@@ -66,9 +68,10 @@ def test_resident_and_found_again(mapped: list[int], tmp_path: Path) -> None:
         ({"expert_place": "resident", "expert_ram": least_slots(SIZES) * SLOT}, "stream them, or map them"),
         ({"expert_place": "mapped", "expert_ram": 1 << 30}, "leave --expert-ram out"),
         ({"expert_place": "elsewhere"}, "must be one of"),
+        ({"expert_ram": "20GiB"}, "a number of bytes"),
         ({"expert_reader": "telepathy"}, "uring or threads"),
         ({"expert_arena": Path("/nowhere")}, "resident"),
-        ({"expert_place": "resident", "expert_arena": Path("/nowhere")}, "cannot be opened"),
+        ({"expert_place": "resident", "expert_arena": Path("/nowhere")}, "cannot hold experts"),
         ({"experts": "portable", "expert_place": "streamed"}, "portable experts are read mapped"),
     ],
 )
