@@ -38,7 +38,7 @@ from k2hybrid.types import TensorRef
 
 FIRST_TOKEN_BAR_S = 5.0
 RESIDENCY_BAR = 0.9
-PIECE_BYTES, DEPTH = 1 << 20, 8  # of the store's background reads
+PIECE_BYTES, DEPTH = 2 << 20, 8  # of the store's background reads
 HUGE = 2 << 20
 Source = Literal["page cache", "disk"]
 

@@ -44,7 +44,7 @@ from k2hybrid.types import RoutedExperts, Ticket, TicketStats
 BAR = 1.15
 SLACK_BYTES = 1_000_000_000  # beyond --expert-ram
 PROBE_BYTES = 512 << 20
-REQUEST_BYTES, DEPTH = 1 << 20, 16  # of the store's reader
+REQUEST_BYTES, DEPTH = 2 << 20, 16  # of the store's reader
 TRACES = {"skewed": (1.0, 0.3), "even": (0.0, 0.0)}  # skew and stickiness
 
 

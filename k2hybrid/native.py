@@ -318,7 +318,7 @@ class NativeStore:
         digest: str = "",
         reader: str = "",
         depth: int = 16,
-        piece_bytes: int = 1 << 20,
+        piece_bytes: int = 2 << 20,
     ) -> None:
         """Memory for `count` experts; once, when all were put.
 

@@ -79,7 +79,7 @@ struct Read {
 struct ReaderOptions {
   std::string kind;  // "uring", "threads", or "": the first of them that works here
   int depth = 16;    // pieces in flight
-  uint64_t piece_bytes = 1 << 20;
+  uint64_t piece_bytes = 2 << 20;
 };
 
 // What tests ask for: every n-th piece fails, or ends early. 0: never.
