@@ -62,6 +62,7 @@ Filler::Filler(ExpertStore& store, std::vector<std::pair<int, int>> order, std::
   for (Work& work : work_) work.nodes_left.store(store.layout().nodes());
   for (const auto& [layer, expert] : order_) store.pins(layer, expert);  // throws if there is no such expert
   running_.store(static_cast<int>(cpus_.size()) * threads);
+  left_.store(running_.load());
   std::unique_lock lock(mutex_);  // no thread begins before all are there
   try {
     for (int node = 0; node < static_cast<int>(cpus_.size()); ++node)
@@ -112,6 +113,7 @@ void Filler::Loop(int node) {
     Begin(i, node, &read);
   }
   for (Coming& read : reads) settle(read);
+  if (left_.fetch_sub(1) == 1) store_.DropCached();
   running_.fetch_sub(1);
 }
 

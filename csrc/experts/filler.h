@@ -60,6 +60,7 @@ class Filler {
   std::vector<Work> work_;
   std::vector<std::atomic<int>> next_;  // by node
   std::atomic<int> running_{0};
+  std::atomic<int> left_{0};  // threads that may still bring experts
   std::atomic<int64_t> done_{0}, failed_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;

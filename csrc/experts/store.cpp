@@ -5,6 +5,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <tuple>
 
 namespace k2 {
 namespace {
@@ -325,7 +326,10 @@ void ExpertStore::EndFill(int layer, int expert, bool whole) {
     arrivals_.fetch_add(1, std::memory_order_release);
   }
   arrived_.notify_all();
-  if (whole) DropCached(entry);
+  if (!whole) return;
+  std::vector<Stretch> stretches;
+  Stretches(entry, &stretches);
+  Drop(stretches);
 }
 
 std::vector<Read> ExpertStore::Reads(int layer, int expert, int slot, int node) const {
@@ -344,24 +348,53 @@ bool ExpertStore::Release(int layer, int expert) {
   return true;
 }
 
-void ExpertStore::DropCached(const Entry& entry) const {
-  // One copy in all. Pages that are mapped here would stay: they are let go of first. A ticket that reads them mapped
-  // meanwhile would only bring them back.
-  const uint64_t columns[] = {static_cast<uint64_t>(sizes_.hidden), static_cast<uint64_t>(sizes_.hidden),
-                              static_cast<uint64_t>(sizes_.inter)};
-  const uint64_t weights = static_cast<uint64_t>(sizes_.hidden) * static_cast<uint64_t>(sizes_.inter);
+void ExpertStore::Stretches(const Entry& entry, std::vector<Stretch>* to) const {
+  const auto weights = static_cast<uint64_t>(sizes_.hidden) * static_cast<uint64_t>(sizes_.inter);
   for (int m = 0; m < 3; ++m) {
-    const auto drop = [&](const void* mapped, const ExpertSpans::Span& span, uint64_t bytes) {
-      const uint64_t from = BlockCeil(span.offset), to = BlockFloor(span.offset + bytes);
-      if (from >= to) return;
-      auto* at = static_cast<uint8_t*>(const_cast<void*>(mapped)) + (from - span.offset);
-      if (reinterpret_cast<uintptr_t>(at) % kBlock4k == 0) madvise(at, to - from, MADV_DONTNEED);
-      posix_fadvise(sources_[span.source]->file()->cached, static_cast<off_t>(from),
-                    static_cast<off_t>(to - from), POSIX_FADV_DONTNEED);
+    const auto add = [&](const void* mapped, const ExpertSpans::Span& span, uint64_t bytes) {
+      to->push_back({span.source, span.offset, span.offset + bytes,
+                     reinterpret_cast<uintptr_t>(mapped) - static_cast<uintptr_t>(span.offset)});
     };
-    drop(entry.bytes.packed[m], entry.spans.packed[m], weights / 2);
-    drop(entry.bytes.scale[m], entry.spans.scale[m], weights / columns[m] * (columns[m] / kGroup * 2));
+    add(entry.bytes.packed[m], entry.spans.packed[m], weights / 2);
+    add(entry.bytes.scale[m], entry.spans.scale[m], weights / kGroup * sizeof(bf16));
   }
+}
+
+void ExpertStore::Drop(const std::vector<Stretch>& stretches) const {
+  for (const Stretch& stretch : stretches) {
+    const uint64_t from = BlockCeil(stretch.begin), to = BlockFloor(stretch.end);
+    if (from >= to) continue;
+    // Pages that are mapped here would stay: they are let go of first. A ticket that reads them mapped meanwhile
+    // only brings them back.
+    if ((stretch.map + from) % kBlock4k == 0)
+      madvise(reinterpret_cast<void*>(stretch.map + from), to - from, MADV_DONTNEED);
+    posix_fadvise(sources_[stretch.source]->file()->cached, static_cast<off_t>(from),
+                  static_cast<off_t>(to - from), POSIX_FADV_DONTNEED);
+  }
+}
+
+void ExpertStore::DropCached() const {
+  std::vector<Stretch> stretches;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const Slot& slot : slots_)
+      if (slot.entry >= 0 && entries_[slot.entry].state.load() == kIn)
+        Stretches(entries_[slot.entry], &stretches);
+  }
+  std::sort(stretches.begin(), stretches.end(), [](const Stretch& a, const Stretch& b) {
+    return std::tie(a.source, a.begin) < std::tie(b.source, b.begin);
+  });
+  // The cache holds pages in folios, which it drops whole: neighbours have to go together.
+  std::vector<Stretch> joined;
+  for (const Stretch& stretch : stretches) {
+    if (!joined.empty() && joined.back().source == stretch.source &&
+        joined.back().end + kBlock4k >= stretch.begin) {
+      joined.back().end = std::max(joined.back().end, stretch.end);
+    } else {
+      joined.push_back(stretch);
+    }
+  }
+  Drop(joined);
 }
 
 StoreStats ExpertStore::stats() const {

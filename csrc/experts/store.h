@@ -96,6 +96,9 @@ class ExpertStore {
   // What fills `node`'s part of it.
   std::vector<Read> Reads(int layer, int expert, int slot, int node) const;
   bool Ensure(int slot, int node) { return memory_->Ensure(slot, node); }
+  // One copy in all: lets the page cache forget what is in slots. `EndFill` does so for one expert, as far as pages
+  // that it shares with neighbours allow.
+  void DropCached() const;
   // Back to the map, its slot free again. False if it is pinned, in no slot, or streamed.
   bool Release(int layer, int expert);
 
@@ -125,7 +128,15 @@ class ExpertStore {
   void BeginFetch(int slot, int entry);
   void Arrived(Slot& slot, bool whole);
   void Free(Entry& entry);
-  void DropCached(const Entry& entry) const;
+  // Part of a file; `map` is the address of the file's first byte.
+  struct Stretch {
+    int source;
+    uint64_t begin;
+    uint64_t end;
+    uintptr_t map;
+  };
+  void Stretches(const Entry& entry, std::vector<Stretch>* to) const;
+  void Drop(const std::vector<Stretch>& stretches) const;
   bool HasSpans() const;
 
   const ExpertSizes sizes_;
