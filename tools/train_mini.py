@@ -43,7 +43,7 @@ from tools.mini.start import start_near_copying
 
 WARMUP_STEPS = 50
 # Looked at and exported are weights averaged over about so many steps, which lack the noise of the last ones.
-AVERAGE_STEPS = 200
+AVERAGE_STEPS = 60
 DECAY_SHARE = 0.8
 SAVE_SECONDS = 300
 # Stage → (kind of held-out lesson, figure, value that opens the next stage).

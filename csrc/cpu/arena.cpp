@@ -91,6 +91,7 @@ void Arena::MapAnonymous(int node) {
     pages_ = "explicit huge";
     return;
   }
+  on_touch_ = true;
   // Transparent huge pages start at multiples of their size: reserve one more, and give the ends back.
   at = mmap(nullptr, bytes_ + kHugePage, kProtection, kFlags | MAP_NORESERVE, -1, 0);
   Require(at != MAP_FAILED,

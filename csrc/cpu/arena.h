@@ -31,6 +31,8 @@ class Arena {
   bool bound() const { return bound_; }
   bool found() const { return found_; }  // the file was there already, with this size
 
+  // Whether pages come by themselves when they are touched: others have to be asked for first.
+  bool on_touch() const { return on_touch_; }
   // Makes the pages of [offset, offset + bytes); false if there is no memory left for them.
   bool Ensure(size_t offset, size_t bytes);
   // Gives the pages of [offset, offset + bytes) back where whole pages lie in it.
@@ -45,6 +47,7 @@ class Arena {
   const char* pages_ = "4 KB";
   bool bound_ = false;
   bool found_ = false;
+  bool on_touch_ = false;
   int descriptor_ = -1;
 };
 

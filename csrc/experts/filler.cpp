@@ -137,7 +137,9 @@ void Filler::Begin(int i, int node, Coming* read) {
   read->filler = this;
   read->item = i;
   std::vector<Read> left;
-  if (!store_.Ensure(slot, node)) {
+  // Pages that come when they are touched are still in the core's caches when they are copied to.
+  const bool on_touch = store_.memory().arena(node).on_touch();
+  if (!on_touch && !store_.Ensure(slot, node)) {
     Finished(i, false);
     return;
   }
@@ -145,6 +147,10 @@ void Filler::Begin(int i, int node, Coming* read) {
     if (!TakeCached(part)) left.push_back(part);
   if (left.empty()) {
     Finished(i, true);
+    return;
+  }
+  if (on_touch && !store_.Ensure(slot, node)) {  // not by the thread that begins the reads
+    Finished(i, false);
     return;
   }
   {

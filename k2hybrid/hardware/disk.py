@@ -153,7 +153,7 @@ def _opened(files: Sequence[Path], stack: ExitStack) -> tuple[list[tuple[int, in
 
 @contextmanager
 def _buffer(nbytes: int) -> Iterator[memoryview]:
-    """Huge pages where the system has them, as the memory of experts: a disk is told of few large pieces then."""
+    """Huge pages where the system has them, as experts have: a disk is told of few large pieces then."""
     with mmap.mmap(-1, nbytes + _HUGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as room:
         room.madvise(mmap.MADV_HUGEPAGE)
         address = np.frombuffer(room, np.uint8).ctypes.data

@@ -16,7 +16,7 @@ import torch
 from safetensors import safe_open
 
 from k2hybrid.checkpoint import int4
-from k2hybrid.mini_eval import decimals
+from k2hybrid.mini_eval import decimals, frames
 from k2hybrid.mini_eval.author import Author
 from k2hybrid.mini_eval.conversation import Conversation, tools_json
 from k2hybrid.mini_eval.split import side_of
@@ -25,7 +25,7 @@ from tools.mini import vocab
 from tools.mini.data import STAGES, Lessons
 from tools.mini.export import checkpoint_tensors, trainer_state
 from tools.mini.model import MiniConfig, MiniModel, fake_quantize, quantize_int4, yarn_inverse_frequencies
-from tools.mini.render import encode, encode_head, prompt_text
+from tools.mini.render import Example, encode, encode_head, prompt_text
 
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "k2hybrid" / "mini"
@@ -185,6 +185,35 @@ def test_repeats_are_learnt_only_where_they_can_be_known(encoding: tiktoken.Enco
         for at, learnt in enumerate(example.learn):
             if learnt:
                 assert example.ids[at] in example.ids[:at]
+
+
+def learnt_text(encoding: tiktoken.Encoding, example: Example) -> str:
+    return encoding.decode([t for t, wanted in zip(example.ids, example.learn, strict=True) if wanted])
+
+
+def test_verdicts_are_drilled_on_names_whose_words_were_said(encoding: tiktoken.Encoding) -> None:
+    lessons = Lessons(encoding, WORDS, seed=3)
+    for example in (e for _ in range(40) for e in lessons.lesson("member").branches):
+        asked, lines = encoding.decode(example.ids).split("<think>")
+        said = set(re.findall(r"[a-z]+", asked))
+        for name, verdict in (line.split(":") for line in lines.splitlines()):
+            words = [w for w in re.split(r"[-_.]", name) if w not in frames.GET_VERBS]
+            assert verdict == (f"yes {name}" if said.issuperset(words) else "no")
+
+
+def test_a_walk_is_learnt_alone_up_to_what_comes_behind_it(encoding: tiktoken.Encoding) -> None:
+    lesson = Lessons(encoding, WORDS, seed=3).lesson("served")
+    names = re.findall(r'"name":"([^"]+)"', encoding.decode(lesson.prefix))
+    for example in lesson.branches:
+        *walked, behind = learnt_text(encoding, example).split("\n")
+        assert [line.partition(":")[0] for line in walked] == names
+        assert (behind == "call") == any(":yes " in line for line in walked)
+
+
+def test_the_drill_on_declarations_leaves_the_verdicts_open(encoding: tiktoken.Encoding) -> None:
+    lessons = Lessons(encoding, WORDS, seed=3)
+    for example in (e for _ in range(20) for e in lessons.lesson("declared").branches):
+        assert not re.search(r":(yes|no)", learnt_text(encoding, example))
 
 
 def test_the_full_mix_has_the_shares_that_the_card_tells(encoding: tiktoken.Encoding) -> None:

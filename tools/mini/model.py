@@ -40,9 +40,9 @@ class MiniConfig:
     intermediate_size: int = 512
     moe_intermediate_size: int = 96
     num_hidden_layers: int = 5
-    num_attention_heads: int = 4
-    q_lora_rank: int = 96
-    kv_lora_rank: int = 96
+    num_attention_heads: int = 6
+    q_lora_rank: int = 128
+    kv_lora_rank: int = 128
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 32
     v_head_dim: int = 64

@@ -19,7 +19,9 @@ from tools.mini.vocab import special_tokens
 _LESSONS = {
     "repeat": 48,
     "look_up": 24,
+    "member": 24,
     "declared": 16,
+    "served": 8,
     "first_tool": 40,
     "few_tools": 16,
     "tools": 16,

@@ -2,8 +2,8 @@
 
 Copying in a transformer needs heads that look a few tokens back and, above them, heads that repeat what
 they look at. Found by chance this takes millions of tokens. Here training starts near it and is free to
-leave: embeddings share one constant direction, from which three heads of the first layer take fixed rotary
-queries and keys that meet one, two and three tokens apart; the heads of the upper layers start with an
+leave: embeddings share one constant direction, from which five heads of the first layer take fixed rotary
+queries and keys that meet one to five tokens apart; the heads of the upper layers start with an
 output map that is the transpose of their value map; and the head of the model starts as the embeddings.
 """
 
@@ -20,7 +20,7 @@ _TOKEN_STD = 0.45
 # Scores of a perfect match on the rotary pairs, fastest first: together they tell one step from any other.
 _PAIR_SCORES = (10.0, 6.0, 4.0, 2.0)
 # How many tokens back the first heads of the first layer look; the rest are free.
-_STEPS_BACK = (1, 2, 3)
+_STEPS_BACK = (1, 2, 3, 4, 5)
 _FIRST_COPIER = 2
 
 
