@@ -39,7 +39,7 @@ from k2hybrid.hardware.memory import MemoryUse
 from k2hybrid.native import Machine
 from k2hybrid.runtime.assembly import Parts
 from k2hybrid.runtime.experts import HALF_LIFE_PASSES, expert_sizes
-from k2hybrid.types import RoutedExperts, Ticket, TicketStats
+from k2hybrid.types import RoutedExperts, Ticket
 
 BAR = 1.15
 SLACK_BYTES = 1_000_000_000  # beyond --expert-ram
@@ -49,7 +49,11 @@ TRACES = {"skewed": (1.0, 0.3), "even": (0.0, 0.0)}  # skew and stickiness
 
 
 class TracedExperts:
-    """`RoutedExperts` that asks for what a trace says, and keeps each ticket's misses."""
+    """`RoutedExperts` that asks for what a trace says, and keeps each ticket's misses.
+
+    Args:
+        experts: whose tickets are collected when they are handed out (`bench.roles.RecordingExperts`).
+    """
 
     def __init__(self, experts: RoutedExperts, trace: Iterator[np.ndarray]) -> None:
         self._experts = experts
@@ -59,26 +63,9 @@ class TracedExperts:
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
         """See `types.RoutedExperts.submit`; the ids are the trace's."""
         asked = torch.from_numpy(next(self.trace).astype(np.int32)).reshape(ids.shape)
-        return _CountedTicket(self._experts.submit(layer, x, asked, weights), self.misses)
-
-
-class _CountedTicket:
-    def __init__(self, ticket: Ticket, misses: list[int]) -> None:
-        self._ticket = ticket
-        self._misses = misses
-
-    def collect(self) -> torch.Tensor:
-        out = self._ticket.collect()
-        self._misses.append(self._ticket.stats.misses)
-        return out
-
-    @property
-    def failed_rows(self) -> tuple[int, ...]:
-        return self._ticket.failed_rows
-
-    @property
-    def stats(self) -> TicketStats:
-        return self._ticket.stats
+        ticket = self._experts.submit(layer, x, asked, weights)
+        self.misses.append(ticket.stats.misses)
+        return ticket
 
 
 class TracedBench(Bench):
@@ -87,8 +74,9 @@ class TracedBench(Bench):
     trace: Iterator[np.ndarray]
 
     def _recorded(self, parts: Parts) -> Parts:
-        self.traced = TracedExperts(parts.experts, self.trace)
-        return super()._recorded(parts._replace(experts=self.traced))
+        recorded = super()._recorded(parts)
+        self.traced = TracedExperts(recorded.experts, self.trace)
+        return recorded._replace(experts=self.traced)
 
 
 def tickets_of(trace: Trace) -> Iterator[np.ndarray]:

@@ -239,18 +239,22 @@ void ExpertStore::Free(Entry& entry) {
 void ExpertStore::Arrived(Slot& slot, bool whole) {
   {
     const std::lock_guard lock(mutex_);
-    Entry& entry = entries_[slot.entry];
-    if (whole) {
-      ++stats_.filled;
-    } else {
-      ++stats_.lost;
-    }
-    entry.state.store(whole ? kIn : kLost, std::memory_order_release);
-    if (!whole && entry.pins.load() == 0) Free(entry);
-    last_arrival_ns_.store(NowNs(), std::memory_order_relaxed);
-    arrivals_.fetch_add(1, std::memory_order_release);
+    Settle(entries_[slot.entry], whole);
   }
   arrived_.notify_all();
+}
+
+void ExpertStore::Settle(Entry& entry, bool whole) {
+  if (whole) {
+    ++stats_.filled;
+    memory_->Mark(entry.slot, true);
+  } else {
+    ++stats_.lost;
+  }
+  entry.state.store(whole ? kIn : kLost, std::memory_order_release);
+  if (!whole && entry.pins.load() == 0) Free(entry);
+  last_arrival_ns_.store(NowNs(), std::memory_order_relaxed);
+  arrivals_.fetch_add(1, std::memory_order_release);
 }
 
 void ExpertStore::Unpin(int layer, int expert) {
@@ -314,16 +318,7 @@ void ExpertStore::EndFill(int layer, int expert, bool whole) {
   {
     const std::lock_guard lock(mutex_);
     Require(entry.state.load() == kFilling, "the expert is not being filled");
-    if (whole) {
-      ++stats_.filled;
-      memory_->Mark(entry.slot, true);
-    } else {
-      ++stats_.lost;
-    }
-    entry.state.store(whole ? kIn : kLost, std::memory_order_release);
-    if (!whole && entry.pins.load() == 0) Free(entry);
-    last_arrival_ns_.store(NowNs(), std::memory_order_relaxed);
-    arrivals_.fetch_add(1, std::memory_order_release);
+    Settle(entry, whole);
   }
   arrived_.notify_all();
   if (!whole) return;

@@ -127,6 +127,8 @@ class ExpertStore {
   bool Victims(size_t count, std::vector<int>* victims) const;
   void BeginFetch(int slot, int entry);
   void Arrived(Slot& slot, bool whole);
+  // What was on its way is here, or lost; the caller holds mutex_ and tells those who wait.
+  void Settle(Entry& entry, bool whole);
   void Free(Entry& entry);
   // Part of a file; `map` is the address of the file's first byte.
   struct Stretch {
