@@ -31,6 +31,7 @@ from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.moe import MoE
 from k2hybrid.model.router import Router, choose
 from k2hybrid.runtime.loading import open_runtime
+from k2hybrid.runtime.watched import WatchedModel
 from k2hybrid.types import ChatRequest, Message, RoutedExperts, SamplingParams, Ticket, ToolCall
 
 CASES = 50  # drawn at once
@@ -141,8 +142,10 @@ def main() -> int:
     writer = TraceWriter(args.out, header_of(args.model, spec, args.ahead))
 
     def wrapped(network: StepModel) -> StepModel:
-        assert isinstance(network, Kimi)
-        record(network, writer, scaled=args.look == "next")
+        assert isinstance(network, WatchedModel)
+        kimi = network.model
+        assert isinstance(kimi, Kimi)
+        record(kimi, writer, scaled=args.look == "next")
         return network
 
     config = RuntimeConfig(model=args.model, threads=args.threads, idle_prefill=False)

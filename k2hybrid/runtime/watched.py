@@ -58,6 +58,7 @@ class WatchedModel:
     """A `StepModel` whose passes fail, or lose rows, where their weights were lost.
 
     Args:
+        model: kept as `model`.
         embedding: of `model`, [vocab, hidden], where it is read.
         handoffs: filled by the experts that `model` asks.
 
@@ -68,7 +69,7 @@ class WatchedModel:
     def __init__(
         self, model: StepModel, watch: FileWatch, embedding: torch.Tensor, handoffs: Handoffs
     ) -> None:
-        self._model = model
+        self.model = model
         self._watch = watch
         self._embedding = embedding
         self._handoffs = handoffs
@@ -79,7 +80,7 @@ class WatchedModel:
     def begin(self, batch: Batch, /) -> Any:
         """See `StepModel.begin`; files that are whole again are mapped again before."""
         self._watch.restore()
-        state = self._model.begin(batch)
+        state = self.model.begin(batch)
         state.failed_rows.update(self._lost_tokens(batch.ids, self._watch.look()))
         return state
 
@@ -91,7 +92,7 @@ class WatchedModel:
         """
         self._handoffs.clear()
         try:
-            state = self._model.forward(state, until)
+            state = self.model.forward(state, until)
         except Exception as problem:  # perhaps for this very reason
             self._require_dense(self._watch.look(), problem)
             raise
@@ -108,7 +109,7 @@ class WatchedModel:
             WeightReadError: as `forward`.
         """
         try:
-            logits = self._model.logits(state)
+            logits = self.model.logits(state)
         except Exception as problem:
             self._require_dense(self._watch.look(), problem)
             raise

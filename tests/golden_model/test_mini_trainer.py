@@ -14,7 +14,15 @@ from tools.mini.packing import Batch, Segment
 def test_the_trainers_logits_are_the_exported_ones() -> None:
     """fp32 both; the bf16 runtime is held to its own bound by `test_oracle`."""
     ids = prompt("mini")
-    config = MiniConfig(vocab_size=checkpoint("mini").spec.vocab_size, compute=torch.float32)
+    spec = checkpoint("mini").spec
+    assert spec.q_lora_rank is not None
+    config = MiniConfig(
+        vocab_size=spec.vocab_size,
+        num_attention_heads=spec.num_heads,
+        q_lora_rank=spec.q_lora_rank,
+        kv_lora_rank=spec.kv_lora_rank,
+        compute=torch.float32,
+    )
     model = MiniModel(config)
     model.load_state_dict(trainer_state(checkpoint("mini").tensors, config))
     for layer in model.moe_layers:

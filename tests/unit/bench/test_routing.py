@@ -39,13 +39,14 @@ def test_routes_and_look_ahead_of_the_built_in_model(tmp_path: Path, scaled: boo
     writer = TraceWriter(tmp_path / "t", header_of(MINI_MODEL, spec, 6))
     networks: list[Kimi] = []
 
-    def wrapped(network: Any) -> Any:
+    def wrapped(watched: Any) -> Any:
+        network = watched.model
         networks.append(network)
         for layer in network.layers:
             if isinstance(layer.feed_forward, MoE):
                 layer.feed_forward.experts = Seen(layer.feed_forward.experts, kept)
         record(network, writer, scaled=scaled)
-        return network
+        return watched
 
     with open_runtime(RuntimeConfig(threads=1, idle_prefill=False), wrapped=wrapped) as runtime:
         for _ in runtime.chat(next(requests(1))):
