@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from k2hybrid.hardware.checks.finding import Finding
 from k2hybrid.hardware.diagnosis import diagnose, last_level_cache_bytes
 from k2hybrid.hardware.node_bandwidth import node_gb_s
 from k2hybrid.hardware.topology import Node, read_topology
+from k2hybrid.native import ALLOWED_CPUS
 from tests.unit.hardware.sysfs import GIB, FakeNode, even_machine, put, write_machine
 
 SUBJECTS = {
@@ -74,9 +76,20 @@ def test_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"{measured.disk.gb_s:.2f} GB/s in" in by_topic(findings)["disk speed"].found
 
 
-def test_two_nodes_are_measured_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def all_cpus() -> Iterator[list[int]]:
+    """Those this process may use, and may use again: a model that ran before pinned this thread to one."""
+    pinned = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, ALLOWED_CPUS)
+    yield list(ALLOWED_CPUS)
+    os.sched_setaffinity(0, pinned)
+
+
+def test_two_nodes_are_measured_apart(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, all_cpus: list[int]
+) -> None:
     """Two of this machine's cores as if they were two nodes; the folder cannot be read for its speed."""
-    cpus = sorted(os.sched_getaffinity(0))
+    cpus = all_cpus
     if len(cpus) < 2:
         pytest.skip("needs two CPUs")
     write_machine(tmp_path, [FakeNode(0, [[cpus[0]]]), FakeNode(4, [[cpus[1]]])])
