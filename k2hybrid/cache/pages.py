@@ -21,6 +21,10 @@ class RowFormat(Protocol):
     """How one token's latent row lies in memory. Bytes are opaque to `LatentPages`."""
 
     @property
+    def name(self) -> str:
+        """As options and kernels call it."""
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one row."""
 
@@ -38,7 +42,8 @@ class RowFormat(Protocol):
 class _PlainRows:
     """Rows stored as plain numbers of one type."""
 
-    def __init__(self, latent_dim: int, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, latent_dim: int, dtype: torch.dtype) -> None:
+        self.name = name
         self.latent_dim = latent_dim
         self.row_bytes = latent_dim * dtype.itemsize
         self.dtype = dtype
@@ -54,14 +59,14 @@ class Bf16Rows(_PlainRows):
     """The latent and the rotated key part in bf16: 1,152 bytes at Kimi-K2's 512 + 64 values."""
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim, torch.bfloat16)
+        super().__init__("bf16", latent_dim, torch.bfloat16)
 
 
 class Fp32Rows(_PlainRows):
     """The same rows in fp32, for tests against a reference only."""
 
     def __init__(self, latent_dim: int) -> None:
-        super().__init__(latent_dim, torch.float32)
+        super().__init__("fp32", latent_dim, torch.float32)
 
 
 class LatentPages:
@@ -137,8 +142,12 @@ class LatentPages:
 
     def slots(self, page_table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Row numbers, int64 [stop - start], of a sequence's tokens; the same in every layer."""
-        tokens = torch.arange(start, stop, device=self.device)
+        tokens = torch.arange(start, stop, device=page_table.device)
         return page_table[tokens // PAGE_TOKENS] * PAGE_TOKENS + tokens % PAGE_TOKENS
+
+    def rows(self, layer: int) -> torch.Tensor:
+        """All rows of a layer as stored, uint8 [pages · 64, row_bytes]."""
+        return self._rows[layer]
 
     def put(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Store rows [n, latent_dim] at `slots` [n], which may belong to several sequences."""
@@ -149,7 +158,8 @@ class LatentPages:
 
         Token t lies in page `page_table[t // 64]` at `t % 64`.
         """
-        self.put(layer, self.slots(page_table, start, start + rows.shape[0]), rows)
+        slots = self.slots(page_table, start, start + rows.shape[0])
+        self.put(layer, slots.to(self.device), rows)
 
     def copy_rows(self, src: int, dst: int, rows: int) -> None:
         """Copy the first `rows` rows of page `src` to page `dst`, in every layer; both must be held."""
@@ -170,6 +180,6 @@ class LatentPages:
             rows = self._rows[layer]
         else:
             base = 0
-            rows = self._storage[layer].index_select(0, pages).view(-1, self.format.row_bytes)
+            rows = self._storage[layer].index_select(0, pages.to(self.device)).view(-1, self.format.row_bytes)
         base -= first * PAGE_TOKENS
         return self.format.decode(rows[base + start : base + stop])

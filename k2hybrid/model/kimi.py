@@ -6,6 +6,7 @@ what that costs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from k2hybrid.model.batch import Batch
 from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm
 from k2hybrid.model.mla import MLA, AttentionPlan, attention_sizes, plan_attention
 from k2hybrid.model.moe import MoE
+from k2hybrid.model.paged import PagedDecode
 from k2hybrid.model.rope import Rope
 from k2hybrid.model.router import Router
 from k2hybrid.types import RoutedExperts, WeightSource
@@ -24,11 +26,15 @@ from k2hybrid.types import RoutedExperts, WeightSource
 
 @dataclass(slots=True)
 class ForwardState:
-    """A pass under way. hidden fp32 [T, hidden]; `layer` runs next; rows in `failed_rows` are lost."""
+    """A pass under way. hidden fp32 [T, hidden]; `layer` runs next; rows in `failed_rows` are lost.
+
+    `rows` are those that functions built on exp take at a time: see `layers.span_by_span`.
+    """
 
     batch: Batch
     hidden: torch.Tensor
     plan: AttentionPlan
+    rows: Sequence[slice]
     layer: int = 0
     failed_rows: set[int] = field(default_factory=set)
 
@@ -46,7 +52,7 @@ class Layer:
 
     def __call__(self, state: ForwardState) -> None:
         """Advance the residual stream in place."""
-        rows = state.batch.row_slices()
+        rows = state.rows
         hidden = state.hidden
         hidden += self.attention(self.input_norm(hidden), state.plan)
         x = self.post_norm(hidden)
@@ -61,10 +67,13 @@ class Layer:
 class Kimi:
     """The model. Weights are taken from `weights`, each once, and stay where they are.
 
+    Everything but the embedding lies on one device, the pages' own; the embedding stays in RAM.
+
     Args:
         experts: the routed experts of all layers.
-        kernels: what multiplies: `native.Machine`, or `TorchLinears` in tests.
+        kernels: what multiplies: `native.Machine`, `DeviceLinears`, or `TorchLinears` in tests.
         pages: the latent cache; `pages.format` must hold spec.latent_dim values a row.
+        decode: attends for all sequences that have one token in a pass, in one call; None: one by one.
         latent_norm_eps: of the q_a and kv_a norms; 1e-6 in the published code, whatever the config says.
         dtype: of activations that a linear reads; float32 is for tests alone.
 
@@ -82,6 +91,7 @@ class Kimi:
         *,
         latent_norm_eps: float = 1e-6,
         dtype: torch.dtype = torch.bfloat16,
+        decode: PagedDecode | None = None,
     ) -> None:
         if pages.format.latent_dim != spec.latent_dim:
             raise ConfigError(
@@ -92,6 +102,7 @@ class Kimi:
         self.spec = spec
         self.pages = pages
         self.dtype = dtype
+        self.decode = decode
         self.sizes = attention_sizes(spec)
         self.rope = Rope(spec)
         self.embedding = weights.take(None, "embed_tokens")
@@ -119,7 +130,9 @@ class Kimi:
         spec, eps = self.spec, self.spec.rms_norm_eps
         feed_forward: MLP | MoE
         input_norm = RMSNorm(take("input_layernorm"), eps, self.dtype)
-        mla = MLA(layer, spec, self.sizes, take, kernels, self.pages, latent_norm_eps, self.dtype)
+        mla = MLA(
+            layer, spec, self.sizes, take, kernels, self.pages, latent_norm_eps, self.dtype, self.decode
+        )
         post_norm = RMSNorm(take("post_attention_layernorm"), eps, self.dtype)
         if spec.is_moe(layer):
             router = Router(spec, kernels, take("router"), take("router_bias"))
@@ -130,9 +143,14 @@ class Kimi:
 
     @torch.no_grad()
     def begin(self, batch: Batch) -> ForwardState:
-        """Look the tokens up; nothing is stored yet."""
-        hidden = self.embedding[batch.ids].float()
-        return ForwardState(batch, hidden, plan_attention(batch, self.sizes, self.rope, self.pages))
+        """Look the tokens up; nothing is stored yet. The batch lies in RAM."""
+        plan = plan_attention(batch, self.sizes, self.rope, self.pages, paged=self.decode is not None)
+        hidden = self.embed(batch.ids).to(self.pages.device)
+        return ForwardState(batch, hidden, plan, batch.row_slices() if self.decode is None else [slice(None)])
+
+    def embed(self, ids: torch.Tensor) -> torch.Tensor:
+        """ids int64 [T] -> fp32 [T, hidden], in RAM."""
+        return self.embedding[ids].float()
 
     @torch.no_grad()
     def forward(self, state: ForwardState, until: int | None = None) -> ForwardState:
@@ -149,4 +167,8 @@ class Kimi:
     @torch.no_grad()
     def logits(self, state: ForwardState) -> torch.Tensor:
         """fp32 [R, vocab] of the rows that the batch asks for. Call it after the last layer."""
-        return self.head(self.norm(state.hidden[state.batch.logit_rows]))
+        return self.logits_of(state.hidden[state.batch.logit_rows.to(state.hidden.device)])
+
+    def logits_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """fp32 [R, hidden], as the last layer left it -> fp32 [R, vocab]."""
+        return self.head(self.norm(hidden))

@@ -14,10 +14,12 @@ import torch
 
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.errors import EngineError
 from k2hybrid.model import attention
 from k2hybrid.model.attention import AttentionSizes, Context
 from k2hybrid.model.batch import Batch
 from k2hybrid.model.layers import HeadLinear, HeadLinearT, Linear, LinearKernels, RMSNorm
+from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
 from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
 
 
@@ -42,23 +44,40 @@ class AttentionPlan:
     rotation: Rotation
     absorbed: tuple[int, ...]  # spans, by number
     expanded: tuple[int, ...]
+    paged: PagedSpans | None = None  # those of one token, where a device attends to them in one call
 
 
-def plan_attention(batch: Batch, sizes: AttentionSizes, rope: Rope, pages: LatentPages) -> AttentionPlan:
-    """Made once per pass. The form of a span depends on its own length alone."""
+def plan_attention(
+    batch: Batch, sizes: AttentionSizes, rope: Rope, pages: LatentPages, *, paged: bool = False
+) -> AttentionPlan:
+    """Made once per pass. The form of a span depends on its own length alone.
+
+    Args:
+        paged: spans of one token are attended to together.
+    """
     slots = [pages.slots(s.page_table, s.start, s.start + s.count) for s in batch.spans]
-    few = [span.count < sizes.absorbed_below for span in batch.spans]
+    single = [i for i, span in enumerate(batch.spans) if paged and span.count == 1]
+    rest = [i for i in range(len(batch.spans)) if i not in single] if single else range(len(batch.spans))
+    few = {i: batch.spans[i].count < sizes.absorbed_below for i in rest}
+    rotation, device = rope.at(batch.positions), pages.device
     return AttentionPlan(
         batch=batch,
-        slots=slots[0] if len(slots) == 1 else torch.cat(slots),
-        rotation=rope.at(batch.positions),
-        absorbed=tuple(i for i, is_few in enumerate(few) if is_few),
-        expanded=tuple(i for i, is_few in enumerate(few) if not is_few),
+        slots=(slots[0] if len(slots) == 1 else torch.cat(slots)).to(device),
+        rotation=Rotation(rotation.cos.to(device), rotation.sin.to(device)),
+        absorbed=tuple(i for i, is_few in few.items() if is_few),
+        expanded=tuple(i for i, is_few in few.items() if not is_few),
+        paged=_paged(batch, single, device) if single else None,
     )
 
 
+def _paged(batch: Batch, single: list[int], device: torch.device) -> PagedSpans:
+    row_slices = batch.row_slices()
+    rows = None if len(single) == len(batch.spans) else [row_slices[i].start for i in single]
+    return paged_spans([batch.spans[i] for i in single], rows, device)
+
+
 class MLA:
-    """Attention of one layer. `take(role)` hands out its weights."""
+    """Attention of one layer. `take(role)` hands out its weights; `decode` serves paged spans."""
 
     def __init__(
         self,
@@ -70,12 +89,14 @@ class MLA:
         pages: LatentPages,
         latent_norm_eps: float,
         dtype: torch.dtype,
+        decode: PagedDecode | None = None,
     ) -> None:
         self.layer = layer
         self.sizes = sizes
         self.kernels = kernels
         self.pages = pages
         self.dtype = dtype
+        self.decode = decode
         if spec.q_lora_rank is None:
             self.q_a: Linear | None = None
             self.q = Linear(kernels, take("q_proj"))
@@ -105,6 +126,8 @@ class MLA:
         q_nope, q_rope = q[..., : sizes.nope].to(self.dtype), rotary[:, :heads]
         self.pages.put(self.layer, plan.slots, torch.cat((latent, rotary[:, heads]), dim=-1))
         out = torch.empty((tokens, heads, sizes.value), dtype=self.dtype, device=x.device)
+        if plan.paged is not None:
+            self._paged(q_nope, q_rope, plan.paged, out)
         if plan.absorbed:
             self._absorbed(q_nope, q_rope, plan, out)
         rows = plan.batch.row_slices()
@@ -117,6 +140,28 @@ class MLA:
         """x [T, hidden] -> normed latent [T, latent] in the model's dtype, unrotated k_rope fp32."""
         kv = self.kv_a(x)
         return self.latent_norm(kv[:, : self.sizes.latent]), kv[:, self.sizes.latent :]
+
+    def _paged(
+        self, q_nope: torch.Tensor, q_rope: torch.Tensor, paged: PagedSpans, out: torch.Tensor
+    ) -> None:
+        if self.decode is None:
+            raise EngineError("this network has no decode kernel; its plans cannot have paged spans")
+        if paged.rows is not None:
+            q_nope, q_rope = q_nope.index_select(0, paged.rows), q_rope.index_select(0, paged.rows)
+        mixed = self.decode(
+            self.key_to_latent(q_nope).to(self.dtype),
+            q_rope,
+            self.pages.rows(self.layer),
+            paged.tables,
+            paged.lengths,
+            scale=self.sizes.scale,
+            row_format=self.pages.format.name,
+        )
+        values = self.latent_to_value(mixed.to(self.dtype)).to(self.dtype)
+        if paged.rows is None:
+            out.copy_(values)
+        else:
+            out.index_copy_(0, paged.rows, values)
 
     def _absorbed(
         self, q_nope: torch.Tensor, q_rope: torch.Tensor, plan: AttentionPlan, out: torch.Tensor
