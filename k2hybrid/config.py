@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from k2hybrid.errors import ConfigError
 
 ExpertPlace = Literal["auto", "mapped", "resident", "streamed"]
+LatentRows = Literal["bf16", "fp8"]
 
 MINI_MODEL = Path(__file__).parent / "mini"
 
@@ -32,6 +33,7 @@ class RuntimeConfig:
     expert_reader: str | None = None  # "uring" or "threads"; None: the first that works here
     trace: Path | None = None  # new file for the router's choices (ids only); None: they are not recorded
     context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
+    latent_rows: LatentRows = "bf16"  # how a token's latent is stored; see `cache.rows`
     latent_bytes: int | None = None  # None: one whole context, 1 GiB at least, a quarter of RAM at most
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
     max_running: int = 16  # sequences that decode together
@@ -53,6 +55,10 @@ class RuntimeConfig:
         if self.expert_place not in get_args(ExpertPlace):
             raise ConfigError(
                 f"expert_place must be one of {', '.join(get_args(ExpertPlace))}, not {self.expert_place!r}"
+            )
+        if self.latent_rows not in get_args(LatentRows):
+            raise ConfigError(
+                f"latent_rows must be one of {', '.join(get_args(LatentRows))}, not {self.latent_rows!r}"
             )
         if self.expert_reader not in (None, "uring", "threads"):
             raise ConfigError(f"expert_reader must be uring or threads, not {self.expert_reader!r}")

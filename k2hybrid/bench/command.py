@@ -16,7 +16,8 @@ import torch
 
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
 from k2hybrid.bench.roles import RecordingExperts, RecordingMachine, Tally, WeightRoles
-from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
+from k2hybrid.cache.pages import PAGE_TOKENS, LatentPages
+from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.hub import find_model, model_name
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig

@@ -8,65 +8,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable
-from typing import Protocol
 
 import torch
 
+from k2hybrid.cache.rows import RowFormat
 from k2hybrid.errors import CapacityError, EngineError
 
 PAGE_TOKENS = 64
-
-
-class RowFormat(Protocol):
-    """How one token's latent row lies in memory. Bytes are opaque to `LatentPages`."""
-
-    @property
-    def name(self) -> str:
-        """As options and kernels call it."""
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row."""
-
-    @property
-    def latent_dim(self) -> int:
-        """Values of one row."""
-
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        """rows [n, latent_dim], bf16 or fp32 -> uint8 [n, row_bytes]."""
-
-    def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        """uint8 [n, row_bytes] -> [n, latent_dim]: a view where the format allows it."""
-
-
-class _PlainRows:
-    """Rows stored as plain numbers of one type."""
-
-    def __init__(self, name: str, latent_dim: int, dtype: torch.dtype) -> None:
-        self.name = name
-        self.latent_dim = latent_dim
-        self.row_bytes = latent_dim * dtype.itemsize
-        self.dtype = dtype
-
-    def encode(self, rows: torch.Tensor) -> torch.Tensor:
-        return rows.to(self.dtype).contiguous().view(torch.uint8)
-
-    def decode(self, stored: torch.Tensor) -> torch.Tensor:
-        return stored.view(self.dtype)
-
-
-class Bf16Rows(_PlainRows):
-    """The latent and the rotated key part in bf16: 1,152 bytes at Kimi-K2's 512 + 64 values."""
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__("bf16", latent_dim, torch.bfloat16)
-
-
-class Fp32Rows(_PlainRows):
-    """The same rows in fp32, for tests against a reference only."""
-
-    def __init__(self, latent_dim: int) -> None:
-        super().__init__("fp32", latent_dim, torch.float32)
 
 
 class LatentPages:

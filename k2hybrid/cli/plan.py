@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from k2hybrid.cache.row_sizes import row_bytes
 from k2hybrid.checkpoint.presets import PRESETS, published_config
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.cli.machine import NUMBERS, Description, as_said, describe, read_description, with_disk
@@ -44,6 +45,12 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         "--expert-place", choices=("auto", "mapped", "resident", "streamed"), default="auto",
         help="where experts lie (default: auto)",
     )  # fmt: skip
+    wishes.add_argument(
+        "--latent-rows",
+        choices=("bf16", "fp8"),
+        default="bf16",
+        help="how latents are stored (default: bf16)",
+    )
     wishes.add_argument("--expert-ram", type=size, metavar="SIZE", help="RAM for experts, such as 200GiB")
     wishes.add_argument(
         "--hit-rate", type=_share, metavar="X",
@@ -75,7 +82,10 @@ def plan(args: argparse.Namespace) -> int:
         expert_ram=args.expert_ram,
         hit_rate=None if rate is None else lambda _: rate,
     )
-    sizes = ModelSizes.of(spec)
+    if args.latent_rows != "bf16":
+        note = f"attention: its time is that of bf16 rows; {args.latent_rows} rows are decoded besides"
+        described = dataclasses.replace(described, notes=(*described.notes, note))
+    sizes = ModelSizes.of(spec, row_bytes(args.latent_rows, spec.kv_lora_rank, spec.qk_rope_head_dim))
     found = make_plan(sizes, described.rates, described.machine, wishes)
     if found.placement is None or found.placement.place == "streamed":  # only then does the disk matter
         described = with_disk(described, spec, args.disk or folder or Path.cwd())

@@ -34,11 +34,15 @@ class ModelSizes:
     kv_b_ops: int  # of them, those that a prefill spends on its context instead (`Rates.chunk_context_s`)
     head_bytes: int  # lm_head, read for rows whose logits are wanted
     embedding_bytes: int  # of which a pass reads some rows
-    latent_bytes: int  # of one token, all layers, bf16
+    latent_bytes: int  # of one token, all layers
 
     @classmethod
-    def of(cls, spec: ModelSpec) -> ModelSizes:
-        """The sizes of the model that `spec` describes."""
+    def of(cls, spec: ModelSpec, row_bytes: int | None = None) -> ModelSizes:
+        """The sizes of the model that `spec` describes.
+
+        Args:
+            row_bytes: of a token's latent in one layer (`RowFormat.row_bytes`); None: as bf16.
+        """
         dense = [tensor for layer in range(spec.num_layers) for tensor in dense_layer_tensors(spec, layer)]
         head = 2 * spec.vocab_size * spec.hidden_size
         return cls(
@@ -53,7 +57,7 @@ class ModelSizes:
             kv_b_ops=sum(math.prod(t.shape) for t in dense if t.key.role == "kv_b_proj"),
             head_bytes=head,
             embedding_bytes=head,
-            latent_bytes=2 * spec.latent_dim * spec.num_layers,
+            latent_bytes=spec.num_layers * (2 * spec.latent_dim if row_bytes is None else row_bytes),
         )
 
     @property

@@ -133,7 +133,8 @@ def absorbed(
         last = min(first + tile, span.count)
         queries, end = last - first, span.start + last
         q = torch.cat((q_latent[first:last], q_rope[first:last]), dim=-1).view(-1, width)
-        # Per context row: gathered, its latent in fp32, a score a query and head, a mask byte a query.
+        # Per context row: gathered, counted as fp32 (FP8 rows take less, stored and decoded together), its
+        # latent in fp32, a score a query and head, a mask byte a query.
         step = block_rows((width + sizes.latent) * 4 + queries * (heads * 4 + 1))
         softmax = _RunningSoftmax()
         for start in range(0, end, step):
@@ -159,8 +160,8 @@ def expanded(
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
         queries, end = last - first, span.start + last
-        # Per context row: gathered; for every head kv_b's fp32 output and its rounding, a key, an fp32 value
-        # and a score a query; a mask byte a query.
+        # Per context row: gathered, as above; for every head kv_b's fp32 output and its rounding, a key, an
+        # fp32 value and a score a query; a mask byte a query.
         per_head = pair * (4 + dtype.itemsize) + key * dtype.itemsize + sizes.value * 4 + queries * 4
         step = block_rows((sizes.latent + sizes.rope) * 4 + heads * per_head + queries)
         softmax = _RunningSoftmax()

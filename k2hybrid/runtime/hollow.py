@@ -13,7 +13,8 @@ from dataclasses import replace
 
 import torch
 
-from k2hybrid.cache.pages import PAGE_TOKENS, Bf16Rows, LatentPages
+from k2hybrid.cache.pages import PAGE_TOKENS, LatentPages
+from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.names import ExpectedTensor, expected_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.batch import Batch, Span

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
-from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import row_format
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.scheduler import pages_for
@@ -37,7 +38,7 @@ def latent_pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) ->
     Raises:
         ConfigError: too little memory for a page, or more than can be had.
     """
-    rows = Bf16Rows(spec.latent_dim)
+    rows = row_format(config.latent_rows, spec.kv_lora_rank, spec.qk_rope_head_dim)
     page_bytes = spec.num_layers * LatentPages.PAGE_TOKENS * rows.row_bytes
     latent_bytes = config.latent_bytes
     if latent_bytes is None:

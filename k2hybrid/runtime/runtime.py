@@ -85,8 +85,13 @@ class Runtime:
         return self._rulebook.invalid_calls
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """Figures of this moment: "engine", as `EngineMetrics.snapshot`, and "experts": where they lie."""
-        return {"engine": self.engine.metrics.snapshot(), "experts": expert_status(self._store)}
+        """Figures of this moment: "engine", as `EngineMetrics.snapshot`; "experts", where they lie; and
+        "latents", how they are stored."""
+        return {
+            "engine": self.engine.metrics.snapshot(),
+            "experts": expert_status(self._store),
+            "latents": {"rows": self.config.latent_rows},
+        }
 
     def is_exact(self, tool: Mapping[str, Any]) -> bool:
         """Whether a grammar holds all that `tool` declares; otherwise its calls are validated as well."""

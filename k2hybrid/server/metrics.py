@@ -63,6 +63,9 @@ class Metrics:
         place = GaugeMetricFamily("k2hybrid_experts_place", "Where routed experts lie", labels=["place"])
         place.add_metric([experts["place"]], 1)
         yield place
+        rows = GaugeMetricFamily("k2hybrid_latent_rows", "How latents are stored", labels=["format"])
+        rows.add_metric([status["latents"]["rows"]], 1)
+        yield rows
         for name, about in _EXPERT_COUNTERS.items():
             if name in experts:
                 yield CounterMetricFamily(f"k2hybrid_experts_{name}", about, value=experts[name])

@@ -89,6 +89,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--ctx", type=int, default=None, metavar="TOKENS", help="longest context (default: the model's)"
     )
+    group.add_argument(
+        "--latent-rows", choices=["bf16", "fp8"], default=None,
+        help="how the KV cache is stored: fp8 takes 57 %% of the memory, and is less exact (default: bf16)",
+    )  # fmt: skip
     group.add_argument("--latent-gb", type=float, default=None, metavar="GB", help="memory for the KV cache")
     group.add_argument(
         "--max-step-tokens", type=int, default=None, metavar="N", help="rows of one step at most"
@@ -113,6 +117,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "trace": args.trace,
         "isa": args.isa,
         "context_tokens": args.ctx,
+        "latent_rows": args.latent_rows,
         "latent_bytes": latent_bytes,
         "max_step_tokens": args.max_step_tokens,
         "max_running": args.max_running,

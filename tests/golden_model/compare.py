@@ -115,12 +115,12 @@ class Bf16Bound:
 
 
 @functools.cache
-def bf16_bound(name: str, form: str) -> Bf16Bound:
-    """The bound of docs/numerics.md for one configuration and form of attention."""
+def bf16_bound(name: str, form: str, rows: str = "bf16") -> Bf16Bound:
+    """The bound of docs/numerics.md for one configuration, form of attention and format of latent rows."""
     reference = oracle(name)
     with forced_form(form):
         runs = [
-            run_forced(disturbed_model(checkpoint(name), seed), name, prefill_at_once(name))
+            run_forced(disturbed_model(checkpoint(name), seed, rows), name, prefill_at_once(name))
             for seed in range(DRAWS)
         ]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from k2hybrid.cache.rows import Fp8Rows
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.store import ExpertStore
@@ -81,6 +82,20 @@ def test_bf16_agrees_within_the_derived_bound(name: str, kernels: str, machine: 
         differs = (own.sort().values != ids.sort().values).any(-1)
         error = (ours - scores).abs().amax(-1)
         assert torch.all(margin(scores, spec)[differs] <= error[differs])
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+@pytest.mark.parametrize("name", NAMES)
+def test_fp8_rows_agree_within_their_bound(name: str, form: str) -> None:
+    """The same derivation with e4m3's error on what is stored; the bound is no looser than bf16's own."""
+    spec, bound = checkpoint(name).spec, bf16_bound(name, form, "fp8")
+    rows = Fp8Rows(spec.kv_lora_rank, spec.qk_rope_head_dim)
+    model = tiny_model(checkpoint(name), torch.bfloat16, rows=rows)
+    with compare.forced_form(form):
+        run = run_forced(model, name, prefill_at_once(name))
+    error = compare.relative_error(run.logits, oracle(name).logits)
+    assert bound.logits / 4 <= error <= bound.logits
+    assert compare.score_error(run, oracle(name)) <= bound.scores
 
 
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from k2hybrid.cache.pages import Bf16Rows, Fp32Rows, LatentPages, RowFormat
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Bf16Rows, Fp32Rows, RowFormat
 from k2hybrid.checkpoint import int4
 from k2hybrid.checkpoint.names import expected_tensors
 from k2hybrid.checkpoint.spec import ModelSpec

@@ -202,7 +202,11 @@ class ScriptedModel:
         self._lock = threading.Lock()
 
     def status(self) -> dict[str, dict[str, Any]]:
-        return {"engine": EngineMetrics().snapshot(), "experts": {"place": "mapped"}}
+        return {
+            "engine": EngineMetrics().snapshot(),
+            "experts": {"place": "mapped"},
+            "latents": {"rows": "bf16"},
+        }
 
     def play(self, *scripts: Script | Exception) -> None:
         """What comes next; forgets the past."""

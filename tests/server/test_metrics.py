@@ -48,6 +48,7 @@ def test_figures_of_a_model(real: Served) -> None:
         series = (f"k2hybrid_{name}_tokens_total",)
         assert after[series] - before[series] == usage[key]
     assert after["k2hybrid_experts_place", "mapped"] == 1
+    assert after["k2hybrid_latent_rows", "bf16"] == 1
     assert after["k2hybrid_running",] == 0
 
 

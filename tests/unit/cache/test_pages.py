@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from k2hybrid.cache.pages import Bf16Rows, Fp32Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Bf16Rows, Fp32Rows
 from k2hybrid.errors import CapacityError, EngineError
 
 

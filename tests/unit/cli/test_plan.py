@@ -57,6 +57,17 @@ def test_options_change_the_machine_of_the_file(tmp_path: Path, capsys: pytest.C
     assert "more than the RAM there is" in capsys.readouterr().out
 
 
+def test_rows_in_fp8_take_656_bytes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "plan.json"
+    for options, row_bytes in (([], 1152), (["--latent-rows", "fp8"], 656)):
+        assert run(tmp_path, "--ctx", "4096", "--concurrency", "2", "--json", str(written), *options) == 0
+        latents = [need for need in json.loads(written.read_text())["needs"] if "latents" in need["name"]]
+        assert [need["nbytes"] for need in latents] == [61 * row_bytes * 2 * 4096]
+    assert "fp8 rows are decoded besides" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--latent-rows", "fp4")
+
+
 def test_what_it_writes_it_reads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     written = tmp_path / "plan.json"
     assert run(tmp_path, "--json", str(written)) == 0

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.presets import changed_config, published_config
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec

@@ -1,7 +1,7 @@
 """One attention layer of Kimi-K2's true sizes over a long context; prints the peak of its scratch memory.
 
 Run by test_long_context.py in a process of its own, so that the peak is this work's and nobody else's.
-Usage: python -m tests.unit.model.long_context CONTEXT_TOKENS NEW_TOKENS
+Usage: python -m tests.unit.model.long_context CONTEXT_TOKENS NEW_TOKENS bf16|fp8
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import row_format
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.mla import MLA, attention_sizes, plan_attention
@@ -55,7 +56,7 @@ def memory_bytes(field: str) -> int:
 
 
 @torch.no_grad()
-def main(context: int, count: int) -> None:
+def main(context: int, count: int, rows_name: str) -> None:
     torch.manual_seed(0)
     spec, sizes, machine = kimi_k2(), attention_sizes(kimi_k2()), Machine()
     torch.set_num_threads(machine.threads)
@@ -65,7 +66,8 @@ def main(context: int, count: int) -> None:
     }
     weights |= {"q_a_layernorm": torch.ones(1536), "kv_a_layernorm": torch.ones(512)}
     needed = -(-(context + count) // LatentPages.PAGE_TOKENS)
-    pages = LatentPages(1, needed, Bf16Rows(spec.latent_dim))
+    rows_format = row_format(rows_name, spec.kv_lora_rank, spec.qk_rope_head_dim)
+    pages = LatentPages(1, needed, rows_format)
     # Every other page, then the rest: no two neighbours adjoin, so every block is gathered by a copy.
     order = pages.allocate(needed)
     table = torch.tensor(order[::2] + order[1::2])
@@ -97,4 +99,4 @@ def main(context: int, count: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])

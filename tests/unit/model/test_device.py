@@ -11,7 +11,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from k2hybrid.cache.pages import Bf16Rows, Fp32Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Bf16Rows, Fp32Rows
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import EngineError
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket

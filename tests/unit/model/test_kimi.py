@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Bf16Rows, row_format
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
@@ -28,10 +29,11 @@ from tests.golden_model.tiny import (
 NAMES = ["k2", "no_q_lora_groups_3_dense_no_yarn", "wide_latent"]
 CHUNKINGS = {"1+rest": [1, 200], "sevens": [7], "page+rest": [64, 200], "60+ones": [60, 1]}
 FORMS = ["absorbed", "expanded"]
+ROWS = ["bf16", "fp8"]
 
 
-def native_model(name: str, machine: Machine) -> TinyModel:
-    """bf16 through the C++ kernels."""
+def native_model(name: str, machine: Machine, rows: str = "bf16") -> TinyModel:
+    """bf16 through the C++ kernels, with latent rows in the format `rows`."""
     checkpoint = tiny_checkpoint(name)
     spec = checkpoint.spec
     store = ExpertStore(
@@ -42,7 +44,8 @@ def native_model(name: str, machine: Machine) -> TinyModel:
     )
     checkpoint.fill(store)
     dispatcher = Dispatcher(store, machine, max_rows=200, top_k=spec.top_k)
-    return tiny_model(checkpoint, torch.bfloat16, kernels=machine, experts=dispatcher)
+    stored = row_format(rows, spec.kv_lora_rank, spec.qk_rope_head_dim)
+    return tiny_model(checkpoint, torch.bfloat16, kernels=machine, experts=dispatcher, rows=stored)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -76,9 +79,10 @@ def test_blocks_and_tiles_merge_to_the_same(form: str, block: int, monkeypatch: 
     assert compare.largest_error(blocks, whole) <= 1e-5
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", NAMES)
-def test_pausing_after_each_layer_changes_nothing(name: str, machine: Machine) -> None:
-    model = native_model(name, machine)
+def test_pausing_after_each_layer_changes_nothing(name: str, rows: str, machine: Machine) -> None:
+    model = native_model(name, machine, rows)
     spec = model.model.spec
     ids, other = random_ids(spec, 70), random_ids(spec, 20, seed=8)
     whole = model.prefill(ids)
@@ -91,10 +95,11 @@ def test_pausing_after_each_layer_changes_nothing(name: str, machine: Machine) -
     assert torch.equal(model.model.logits(state), whole)
 
 
+@pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", NAMES)
-def test_decode_logits_do_not_depend_on_the_batch(name: str, machine: Machine) -> None:
+def test_decode_logits_do_not_depend_on_the_batch(name: str, rows: str, machine: Machine) -> None:
     """Bit for bit: alone, or among decodes at other lengths and a chunk of prefill, before and behind."""
-    model = native_model(name, machine)
+    model = native_model(name, machine, rows)
     spec = model.model.spec
     lengths = [70, 1, 33, 64]
     prompts = [random_ids(spec, n, seed=n) for n in lengths]

@@ -21,13 +21,15 @@ def test_the_threshold_of_kimi_k2() -> None:
 
 
 @pytest.mark.parametrize(
-    ("context", "count", "absorbed"),
-    [(64 << 10, 512, False), (16 << 10, 170, True)],
-    ids=["expanded", "absorbed"],
+    ("context", "count", "absorbed", "rows"),
+    [(64 << 10, 512, False, "bf16"), (16 << 10, 170, True, "bf16"), (16 << 10, 170, True, "fp8")],
+    ids=["expanded", "absorbed", "absorbed fp8"],
 )
-def test_scratch_of_a_long_context_stays_below_512_mb(context: int, count: int, absorbed: bool) -> None:
+def test_scratch_of_a_long_context_stays_below_512_mb(
+    context: int, count: int, absorbed: bool, rows: str
+) -> None:
     """Each with the most new tokens of its form, over many blocks; the prefill chunk at 64k tokens."""
-    command = [sys.executable, "-m", "tests.unit.model.long_context", str(context), str(count)]
+    command = [sys.executable, "-m", "tests.unit.model.long_context", str(context), str(count), rows]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)

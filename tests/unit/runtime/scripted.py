@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from k2hybrid.cache.pages import Fp32Rows, LatentPages
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Fp32Rows
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.checkpoint.spec import read_spec
