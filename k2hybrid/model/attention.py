@@ -4,9 +4,9 @@ Two forms of the same function (DeepSeek-V2, arXiv 2405.04434, §2.1). *Absorbed
 and output, every head attends over the shared latent rows; cheap for few queries. *Expanded*: a block of
 latent rows is multiplied with kv_b into every head's keys and values; cheap for many queries, who share them.
 
-Memory: whatever the context, a block is chosen so that all temporaries of a block together stay within
-`BLOCK_BYTES`, and queries are taken in tiles so that what lives across blocks stays within `TILE_BYTES`.
-Block borders depend on a span's own sizes alone, never on what else is in the batch.
+Memory: whatever the context, a block is chosen so that all temporaries of a block together stay within a
+number of bytes, and queries are taken in tiles so that what lives across blocks does so too (`Cut`). Block
+borders depend on a span's own sizes alone, never on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -21,11 +21,32 @@ if TYPE_CHECKING:
     from k2hybrid.model.batch import Span
     from k2hybrid.model.layers import Linear, LinearKernels
 
+BLOCK_ALIGNMENT = 64  # whole pages, so that a block's gather is a view whenever its pages adjoin
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How attention is cut into blocks of context and tiles of queries.
+
+    `rounded`: a block's softmax weights meet its values in the model's dtype, as matrix units take them; the
+    sums are fp32 all the same.
+    """
+
+    block_bytes: int
+    tile_bytes: int
+    rounded: bool
+
+    @property
+    def score_bytes(self) -> int:
+        """Of a score, with its rounding."""
+        return 6 if self.rounded else 4
+
+
 # Both, with a pass's own activations (about 100 MB at 512 rows of Kimi-K2) and what malloc keeps, stay well
 # below 512 MB.
-BLOCK_BYTES = 128 << 20
-TILE_BYTES = 64 << 20
-BLOCK_ALIGNMENT = 64  # whole pages, so that a block's gather is a view whenever its pages adjoin
+IN_RAM = Cut(block_bytes=128 << 20, tile_bytes=64 << 20, rounded=False)
+# A card is busy with large blocks only: each of their steps is a kernel of its own.
+ON_DEVICE = Cut(block_bytes=512 << 20, tile_bytes=256 << 20, rounded=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,29 +80,34 @@ class Context:
     pages: LatentPages
     layer: int
     span: Span
+    cut: Cut
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Latent rows [stop - start, latent + rope] in the type they are stored in."""
         return self.pages.gather(self.layer, self.span.page_table, start, stop)
 
 
-def block_rows(bytes_per_row: int) -> int:
+def block_rows(cut: Cut, bytes_per_row: int) -> int:
     """Context rows of a block, whole pages, given what one of them costs in temporaries."""
-    return max(BLOCK_BYTES // bytes_per_row // BLOCK_ALIGNMENT, 1) * BLOCK_ALIGNMENT
+    return max(cut.block_bytes // bytes_per_row // BLOCK_ALIGNMENT, 1) * BLOCK_ALIGNMENT
 
 
-def tile_rows(bytes_per_row: int) -> int:
+def tile_rows(cut: Cut, bytes_per_row: int) -> int:
     """Queries of a tile, given what one of them costs for as long as the tile lives."""
-    return max(TILE_BYTES // bytes_per_row, 1)
+    return max(cut.tile_bytes // bytes_per_row, 1)
 
 
 class _RunningSoftmax:
     """Σ softmax(scores) · values over blocks: the maximum, the sum and the weighted sum so far, all fp32.
 
-    Shapes: scores [B, rows, n], values [B, n, width]; out [B, rows, width].
+    Shapes: scores fp32 [B, rows, n], values [B, n, width]; out [B, rows, width].
+
+    Args:
+        kernels: multiply weights and values rounded to the values' type; None: in fp32.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, kernels: LinearKernels | None) -> None:
+        self._kernels = kernels
         self._peak: torch.Tensor | None = None
         self._total = self._out = torch.empty(0)
 
@@ -91,14 +117,24 @@ class _RunningSoftmax:
         if self._peak is None:
             weights = scores.sub_(peak).exp_()
             self._total = weights.sum(-1, keepdim=True)
-            self._out = weights @ values
+            self._out = self._product(weights, values)
         else:
             peak = torch.maximum(self._peak, peak)
             weights = scores.sub_(peak).exp_()
             fade = self._peak.sub_(peak).exp_()
             self._total.mul_(fade).add_(weights.sum(-1, keepdim=True))
-            self._out.mul_(fade).baddbmm_(weights, values)
+            self._out.mul_(fade)
+            if self._kernels is None:
+                self._out.baddbmm_(weights, values)
+            else:
+                self._out.add_(self._product(weights, values))
         self._peak = peak
+
+    def _product(self, weights: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+        if self._kernels is None:
+            return weights @ values
+        rounded = weights.to(values.dtype).transpose(0, 1)
+        return self._kernels.head_linear_t(rounded, values).transpose(0, 1)
 
     def result(self) -> torch.Tensor:
         """The weighted mean of all values so far."""
@@ -124,10 +160,10 @@ def absorbed(
     kernels: LinearKernels,
 ) -> torch.Tensor:
     """q_latent [n, heads, latent], q_rope [n, heads, rope], both bf16 or fp32 -> fp32 [n, heads, latent]."""
-    span, heads, width = context.span, sizes.heads, sizes.latent + sizes.rope
-    dtype = q_latent.dtype
+    span, cut = context.span, context.cut
+    heads, width, dtype = sizes.heads, sizes.latent + sizes.rope, q_latent.dtype
     # A query lives as itself, as its fp32 output, and as what one block adds to that.
-    tile = tile_rows(heads * (width * dtype.itemsize + 2 * sizes.latent * 4))
+    tile = tile_rows(cut, heads * (width * dtype.itemsize + 2 * sizes.latent * 4))
     outs = []
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
@@ -135,13 +171,14 @@ def absorbed(
         q = torch.cat((q_latent[first:last], q_rope[first:last]), dim=-1).view(-1, width)
         # Per context row: gathered, counted as fp32 (FP8 rows take less, stored and decoded together), its
         # latent in fp32, a score a query and head, a mask byte a query.
-        step = block_rows((width + sizes.latent) * 4 + queries * (heads * 4 + 1))
-        softmax = _RunningSoftmax()
+        step = block_rows(cut, (width + sizes.latent) * 4 + queries * (heads * cut.score_bytes + 1))
+        softmax = _RunningSoftmax(kernels if cut.rounded else None)
         for start in range(0, end, step):
             rows = context.rows(start, min(start + step, end)).to(dtype)
             scores = kernels.linear(q, rows).mul_(sizes.scale)
             _hide_later(scores.view(queries, heads, -1).transpose(0, 1), span.start + first, start)
-            softmax.add(scores[None], rows[None, :, : sizes.latent].float())
+            values = rows[None, :, : sizes.latent]
+            softmax.add(scores[None], values if cut.rounded else values.float())
         outs.append(softmax.result().view(queries, heads, sizes.latent))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -153,24 +190,26 @@ def expanded(
 
     Keys and values are rounded to that dtype, like every other activation that enters a product.
     """
-    span, heads, nope, dtype = context.span, sizes.heads, sizes.nope, q.dtype
+    span, cut, heads, nope, dtype = context.span, context.cut, sizes.heads, sizes.nope, q.dtype
     key, pair = nope + sizes.rope, nope + sizes.value
-    tile = tile_rows(heads * 2 * sizes.value * 4)
+    tile = tile_rows(cut, heads * 2 * sizes.value * 4)
     outs = []
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
         queries, end = last - first, span.start + last
         # Per context row: gathered, as above; for every head kv_b's fp32 output and its rounding, a key, an
         # fp32 value and a score a query; a mask byte a query.
-        per_head = pair * (4 + dtype.itemsize) + key * dtype.itemsize + sizes.value * 4 + queries * 4
-        step = block_rows((sizes.latent + sizes.rope) * 4 + heads * per_head + queries)
-        softmax = _RunningSoftmax()
+        per_head = pair * (4 + dtype.itemsize) + key * dtype.itemsize + sizes.value * 4
+        per_head += queries * cut.score_bytes
+        step = block_rows(cut, (sizes.latent + sizes.rope) * 4 + heads * per_head + queries)
+        softmax = _RunningSoftmax(kernels if cut.rounded else None)
         for start in range(0, end, step):
             rows = context.rows(start, min(start + step, end)).to(dtype)
             both = kv_b(rows[:, : sizes.latent]).to(dtype).view(-1, heads, pair).transpose(0, 1)
             # By head, each in one piece: a stride of all heads between two keys would miss every cache.
             keys = torch.cat((both[..., :nope], rows[:, sizes.latent :].expand(heads, -1, -1)), dim=-1)
-            values = both[..., nope:].to(torch.float32, memory_format=torch.contiguous_format)
+            met = dtype if cut.rounded else torch.float32
+            values = both[..., nope:].to(met, memory_format=torch.contiguous_format)
             del both
             scores = kernels.head_linear(q[first:last], keys).mul_(sizes.scale).transpose(0, 1)
             del keys

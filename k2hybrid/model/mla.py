@@ -186,7 +186,8 @@ class MLA:
             first = last
 
     def _context(self, plan: AttentionPlan, span: int) -> Context:
-        return Context(self.pages, self.layer, plan.batch.spans[span])
+        cut = attention.IN_RAM if self.decode is None else attention.ON_DEVICE
+        return Context(self.pages, self.layer, plan.batch.spans[span], cut)
 
 
 def _pick(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:

@@ -73,8 +73,8 @@ def test_blocks_and_tiles_merge_to_the_same(form: str, block: int, monkeypatch: 
     ids = random_ids(checkpoint.spec, 300)
     with compare.forced_form(form):
         whole = tiny_model(checkpoint, torch.float32).prefill(ids, [120, 300])
-        monkeypatch.setattr(attention, "block_rows", lambda _bytes: block)
-        monkeypatch.setattr(attention, "tile_rows", lambda _bytes: 37)
+        monkeypatch.setattr(attention, "block_rows", lambda *_: block)
+        monkeypatch.setattr(attention, "tile_rows", lambda *_: 37)
         blocks = tiny_model(checkpoint, torch.float32).prefill(ids, [120, 300])
     assert compare.largest_error(blocks, whole) <= 1e-5
 
