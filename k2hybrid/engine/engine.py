@@ -159,6 +159,11 @@ class Engine:
         return self._memory.page_tokens
 
     @property
+    def latents(self) -> dict[str, int]:
+        """See `PageMemory.snapshot`."""
+        return self._memory.snapshot()
+
+    @property
     def idle(self) -> bool:
         """Whether no request runs or waits, as far as another thread can tell."""
         return not (self._inbox or self._waiting or self._running)
@@ -460,13 +465,16 @@ class Engine:
             for share in run.shares:
                 self._commit(self._running[share.number], share, result)
         read = self._meter.expert_bytes - expert_bytes
+        prefilled = [(run.tokens - decoding) * layer // self._runner.layers for layer in (first, run.layer)]
+        ended_s = time.perf_counter()
         self.metrics.step(
             StepRecord(
                 decode_tokens=decoding if result is not None else 0,
-                prefill_tokens=run.tokens - decoding if result is not None else 0,
-                ms=(time.perf_counter() - started_s) * 1e3,
+                prefill_tokens=prefilled[1] - prefilled[0],
+                ms=(ended_s - started_s) * 1e3,
                 bytes_read=self._meter.step_bytes * run_layers // self._runner.layers + read,
                 expert_bytes=read,
+                ended_s=ended_s,
             )
         )
         return result is not None

@@ -75,6 +75,20 @@ class PageMemory:
         """Pages that a new sequence could be promised now."""
         return self.total_pages - len(self._holders) - self._owed
 
+    def snapshot(self) -> dict[str, int]:
+        """How the pages are dealt, under stable names; may be called from any thread.
+
+        Each is held by running sequences ("used"), or kept in the tree alone for later ones, or free.
+        """
+        used, free = len(self._holders), self._pool.free_pages
+        return {
+            "page_tokens": self.page_tokens,
+            "pages": self.total_pages,
+            "used": used,
+            "kept": max(0, self.total_pages - used - free),  # the others may have changed in between
+            "free": free,
+        }
+
     def admit(self, sequence: Sequence) -> bool:
         """Give `sequence` its longest cached prefix and reserve the rest; False if it must wait.
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import time
 from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from k2hybrid.types import ReasonCode, Usage
 
 RECENT_STEPS = 1024
+RATE_SECONDS = 5.0  # that rates of this moment look back
 
 
 @dataclass(slots=True)
@@ -21,13 +24,14 @@ class ByteMeter:
 
 @dataclass(frozen=True, slots=True)
 class StepRecord:
-    """One step."""
+    """One step, or as much of a large pass as was run at once: of its prefill, that share of the tokens."""
 
     decode_tokens: int
     prefill_tokens: int
     ms: float  # model and sampling
     bytes_read: int  # dense and experts
     expert_bytes: int
+    ended_s: float  # by time.perf_counter
 
 
 @dataclass(slots=True)
@@ -44,6 +48,7 @@ class EngineMetrics:
     waiting: int = 0
     finished: Counter[str] = field(default_factory=Counter)  # reason → requests
     recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
+    now: Callable[[], float] = time.perf_counter
 
     def step(self, record: StepRecord) -> None:
         """A step went well."""
@@ -58,7 +63,7 @@ class EngineMetrics:
         self.completion_tokens += times * usage.completion_tokens
 
     def snapshot(self) -> dict[str, Any]:
-        """Counters, and rates over the recent steps, under stable names."""
+        """Counters, and rates over the recent steps and the last `RATE_SECONDS`, under stable names."""
         recent = list(self.recent)
         seconds = sum(record.ms for record in recent) / 1e3
         tokens = sum(record.decode_tokens + record.prefill_tokens for record in recent)
@@ -76,4 +81,23 @@ class EngineMetrics:
             "recent_steps": len(recent),
             "recent_tokens_per_s": tokens / seconds if seconds else 0.0,
             "recent_gb_s": read / seconds / 1e9 if seconds else 0.0,
+            **_rates(recent, self.now()),
         }
+
+
+def _rates(recent: Sequence[StepRecord], now: float) -> dict[str, float | None]:
+    """Tokens by the clock, the share of it that passes took, and GB/s of these (None: there were none)."""
+    last = [record for record in recent if now - record.ended_s < RATE_SECONDS]
+    span = RATE_SECONDS
+    if last:
+        reach = now - last[0].ended_s + last[0].ms / 1e3
+        # Older records are gone, or one began before the time looked at.
+        span = reach if len(last) == RECENT_STEPS else max(span, reach)
+    seconds = sum(record.ms for record in last) / 1e3
+    read = sum(record.bytes_read for record in last)
+    return {
+        "decode_tokens_per_s": sum(record.decode_tokens for record in last) / span,
+        "prefill_tokens_per_s": sum(record.prefill_tokens for record in last) / span,
+        "busy": min(1.0, seconds / span),
+        "read_gb_s": read / seconds / 1e9 if seconds else None,
+    }

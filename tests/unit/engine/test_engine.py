@@ -80,6 +80,9 @@ def test_one_request_in_chunks() -> None:
     assert sink.done.usage.cached_tokens == 0
     assert max(len(batch.ids) for batch in model.batches) == 7
     assert engine.metrics.completion_tokens == 6
+    # Each token is counted once, however a chunk was cut into layers.
+    assert sum(record.prefill_tokens for record in engine.metrics.recent) == 40
+    assert sum(record.decode_tokens for record in engine.metrics.recent) == 5
 
 
 def test_the_stop_rule_ends_a_request_after_its_token() -> None:
@@ -471,6 +474,8 @@ def test_usage_counts_what_ran_and_what_did_not() -> None:
     snapshot = engine.metrics.snapshot()
     assert snapshot["finished"] == {"length": 2}
     assert snapshot["cached_tokens"] == 15
+    # 19 tokens of the second are kept, 4 a page; the last one was never computed.
+    assert engine.latents == {"page_tokens": 4, "pages": 64, "used": 0, "kept": 5, "free": 59}
 
 
 class TestThread:

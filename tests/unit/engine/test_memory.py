@@ -96,6 +96,23 @@ class Desk:
 # --- admission ----------------------------------------------------------------------------------------
 
 
+def test_every_page_is_used_or_kept_or_free() -> None:
+    desk = Desk(8)
+
+    def dealt() -> tuple[int, int, int]:
+        found = desk.memory.snapshot()
+        assert (found["pages"], found["page_tokens"]) == (8, SIZE)
+        return found["used"], found["kept"], found["free"]
+
+    assert dealt() == (0, 0, 8)
+    desk.done(list(range(2 * SIZE)))
+    assert dealt() == (0, 2, 6)
+    running = desk.run(desk.admit([*range(2 * SIZE), 50, 51]))  # reads the two that are kept
+    assert dealt() == (3, 0, 5)
+    desk.leave(running)
+    assert dealt() == (0, 3, 5)
+
+
 def test_a_conversation_goes_on_in_place() -> None:
     desk = Desk(8)
     pages = desk.done([1, 2, 3, 4, 5, 6])
