@@ -101,9 +101,14 @@ class FileWatch:
         return {expert for expert in found if expert is not None}
 
     @property
+    def lost_files(self) -> list[str]:
+        """Names of shards of which bytes are lost, as far as is known; may be asked from any thread."""
+        return [file.path.name for file in self._files if file.guard.failed]
+
+    @property
     def problem(self) -> str:
         """What to do about the files, for a message."""
-        names = [file.path.name for file in self._files if file.guard.failed]
+        names = self.lost_files
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         if not names:
             return "files were written to while they were read; leave them as they are"

@@ -188,17 +188,27 @@ def trace_writer(path: Path, spec: ModelSpec, name: str) -> TraceWriter:
 
 
 def expert_status(store: ExpertStore | None) -> dict[str, Any]:
-    """What a server tells of its experts: where they lie, and how far their slots are filled."""
-    placement = store.placement if store is not None else None
-    if store is None or placement is None or placement.slots == 0:
+    """What a server tells of its experts: where they lie, and how far their slots are filled.
+
+    "to_fill", "fill_done" and "fill_failed" count what is brought in behind the scenes, in experts.
+    """
+    if store is None:
         return {"place": "mapped"}
+    sizes = {"experts": store.count, "expert_bytes": store.expert_bytes}
+    placement = store.placement
+    if placement is None or placement.slots == 0:
+        return {"place": "mapped", **sizes}
     stats, progress = store.stats, store.progress
     used = stats.hits + stats.misses
     return {
         "place": placement.place,
+        **sizes,
         "slots": placement.slots,
         "filled": stats.filled,
         "filling": bool(progress and progress.running),
+        "to_fill": progress.experts if progress else None,
+        "fill_done": progress.done if progress else None,
+        "fill_failed": progress.failed if progress else None,
         "bytes_read": stats.bytes_read,
         "hits": stats.hits,
         "misses": stats.misses,

@@ -119,8 +119,9 @@ def open_runtime(
             archive = Archive(journal, writer, pages, pages.PAGE_TOKENS)
         exchanges = Exchanges(Markers.from_specials(tokenizer.specials), tokenizer)
         sessions = Sessions(exchanges, pages.PAGE_TOKENS, journal, writer)
+        watch = checkpoint.watch()
         engine = Engine(
-            wrapped(WatchedModel(network, checkpoint.watch(), network.embedding, handoffs)),
+            wrapped(WatchedModel(network, watch, network.embedding, handoffs)),
             pages,
             sizes=network_sizes(spec, meter.step_bytes, pages.format.row_bytes),
             vocab_size=spec.vocab_size,
@@ -146,6 +147,7 @@ def open_runtime(
             engine=engine,
             sessions=sessions,
             store=experts.store,
+            lost_files=lambda: watch.lost_files,
             release=release,
         )
         engine.start()

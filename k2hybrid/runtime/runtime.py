@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
@@ -20,6 +20,7 @@ from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
 from k2hybrid.errors import ContextLengthError, EngineError
 from k2hybrid.experts.store import ExpertStore
+from k2hybrid.hardware.memory import MachineMemory, MemoryUse
 from k2hybrid.runtime.ahead import Ahead
 from k2hybrid.runtime.chat import ChatRun
 from k2hybrid.runtime.completion import TextRun, prompt_ids
@@ -41,6 +42,7 @@ class Runtime:
         engine: started; stopped by `close`.
         sessions: closed by `close`; None: they are kept in memory alone.
         store: of the routed experts; closed by `close`.
+        lost_files: names of shards of which bytes are lost; called from any thread.
         release: gives back what lies under the engine, after it stopped.
     """
 
@@ -55,6 +57,7 @@ class Runtime:
         engine: Engine,
         sessions: Sessions | None = None,
         store: ExpertStore | None = None,
+        lost_files: Callable[[], Sequence[str]] = tuple,
         release: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
@@ -66,6 +69,7 @@ class Runtime:
         self._markers = Markers.from_specials(tokenizer.specials)
         self._stop_ids = tokenizer.stop_ids | frozenset(spec.eos_token_ids)
         self._store = store
+        self._lost_files = lost_files
         self._release = release
         self._closed = False
         exchanges = Exchanges(self._markers, tokenizer)
@@ -85,12 +89,18 @@ class Runtime:
         return self._rulebook.invalid_calls
 
     def status(self) -> dict[str, dict[str, Any]]:
-        """Figures of this moment: "engine", as `EngineMetrics.snapshot`; "experts", where they lie; and
-        "latents", how they are stored."""
+        """Figures of this moment.
+
+        "engine" and "latents" are as `EngineMetrics.snapshot` and `PageMemory.snapshot`, with the row format;
+        "experts" says where they lie, "weights" which files were lost, and "memory" what this process and the
+        machine have.
+        """
         return {
             "engine": self.engine.metrics.snapshot(),
+            "latents": {"rows": self.config.latent_rows, **self.engine.latents},
             "experts": expert_status(self._store),
-            "latents": {"rows": self.config.latent_rows},
+            "weights": {"lost_files": list(self._lost_files())},
+            "memory": {**asdict(MemoryUse.now()), **asdict(MachineMemory.now())},
         }
 
     def is_exact(self, tool: Mapping[str, Any]) -> bool:

@@ -89,6 +89,7 @@ def test_whole_files_are_whole(watched: Watched) -> None:
         watched.touch(path)
     assert watched.watch.look() == frozenset()
     assert watched.watch.whole
+    assert watched.watch.lost_files == []
     assert not watched.watch.dense_failed()
     assert watched.lost_tensors() == set()
 
@@ -106,6 +107,7 @@ def test_what_lies_behind_the_cut_is_lost_and_nothing_else(watched: Watched, at:
         }
         assert {name} <= behind == {n for n in watched.lost_tensors() if watched.ref(n).path == path}
         assert path.name in watched.watch.problem
+        assert path.name in watched.watch.lost_files
         assert watched.watch.dense_failed()
 
 

@@ -37,7 +37,7 @@ def mapped() -> list[int]:
 def test_one_node_maps_by_default(mapped: list[int]) -> None:
     tokens, status, table = answer()
     assert tokens == mapped
-    assert status == {"place": "mapped"}
+    assert status == {"place": "mapped", "experts": SIZES.count, "expert_bytes": SIZES.expert_bytes}
     assert table["expert_place"] == "mapped"
 
 
