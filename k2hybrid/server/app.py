@@ -14,7 +14,6 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from k2hybrid.errors import K2Error
-from k2hybrid.hardware.doctor import package_version
 from k2hybrid.server.anthropic import Anthropic
 from k2hybrid.server.completions import Completions
 from k2hybrid.server.failures import (
@@ -31,8 +30,10 @@ from k2hybrid.server.models import Models
 from k2hybrid.server.openai import OpenAI
 from k2hybrid.server.openapi import description
 from k2hybrid.server.origin import Origins
+from k2hybrid.server.page import STATIC_PATHS, Page
 from k2hybrid.server.responses import ResponsesApi
 from k2hybrid.server.served import ServedModel
+from k2hybrid.server.status import Status
 from k2hybrid.server.tokenize import Tokenization
 
 
@@ -73,9 +74,8 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
     completions = Completions(model, name, live)
     tokenization = Tokenization(model)
     metrics = Metrics(model)
-
-    async def root(_request: Request) -> Response:
-        return json_response({"name": "k2hybrid", "version": package_version(), "model": name})
+    status = Status(model, name, live, key_required=bool(settings.api_keys))
+    page = Page(name)
 
     async def described(_request: Request) -> Response:
         return json_response(description())
@@ -88,8 +88,10 @@ def create_app(model: ServedModel, settings: Settings | None = None, live: LiveR
 
     app = Starlette(
         routes=[
-            Route("/", root),  # HEAD too: an agent probes with it
+            Route("/", page.root),  # HEAD too: an agent probes with it
+            *(Route(path, page.static) for path in STATIC_PATHS),
             Route("/health", health),
+            Route("/status", status.answer),
             Route("/metrics", metrics.answer),
             Route("/openapi.json", described),
             Route("/v1/models", models.every),

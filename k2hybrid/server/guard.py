@@ -18,13 +18,14 @@ from k2hybrid.errors import K2Error
 from k2hybrid.server.failures import HttpError, ShuttingDownError, classify, failure_response, is_anthropic
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.origin import Origins, is_preflight
+from k2hybrid.server.page import STATIC_PATHS
 
 _log = logging.getLogger("k2hybrid.server")
 
 # Needed before a client can show anything; they tell that a server is here, and the model's name.
-OPEN_PATHS = frozenset({"/", "/health", "/v1/models", "/openapi.json"})
-# Answered while the server ends: balancers and scripts ask there whether it does.
-DRAIN_PATHS = frozenset({"/health"})
+OPEN_PATHS = frozenset({"/", "/health", "/v1/models", "/openapi.json", *STATIC_PATHS})
+# Answered while the server ends: balancers, scripts and the page ask there whether it does.
+DRAIN_PATHS = frozenset({"/health", "/status"})
 LOOPBACK_HOSTS = frozenset({"localhost", "127.0.0.1", "[::1]"})
 SCOPE_CHARS = 16  # of hexadecimal digits: enough to tell the keys of one file apart
 
@@ -127,7 +128,11 @@ class Guard:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message).update({**ids, **self._origins.headers(headers)})
+                granted = self._origins.headers(headers)
+                answered = MutableHeaders(scope=message)
+                answered.update({**ids, **granted})
+                if granted:  # to this page, not to the next
+                    answered.add_vary_header("Origin")
             await send(message)
 
         try:

@@ -77,6 +77,7 @@ def _query(name: str, **schema: Any) -> dict[str, Any]:
 
 _OPERATIONS = (
     _Operation("get", "/health", "Whether the server takes requests", "Health", open=True),
+    _Operation("get", "/status", "What server and model are at", "Status"),
     _Operation("get", "/metrics", "Figures, as Prometheus reads them", "Metrics", text=True),
     _Operation("get", "/openapi.json", "This description", "Description", open=True),
     _Operation("get", "/v1/models", "The one model", "ModelList", open=True),

@@ -65,6 +65,7 @@ TEXT = _text()
 NAME: Schema = {"type": "string", "minLength": 1}
 ANY_OBJECT: Schema = {"type": "object"}
 COUNT = _integer(0)
+AMOUNT: Schema = {"type": "number", "minimum": 0}
 _LIMIT = _any(_integer(1), {"type": "integer", "const": -1})
 _STOP_TEXT: Schema = {"type": "string", "maxLength": sampling.MAX_STOP_CHARS}
 _STOP = _any(_STOP_TEXT, _array(_STOP_TEXT, most=sampling.MAX_STOP))
@@ -274,6 +275,59 @@ _USAGE = _object({"prompt_tokens": COUNT, "completion_tokens": COUNT, "total_tok
 _FINISH = _text("stop", "length", "tool_calls", "function_call")
 _ANSWER: dict[str, Schema] = {"id": NAME, "created": COUNT, "model": NAME, "usage": _USAGE}
 
+_STATUS = _object(
+    {
+        "server": _object(
+            {
+                "name": NAME,
+                "version": NAME,
+                "model": NAME,
+                "context_tokens": COUNT,
+                "key_required": FLAG,
+                "uptime_s": AMOUNT,
+                "draining": FLAG,
+                "answers": COUNT,
+            }
+        ),
+        "engine": _object(
+            {
+                "running": COUNT,
+                "waiting": COUNT,
+                "steps": COUNT,
+                "failed_steps": COUNT,
+                "integrity_errors": COUNT,
+                "prompt_tokens": COUNT,
+                "cached_tokens": COUNT,
+                "completion_tokens": COUNT,
+                "finished": {"type": "object", "additionalProperties": COUNT},
+                "recent_steps": COUNT,
+                "recent_tokens_per_s": AMOUNT,
+                "recent_gb_s": AMOUNT,
+                "decode_tokens_per_s": AMOUNT,
+                "prefill_tokens_per_s": AMOUNT,
+                "busy": _number(0, 1),
+            },
+            {"read_gb_s": AMOUNT},
+        ),
+        "latents": _object(
+            {"rows": NAME, **dict.fromkeys(("page_tokens", "pages", "used", "kept", "free"), COUNT)}
+        ),
+        "experts": _object(
+            {"place": NAME},
+            {
+                **dict.fromkeys(("experts", "expert_bytes", "slots", "filled", "bytes_read"), COUNT),
+                **dict.fromkeys(("to_fill", "fill_done", "fill_failed", "hits", "misses", "lost"), COUNT),
+                "filling": FLAG,
+                "hit_rate": _number(0, 1),
+            },
+        ),
+        "weights": _object({"lost_files": _array(NAME)}),
+        "memory": _object(
+            {"private_bytes": COUNT, "mapped_bytes": COUNT}, {"total_bytes": COUNT, "available_bytes": COUNT}
+        ),
+    }
+)
+
 EVENT = _object({"data": TEXT}, {"event": TEXT})  # one of a stream
 
 REPLIES: dict[str, Schema] = {
@@ -344,6 +398,7 @@ REPLIES: dict[str, Schema] = {
     ),
     "Text": _object({"prompt": TEXT}),
     "Health": _object({"status": _text("ok", "draining"), "model": NAME}),
+    "Status": _STATUS,
     "Error": _object({"error": _object({"message": TEXT, "type": NAME}, {"param": TEXT, "code": TEXT})}),
     "AnthropicError": _object(
         {

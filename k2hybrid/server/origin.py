@@ -46,7 +46,6 @@ class Origins:
         return {
             "Access-Control-Allow-Origin": origin,
             "Access-Control-Expose-Headers": _EXPOSED,
-            "Vary": "Origin",
         }
 
     def preflight(self, headers: Headers) -> Mapping[str, str]:

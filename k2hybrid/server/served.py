@@ -120,8 +120,7 @@ class ServedModel(Protocol):
     @property
     def template(self) -> Template: ...
     def status(self) -> Mapping[str, Mapping[str, Any]]:
-        """Figures of this moment: "engine", as `EngineMetrics.snapshot`; "experts", where they lie; and
-        "latents", how they are stored."""
+        """Figures of this moment, as `Runtime.status` tells them."""
 
     def chat(self, request: ChatRequest) -> ChatRun:
         """Validate, render and queue. Takes as long as rendering does: call it in a thread.

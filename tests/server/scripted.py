@@ -204,8 +204,10 @@ class ScriptedModel:
     def status(self) -> dict[str, dict[str, Any]]:
         return {
             "engine": EngineMetrics().snapshot(),
+            "latents": {"rows": "bf16", "page_tokens": 64, "pages": 8, "used": 0, "kept": 0, "free": 8},
             "experts": {"place": "mapped"},
-            "latents": {"rows": "bf16"},
+            "weights": {"lost_files": []},
+            "memory": {"private_bytes": 1 << 20, "mapped_bytes": 0},
         }
 
     def play(self, *scripts: Script | Exception) -> None:

@@ -13,6 +13,7 @@ from starlette.routing import Route
 
 from k2hybrid.server.app import Settings, create_app
 from k2hybrid.server.openapi import description
+from k2hybrid.server.page import STATIC_PATHS
 from k2hybrid.types import Content, Reasoning
 from tests.server.conftest import Served
 from tests.server.scripted import Script, ScriptedModel, Step
@@ -47,7 +48,7 @@ def test_every_route_is_described_and_nothing_else() -> None:
         if method != "HEAD"
     }
     described = {(method, path) for path, methods in description()["paths"].items() for method in methods}
-    assert routes - {("get", "/")} == described
+    assert routes - {("get", path) for path in ("/", *STATIC_PATHS)} == described  # these are the page
 
 
 @pytest.mark.parametrize("name", ["gpt-4o", "org/model", "%0A", "a%0Ab%0A", "%C2%AC%08%0E%20", ""])

@@ -66,6 +66,20 @@ def test_every_folder_of_the_package_is_installed() -> None:
     assert (ROOT / "k2hybrid" / "py.typed").is_file()
 
 
+def test_every_file_of_the_servers_page_is_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    setuptools = pytest.importorskip("setuptools")
+    monkeypatch.chdir(ROOT)
+    distribution = setuptools.Distribution()
+    distribution.parse_config_files(["pyproject.toml"])
+    build = distribution.get_command_obj("build_py")
+    build.ensure_finalized()
+    build.manifest_files = {}  # what pyproject.toml says by itself, without MANIFEST.in
+    installed = {Path(path) for path in build.find_data_files("k2hybrid", "k2hybrid")}
+    page = {path.relative_to(ROOT) for path in (ROOT / "k2hybrid/server/static").iterdir()}
+    assert Path("k2hybrid/server/static/page.html") in page
+    assert page <= installed
+
+
 def test_nothing_at_build_time_but_setuptools_and_pybind11() -> None:
     names = {packaging_requirements.Requirement(text).name for text in PYPROJECT["build-system"]["requires"]}
     assert names == {"setuptools", "pybind11"}

@@ -1,0 +1,117 @@
+"""GET /status: as it is described, of a scripted and of a real model, and for whom."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import jsonschema
+import pytest
+
+from k2hybrid.runtime import load
+from k2hybrid.server.app import Settings
+from k2hybrid.server.live import LiveRuns
+from k2hybrid.server.openapi import description
+from k2hybrid.types import Content
+from tests.server.conftest import Served, serving
+from tests.server.scripted import Script, ScriptedModel, Step
+
+DOCUMENT = description()
+KEY = {"x-api-key": "key-one"}
+
+
+@pytest.fixture(scope="module", params=["mapped", "resident"])
+def real(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Served]:
+    options = {"threads": 1, "latent_bytes": 1 << 26, "expert_place": request.param}
+    with load(tiny_model, **options) as runtime, serving(runtime) as served:
+        yield served
+
+
+def figures(served: Served, **headers: str) -> dict[str, Any]:
+    """The answer, once it is found to be as described."""
+    answer = httpx.get(f"{served.url}/status", headers=headers)
+    assert answer.status_code == 200
+    assert answer.headers["cache-control"] == "no-store"
+    schema = {"$ref": "#/components/schemas/Status", "components": DOCUMENT["components"]}
+    jsonschema.Draft202012Validator(schema).validate(answer.json())
+    return answer.json()
+
+
+def test_a_scripted_models(server: Served) -> None:
+    found = figures(server)
+    assert found["server"] == {
+        "name": "k2hybrid",
+        "version": DOCUMENT["info"]["version"],
+        "model": "k2",
+        "context_tokens": 4096,
+        "key_required": False,
+        "uptime_s": found["server"]["uptime_s"],
+        "draining": False,
+        "answers": 0,
+    }
+    time.sleep(0.01)
+    assert figures(server)["server"]["uptime_s"] >= found["server"]["uptime_s"] + 0.01
+    assert httpx.head(f"{server.url}/status").status_code == 200
+    assert server.post("/status").status_code == 405
+
+
+def test_a_real_models(real: Served) -> None:
+    before = figures(real)
+    usage = real.chat(max_tokens=5).json()["usage"]
+    after = figures(real)
+    engine = after["engine"]
+    for key in ("prompt_tokens", "completion_tokens"):
+        assert engine[key] - before["engine"][key] == usage[key]
+    assert engine["decode_tokens_per_s"] > 0
+    assert engine["prefill_tokens_per_s"] > 0
+    assert engine["busy"] > 0
+    assert engine["read_gb_s"] > 0
+    latents = after["latents"]
+    assert latents["used"] + latents["kept"] + latents["free"] == latents["pages"]
+    assert latents["kept"] > 0
+    assert after["weights"] == {"lost_files": []}
+    memory = after["memory"]
+    assert 0 < memory["private_bytes"] < memory["total_bytes"]
+    assert 0 < memory["available_bytes"] <= memory["total_bytes"]
+    experts = after["experts"]
+    # One MoE layer of 4, three matrices of 32·64 values: a nibble each and a bf16 scale per 32.
+    assert (experts["experts"], experts["expert_bytes"]) == (4, 3 * 32 * 64 * 9 // 16)
+    if experts["place"] == "resident":
+        deadline = time.monotonic() + 20
+        while (experts := figures(real)["experts"])["filling"]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert experts["to_fill"] == experts["fill_done"] == experts["filled"] == experts["slots"] == 4
+        assert experts["fill_failed"] == 0
+    else:
+        assert set(experts) == {"place", "experts", "expert_bytes"}
+
+
+def test_answers_under_way_are_counted_while_the_server_drains() -> None:
+    live = LiveRuns()
+    model = ScriptedModel(Script([Step((Content("a"),)), Step((Content("b"),), delay_s=20)]))
+    with serving(model, live=live) as served:
+        body = {"messages": [{"role": "user", "content": "hi"}], "stream": True}
+        with httpx.stream("POST", f"{served.url}/v1/chat/completions", json=body) as answer:
+            texts = answer.iter_text()  # kept: whoever drops it hangs up
+            while '"content":"a"' not in next(texts):
+                pass
+            assert figures(served)["server"]["answers"] == 1
+            live.drain()
+            told = figures(served)["server"]
+            assert (told["answers"], told["draining"]) == (1, True)
+            live.end_all()
+
+
+def test_it_needs_the_key_draining_or_not() -> None:
+    live = LiveRuns()
+    with serving(ScriptedModel(Script([])), Settings(api_keys=("key-one",)), live) as served:
+        for _ in range(2):
+            for headers in ({}, {"x-api-key": "key-two"}):
+                refused = httpx.get(f"{served.url}/status", headers=headers)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (401, "invalid_api_key")
+            assert figures(served, **KEY)["server"]["key_required"] is True
+            live.drain()
