@@ -16,37 +16,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from k2hybrid.model.scratch import Cut
+
 if TYPE_CHECKING:
     from k2hybrid.cache.pages import LatentPages
     from k2hybrid.model.batch import Span
     from k2hybrid.model.layers import Linear, LinearKernels
 
 BLOCK_ALIGNMENT = 64  # whole pages, so that a block's gather is a view whenever its pages adjoin
-
-
-@dataclass(frozen=True, slots=True)
-class Cut:
-    """How attention is cut into blocks of context and tiles of queries.
-
-    `rounded`: a block's softmax weights meet its values in the model's dtype, as matrix units take them; the
-    sums are fp32 all the same.
-    """
-
-    block_bytes: int
-    tile_bytes: int
-    rounded: bool
-
-    @property
-    def score_bytes(self) -> int:
-        """Of a score, with its rounding."""
-        return 6 if self.rounded else 4
-
-
-# Both, with a pass's own activations (about 100 MB at 512 rows of Kimi-K2) and what malloc keeps, stay well
-# below 512 MB.
-IN_RAM = Cut(block_bytes=128 << 20, tile_bytes=64 << 20, rounded=False)
-# A card is busy with large blocks only: each of their steps is a kernel of its own.
-ON_DEVICE = Cut(block_bytes=512 << 20, tile_bytes=256 << 20, rounded=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +140,7 @@ def absorbed(
     span, cut = context.span, context.cut
     heads, width, dtype = sizes.heads, sizes.latent + sizes.rope, q_latent.dtype
     # A query lives as itself, as its fp32 output, and as what one block adds to that.
-    tile = tile_rows(cut, heads * (width * dtype.itemsize + 2 * sizes.latent * 4))
+    tile = tile_rows(cut, heads * (width * dtype.itemsize + cut.results * sizes.latent * 4))
     outs = []
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
@@ -179,6 +156,7 @@ def absorbed(
             _hide_later(scores.view(queries, heads, -1).transpose(0, 1), span.start + first, start)
             values = rows[None, :, : sizes.latent]
             softmax.add(scores[None], values if cut.rounded else values.float())
+            del rows, values, scores  # or they would live beside the next block's
         outs.append(softmax.result().view(queries, heads, sizes.latent))
     return outs[0] if len(outs) == 1 else torch.cat(outs)
 
@@ -192,7 +170,7 @@ def expanded(
     """
     span, cut, heads, nope, dtype = context.span, context.cut, sizes.heads, sizes.nope, q.dtype
     key, pair = nope + sizes.rope, nope + sizes.value
-    tile = tile_rows(cut, heads * 2 * sizes.value * 4)
+    tile = tile_rows(cut, heads * cut.results * sizes.value * 4)
     outs = []
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
@@ -215,5 +193,6 @@ def expanded(
             del keys
             _hide_later(scores, span.start + first, start)
             softmax.add(scores, values)
+            del rows, values, scores
         outs.append(softmax.result().transpose(0, 1))
     return outs[0] if len(outs) == 1 else torch.cat(outs)

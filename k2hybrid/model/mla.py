@@ -21,6 +21,7 @@ from k2hybrid.model.batch import Batch
 from k2hybrid.model.layers import HeadLinear, HeadLinearT, Linear, LinearKernels, RMSNorm
 from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
 from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
+from k2hybrid.model.scratch import IN_RAM, ON_DEVICE
 
 
 def attention_sizes(spec: ModelSpec) -> AttentionSizes:
@@ -186,7 +187,7 @@ class MLA:
             first = last
 
     def _context(self, plan: AttentionPlan, span: int) -> Context:
-        cut = attention.IN_RAM if self.decode is None else attention.ON_DEVICE
+        cut = IN_RAM if self.decode is None else ON_DEVICE
         return Context(self.pages, self.layer, plan.batch.spans[span], cut)
 
 

@@ -1,0 +1,38 @@
+"""Bytes that attention may take for the moment; apart from its code, so that a plan needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """How attention is cut into blocks of context and tiles of queries.
+
+    Attributes:
+        block_bytes: all temporaries of one block of context together.
+        tile_bytes: what a tile of queries keeps across blocks.
+        rounded: a block's softmax weights meet its values in the model's dtype, as matrix units take them;
+            the sums are fp32 all the same. A device's products by head are copied, to put rows first.
+    """
+
+    block_bytes: int
+    tile_bytes: int
+    rounded: bool
+
+    @property
+    def score_bytes(self) -> int:
+        """Of a score: in fp32, and copied."""
+        return 8 if self.rounded else 4
+
+    @property
+    def results(self) -> int:
+        """Of a query in fp32: its result, and what a block adds to it, which is copied."""
+        return 3 if self.rounded else 2
+
+
+# Both, with a pass's own activations (about 100 MB at 512 rows of Kimi-K2) and what malloc keeps, stay well
+# below 512 MB.
+IN_RAM = Cut(block_bytes=128 << 20, tile_bytes=64 << 20, rounded=False)
+# A card is busy with large blocks only: each of their steps is a kernel of its own.
+ON_DEVICE = Cut(block_bytes=512 << 20, tile_bytes=256 << 20, rounded=True)
