@@ -11,10 +11,9 @@ from collections.abc import Iterable
 
 import torch
 
+from k2hybrid.cache.row_sizes import PAGE_TOKENS as PAGE_TOKENS
 from k2hybrid.cache.rows import RowFormat
 from k2hybrid.errors import CapacityError, EngineError
-
-PAGE_TOKENS = 64
 
 
 class LatentPages:

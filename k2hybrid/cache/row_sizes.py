@@ -1,9 +1,10 @@
-"""Bytes of one latent row in each format, without torch: `plan` counts with them as the pages do."""
+"""Sizes of latent pages and rows, without torch: whoever plans memory counts as the pages do."""
 
 from __future__ import annotations
 
 from k2hybrid.errors import ConfigError
 
+PAGE_TOKENS = 64
 GROUP = 128  # latent values that share a scale in FP8 rows
 
 

@@ -84,12 +84,21 @@ def expert_of(name: str) -> tuple[int, int] | None:
 
 def expected_tensors(spec: ModelSpec) -> Iterator[ExpectedTensor]:
     """Every tensor of a checkpoint of `spec` (K2: 208,215), in the order of the model, one at a time."""
-    hidden = spec.hidden_size
-    yield _dense(None, "embed_tokens", spec.vocab_size, hidden)
+    embedding, *behind = outer_tensors(spec)
+    yield embedding
     for layer in range(spec.num_layers):
         yield from layer_tensors(spec, layer)
-    yield _dense(None, "norm", hidden)
-    yield _dense(None, "lm_head", spec.vocab_size, hidden)
+    yield from behind
+
+
+def outer_tensors(spec: ModelSpec) -> list[ExpectedTensor]:
+    """Those of no layer: the embedding, before them, and what comes behind."""
+    hidden = spec.hidden_size
+    return [
+        _dense(None, "embed_tokens", spec.vocab_size, hidden),
+        _dense(None, "norm", hidden),
+        _dense(None, "lm_head", spec.vocab_size, hidden),
+    ]
 
 
 def layer_tensors(spec: ModelSpec, layer: int) -> Iterator[ExpectedTensor]:

@@ -14,8 +14,9 @@ from k2hybrid.checkpoint.presets import PRESETS, published_config
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.cli.machine import NUMBERS, Description, as_said, describe, read_description, with_disk
 from k2hybrid.errors import ConfigError
-from k2hybrid.experts.plan import Plan, Wishes, gib, headline_tokens, make_plan
+from k2hybrid.experts.plan import CardPlan, Plan, Wishes, gib, headline_tokens, make_plan
 from k2hybrid.experts.prediction import ModelSizes, Prediction
+from k2hybrid.model.card_memory import CardWishes, card_plan, largest_chunk
 from k2hybrid.server.options import size
 
 _DEFAULT = "kimi-k2-thinking"
@@ -51,6 +52,10 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         default="bf16",
         help="how latents are stored (default: bf16)",
     )
+    wishes.add_argument(
+        "--dense-weights", choices=("bf16", "int8", "fp8"), default="bf16",
+        help="how dense weights lie on a GPU (default: bf16)",
+    )  # fmt: skip
     wishes.add_argument("--expert-ram", type=size, metavar="SIZE", help="RAM for experts, such as 200GiB")
     wishes.add_argument(
         "--hit-rate", type=_share, metavar="X",
@@ -86,15 +91,27 @@ def plan(args: argparse.Namespace) -> int:
         note = f"attention: its time is that of bf16 rows; {args.latent_rows} rows are decoded besides"
         described = dataclasses.replace(described, notes=(*described.notes, note))
     sizes = ModelSizes.of(spec, row_bytes(args.latent_rows, spec.kv_lora_rank, spec.qk_rope_head_dim))
-    found = make_plan(sizes, described.rates, described.machine, wishes)
+    card = _card(spec, described.machine.vram_bytes, args)
+    found = make_plan(sizes, described.rates, described.machine, wishes, card)
     if found.placement is None or found.placement.place == "streamed":  # only then does the disk matter
         described = with_disk(described, spec, args.disk or folder or Path.cwd())
-        found = make_plan(sizes, described.rates, described.machine, wishes)
+        found = make_plan(sizes, described.rates, described.machine, wishes, card)
     for line in report(found, described, wishes):
         print(line)
     if args.json:
         args.json.write_text(json.dumps(as_json(found, described, spec), indent=2) + "\n")
     return 1 if found.problem else 0
+
+
+def _card(spec: ModelSpec, vram_bytes: int, args: argparse.Namespace) -> CardPlan | None:
+    """What would lie on the GPU, with as large a prefill chunk as fits."""
+    if not vram_bytes or min(args.ctx, args.concurrency) < 1:
+        return None
+    wanted = CardWishes(
+        dense=args.dense_weights, rows=args.latent_rows, context=args.ctx * args.concurrency, longest=args.ctx
+    )
+    chunk = largest_chunk(spec, vram_bytes, wanted) or wanted.chunk
+    return card_plan(spec, vram_bytes, dataclasses.replace(wanted, chunk=chunk))
 
 
 def _model(name: str) -> tuple[ModelSpec, Path | None]:
@@ -137,8 +154,9 @@ def report(found: Plan, described: Description, wishes: Wishes) -> list[str]:
         ),
         "",
     ]
-    if found.gpu:
-        lines += [found.gpu, ""]
+    if found.card:
+        on_card = ((need.name, gib(need.nbytes), need.where) for need in found.card.needs)
+        lines += [found.gpu, "", *_columns([("ON THE GPU", "SIZE", ""), *on_card], (1,)), ""]
     if found.placement:
         place = f"experts: {found.placement.place}; {found.placement.reason}"
         hits = f"; {found.hit_rate:.1%} found in RAM" if found.hit_rate is not None else ""
@@ -203,6 +221,7 @@ def as_json(found: Plan, described: Description, spec: ModelSpec) -> dict[str, A
         "placement": dataclasses.asdict(found.placement) if found.placement else None,
         "hit_rate": found.hit_rate,
         "gpu": found.gpu,
+        "card": dataclasses.asdict(found.card) if found.card else None,
         "predictions": [{"case": case.name, **(one(case.found) or {})} for case in found.cases],
         "changes": [
             {"change": c.name, "decode": one(c.decode), "prefill": one(c.prefill), "note": c.note}

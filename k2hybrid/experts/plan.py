@@ -77,6 +77,28 @@ class Need:
 
 
 @dataclass(frozen=True, slots=True)
+class CardPlan:
+    """What goes onto a card with `budget` bytes.
+
+    Attributes:
+        weights: bytes of the dense weights among `needs`.
+        hot: experts that what is left over holds.
+        problem: what is lacking, and what would fit; empty if it fits.
+    """
+
+    budget: int
+    needs: tuple[Need, ...]
+    weights: int
+    hot: int
+    problem: str
+
+    @property
+    def spare(self) -> int:
+        """Bytes that nothing takes; below 0 if it does not fit."""
+        return self.budget - sum(need.nbytes for need in self.needs)
+
+
+@dataclass(frozen=True, slots=True)
 class Case:
     """One prediction. `name` says of what."""
 
@@ -106,13 +128,21 @@ class Plan:
     cases: tuple[Case, ...]
     changes: tuple[Change, ...]
     gpu: str  # what this version makes of a GPU; empty: none was named
+    card: CardPlan | None  # what would lie on it
 
 
-def make_plan(sizes: ModelSizes, rates: Rates, machine: MachineSpec, wishes: Wishes) -> Plan:
+def make_plan(
+    sizes: ModelSizes,
+    rates: Rates,
+    machine: MachineSpec,
+    wishes: Wishes,
+    card: CardPlan | None = None,
+) -> Plan:
     """Plan `sizes` on `machine`.
 
     Args:
         rates: of the kernels on any machine; they are carried over by bandwidth and cores.
+        card: what would go onto the machine's GPU (`model.card_memory`); None: it has none.
 
     Raises:
         ConfigError: the wishes make no sense on any machine.
@@ -122,8 +152,8 @@ def make_plan(sizes: ModelSizes, rates: Rates, machine: MachineSpec, wishes: Wis
     here = _Setup(sizes, rates, machine, wishes)
     now = here.headline()
     changes = [Change(name, *setup.headline()) for name, setup in _changes(here) if setup is not None]
-    if machine.vram_bytes:
-        changes.append(_with_gpu(here))
+    if card is not None:
+        changes.append(_with_gpu(here, card))
     changes.sort(key=lambda change: [-(p.tokens_s if p else 0.0) for p in (change.decode, change.prefill)])
     return Plan(
         needs=tuple(here.needs()),
@@ -133,8 +163,31 @@ def make_plan(sizes: ModelSizes, rates: Rates, machine: MachineSpec, wishes: Wis
         problem=here.problem,
         cases=tuple(here.cases()),
         changes=(Change("as it is", *now), *changes),
-        gpu=_gpu(here),
+        gpu="" if card is None else _gpu(card),
+        card=card,
     )
+
+
+def ram_needs(
+    sizes: ModelSizes, tokens: str, latent_bytes: int, placement: Placement | None
+) -> Iterator[Need]:
+    """What a model takes of RAM, in the order of the model.
+
+    Args:
+        tokens: what the latents are of, for people.
+        placement: of the experts; None: they are mapped, or there was no room to place them.
+    """
+    yield Need("dense weights", sizes.resting_bytes, "RAM, pages of the files")
+    yield Need(f"latents, {tokens}", latent_bytes, "RAM, at most; taken as tokens come")
+    yield Need("the process", PROCESS_BYTES, "RAM, at most")
+    experts = sizes.experts
+    if placement is None or placement.place == "mapped":
+        yield Need(f"{experts.count:,} experts", experts.total_bytes, "pages of the files")
+        return
+    shares = slot_bytes(experts, len(placement.nodes))
+    for node, share in zip(placement.nodes, shares, strict=True):
+        what = f"{placement.slots:,} of {experts.count:,} experts"
+        yield Need(f"{what}, node {node}", placement.slots * share, f"RAM, {placement.place}")
 
 
 class _Setup:
@@ -189,18 +242,8 @@ class _Setup:
 
     def needs(self) -> Iterator[Need]:
         """What takes memory, in the order of the model."""
-        yield Need("dense weights", self.sizes.resting_bytes, "RAM, pages of the files")
         wanted = f"{self.wishes.concurrency} × {self.wishes.context:,} tokens"
-        yield Need(f"latents, {wanted}", self.latents, "RAM, at most; taken as tokens come")
-        yield Need("the process", PROCESS_BYTES, "RAM, at most")
-        experts, placement = self.sizes.experts, self.placement
-        if placement is None or placement.place == "mapped":
-            yield Need(f"{experts.count:,} experts", experts.total_bytes, "pages of the files")
-            return
-        shares = slot_bytes(experts, len(placement.nodes))
-        for node, share in zip(placement.nodes, shares, strict=True):
-            what = f"{placement.slots:,} of {experts.count:,} experts"
-            yield Need(f"{what}, node {node}", placement.slots * share, f"RAM, {placement.place}")
+        return ram_needs(self.sizes, wanted, self.latents, self.placement)
 
     def headline(self) -> tuple[Prediction | None, Prediction | None]:
         """What changes are judged by: decode of one sequence, and prefill, at `headline_tokens`."""
@@ -256,35 +299,20 @@ def _more_ram(here: _Setup) -> Iterator[tuple[str, _Setup]]:
             return
 
 
-def _gpu(here: _Setup) -> str:
-    if not here.machine.vram_bytes:
-        return ""
-    wanted, room = _gpu_bytes(here), here.machine.vram_bytes
-    fits = (
-        f"would hold them, {gib(room - wanted)} to spare"
-        if wanted <= room
-        else (f"would lack {gib(wanted - room)} for them")
-    )
-    return (
-        f"This version computes on the CPU alone and leaves a GPU idle. Dense weights and latents take "
-        f"{gib(wanted)}: its {gib(room)} {fits}."
-    )
+def _gpu(card: CardPlan) -> str:
+    fits = f"no: {card.problem}" if card.problem else f"it would fit, with {card.hot:,} experts"
+    return f"This version computes on the CPU alone and leaves a GPU idle. On its {gib(card.budget)}: {fits}."
 
 
-def _gpu_bytes(here: _Setup) -> int:
-    """Dense weights without the embedding, whose rows are looked up, latents, and what a pass needs."""
-    return here.rest - here.sizes.embedding_bytes
-
-
-def _with_gpu(here: _Setup) -> Change:
+def _with_gpu(here: _Setup, card: CardPlan) -> Change:
     """A bound for dense part and attention on the GPU, experts where they are; nothing of it runs yet."""
     name, machine = "the dense part on the GPU", here.machine
     if here.predictor is None or machine.gpu_gb_s is None or machine.pcie_gb_s is None:
         return Change(name, None, None, "not in this version; a bound needs --gpu-gb-s and --pcie-gb-s")
-    if _gpu_bytes(here) > machine.vram_bytes:
+    if card.problem:
         return Change(name, None, None, "not in this version, and it does not fit")
     sizes, context = here.sizes, headline_tokens(here.wishes)
-    read = sizes.dense_bytes + sizes.head_bytes + context * sizes.latent_bytes
+    read = card.weights + context * sizes.latent_bytes
     # A row goes to the experts in bf16 and comes back in fp32, with ids and weights.
     crossing = sizes.experts.layers * (6 * sizes.experts.hidden + 8 * sizes.top_k)
     parts = here.predictor.experts(1)

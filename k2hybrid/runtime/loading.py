@@ -30,6 +30,7 @@ from k2hybrid.runtime.assembly import Parts, assemble
 from k2hybrid.runtime.experts import make_experts, trace_writer
 from k2hybrid.runtime.fingerprint import fingerprint
 from k2hybrid.runtime.latents import context_tokens_of, latent_pages
+from k2hybrid.runtime.memory import log_needs, start_needs
 from k2hybrid.runtime.meter import MeteredExperts, MeteredWeights
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.runtime.sessions import Sessions, journal_limit
@@ -79,6 +80,7 @@ def open_runtime(
         context_tokens = context_tokens_of(spec, config)
         pages = latent_pages(spec, config, context_tokens)
         experts = make_experts(config, spec, machine, topology, pages.pages * pages.page_bytes)
+        log_needs(start_needs(spec, pages, experts.store.placement if experts.store is not None else None))
         # From here on it says what runs, not what was left open: it is printed.
         config = replace(
             config,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.cli import main
 from k2hybrid.cli.machine import _WIDTHS, describe, read_description
 from k2hybrid.errors import ConfigError
+from k2hybrid.model.card_memory import CardWishes, card_plan
 
 SPEC = ModelSpec.from_config(published_config())
 RATES = {
@@ -66,6 +68,26 @@ def test_rows_in_fp8_take_656_bytes(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "fp8 rows are decoded besides" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         run(tmp_path, "--latent-rows", "fp4")
+
+
+def test_what_would_lie_on_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "plan.json"
+    options = ["--vram", "24", "--ctx", "262144", "--concurrency", "1", "--json", str(written)]
+    assert run(tmp_path, *options, "--dense-weights", "int8", "--latent-rows", "fp8") == 0
+    out = capsys.readouterr().out
+    assert "24.0 GiB: it would fit" in out
+    card = json.loads(written.read_text())["card"]
+    # As large a chunk as fits.
+    wanted = card_plan(SPEC, 24 << 30, CardWishes("int8", "fp8", 262_144, 262_144, chunk=7_680))
+    assert card == dataclasses.asdict(wanted) | {"needs": [dataclasses.asdict(need) for need in wanted.needs]}
+    assert all(need.name in out for need in wanted.needs)
+    assert run(tmp_path, *options) == 0
+    out = capsys.readouterr().out
+    assert "what would fit: --latent-rows fp8 --dense-weights int8" in out
+    assert json.loads(written.read_text())["card"]["problem"] in out
+    smaller = ["--ctx", "131072", "--concurrency", "1", "--dense-weights", "int8", "--latent-rows", "fp8"]
+    assert run(tmp_path, "--vram", "24", *smaller) == 0
+    assert "a chunk of 16,384 rows" in capsys.readouterr().out
 
 
 def test_what_it_writes_it_reads_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,8 +13,10 @@ from k2hybrid.errors import ConfigError
 from k2hybrid.experts.placement import slot_bytes
 from k2hybrid.experts.plan import GIB, PROCESS_BYTES, MachineSpec, Plan, Wishes, make_plan
 from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
+from k2hybrid.model.card_memory import CardWishes, card_plan
 
-K2 = ModelSizes.of(ModelSpec.from_config(published_config()))
+SPEC = ModelSpec.from_config(published_config())
+K2 = ModelSizes.of(SPEC)
 RATES = Rates(
     cores=8, ram_gb_s=100.0, dense_gb_s=90.0, mapped_gb_s=80.0, arena_gb_s=85.0, dense_ops=2e12,
     expert_ops=1.5e12, overlap=0.75, step_s=1e-4, sequence_s=2e-5, context_s=1e-7, chunk_s=0.02,
@@ -106,17 +108,22 @@ def test_wishes_without_sense_are_refused(wishes: dict[str, Any]) -> None:
         plan(TWO_NODES, **wishes)
 
 
+def with_card(machine: MachineSpec) -> Plan:
+    card = card_plan(SPEC, machine.vram_bytes, CardWishes(context=4 * 32768, longest=32768))
+    return make_plan(K2, RATES, machine, Wishes(), card)
+
+
 def test_a_gpu_changes_nothing_and_its_bound_is_labelled() -> None:
-    card = dataclasses.replace(TWO_NODES, vram_bytes=48 * GIB, gpu_gb_s=900.0, pcie_gb_s=25.0)
-    found = plan(card)
+    found = with_card(dataclasses.replace(TWO_NODES, vram_bytes=48 * GIB, gpu_gb_s=900.0, pcie_gb_s=25.0))
     assert found.cases == plan(TWO_NODES).cases
     assert "CPU alone" in found.gpu
-    assert "to spare" in found.gpu
+    assert "it would fit, with" in found.gpu
     bound = next(change for change in found.changes if "GPU" in change.name)
     assert "not in this version" in bound.note
     assert bound.decode is not None
     experts = 60 * 8 * K2.experts.expert_bytes / (85e9 * 4)
-    read = (K2.dense_bytes + K2.head_bytes + 8192 * 70_272) / 900e9
+    assert found.card is not None
+    read = (found.card.weights + 8192 * 70_272) / 900e9
     crossing = 60 * (6 * 7168 + 8 * 8) / 25e9
     assert bound.decode.seconds == pytest.approx(experts + read + crossing)
 
@@ -129,7 +136,7 @@ def test_a_gpu_changes_nothing_and_its_bound_is_labelled() -> None:
     ],
 )
 def test_a_gpu_of_which_too_little_is_known_or_there_has_no_figure(card: dict[str, Any], note: str) -> None:
-    found = plan(dataclasses.replace(TWO_NODES, **card))
+    found = with_card(dataclasses.replace(TWO_NODES, **card))
     change = next(change for change in found.changes if "GPU" in change.name)
     assert (change.decode, change.prefill) == (None, None)
     assert note in change.note

@@ -10,10 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 import k2hybrid
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Fp8Rows
+from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.errors import ConfigError, EngineError, TensorError, TokenizerError
-from k2hybrid.runtime import Runtime, latents, load
+from k2hybrid.experts.prediction import ModelSizes
+from k2hybrid.runtime import Runtime, latents, load, loading
+from k2hybrid.runtime.memory import start_needs
 from k2hybrid.types import ChatRequest, Message
 
 
@@ -45,6 +51,37 @@ def test_a_loaded_model_knows_its_name_and_sizes(runtime: Runtime, checkpoint: P
 def test_unknown_options_are_refused_with_the_nearest_name(checkpoint: Path) -> None:
     with pytest.raises(ConfigError, match="did you mean 'threads'"):
         load(checkpoint, thread=2)
+
+
+def test_memory_is_told_before_anything_is_loaded(
+    checkpoint: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_args: object, **_options: object) -> None:
+        raise EngineError("nothing is loaded yet")
+
+    monkeypatch.setattr(loading, "assemble", stop)
+    with caplog.at_level(logging.INFO, "k2hybrid"), pytest.raises(EngineError, match="nothing is loaded"):
+        load(checkpoint, latent_rows="fp8", latent_bytes=1 << 20, threads=1)
+    told = [line for line in caplog.messages if line.startswith("memory:")]
+    assert [line.split()[1] for line in told] == ["dense", "latents,", "the", "8"]
+    assert "in fp8" in told[1]
+    assert "1,024 MiB" in told[2]
+
+
+def test_the_table_counts_what_was_reserved(checkpoint: Path) -> None:
+    spec = read_spec(checkpoint)
+    pages = LatentPages(spec.num_layers, 5, Fp8Rows(32, 16))
+    weights = sum(
+        tensor.nbytes
+        for shard in checkpoint.glob("*.safetensors")
+        for name, tensor in load_file(shard).items()
+        if ".experts." not in name
+    )
+    dense, latents, _, experts = start_needs(spec, pages, None)
+    assert dense.nbytes == weights
+    assert latents.nbytes == pages.pages * pages.page_bytes == 5 * 64 * 2 * (32 + 4 + 2 * 16)
+    assert "320 tokens in fp8" in latents.name
+    assert experts.nbytes == ModelSizes.of(spec).experts.total_bytes
 
 
 def test_memory_that_no_machine_has_is_refused(checkpoint: Path) -> None:
