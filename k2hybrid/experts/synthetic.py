@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import numpy.typing as npt
 
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.traces import Ints, Trace, TraceHeader, offsets
+
+Floats = npt.NDArray[np.float64]
 
 
 def synthetic(
@@ -18,6 +21,7 @@ def synthetic(
     passes: int,
     skew: float = 0.0,
     stickiness: float = 0.0,
+    drift: float = 0.0,
     seed: int = 0,
     expert_bytes: int = 0,
 ) -> Trace:
@@ -25,23 +29,27 @@ def synthetic(
 
     Each layer has its own order of experts; the one at place r (from 1) weighs r^−skew (Zipf). Each choice of
     the last pass stays with probability `stickiness`; the others are drawn anew, by weight, without repeats.
+    With `drift`, that share of a layer's experts trade places in its order before each pass, on average.
 
     Raises:
-        ConfigError: skew is negative or stickiness no probability.
+        ConfigError: skew is negative, or stickiness or drift no probability.
         TraceError: the sizes are not those of a model.
     """
-    if not (0 <= skew < 100 and 0 <= stickiness <= 1 and passes >= 0):
+    if not (0 <= skew < 100 and 0 <= stickiness <= 1 and 0 <= drift <= 1 and passes >= 0):
         raise ConfigError(
-            f"a synthetic trace needs a skew from 0 on, a stickiness of 0…1 and passes from 0 on, not "
-            f"{skew}, {stickiness} and {passes}"
+            f"a synthetic trace needs a skew from 0 on, stickiness and drift of 0…1 and passes from 0 on, "
+            f"not {skew}, {stickiness}, {drift} and {passes}"
         )
-    rule = f"synthetic, skew {skew:g}, stickiness {stickiness:g}, seed {seed}"
+    drifts = f", drift {drift:g}" if drift else ""
+    rule = f"synthetic, skew {skew:g}, stickiness {stickiness:g}{drifts}, seed {seed}"
     header = TraceHeader(rule, layers, experts, top_k, "k2hybrid", expert_bytes)
     rng = np.random.default_rng(seed)
     weight = -skew * np.log(np.arange(1, experts + 1))
     weights = np.stack([rng.permutation(weight) for _ in range(layers)])
     ids = np.empty((passes, layers, top_k), np.int32)
     for at in range(passes):
+        if drift:
+            _trade(weights, rng, drift)
         # The largest of weight + Gumbel noise are a draw without repeats (T. Vieira, 2014).
         drawn = weights + rng.gumbel(size=weights.shape)
         if at:
@@ -60,6 +68,15 @@ def synthetic(
         np.zeros(tickets + 1, np.int64),
         np.zeros(0, np.int32),
     )
+
+
+def _trade(weights: Floats, rng: np.random.Generator, drift: float) -> None:
+    """Swap the weights of random pairs of experts, in place: a share `drift` of each layer's, on average."""
+    layers, experts = weights.shape
+    for layer, pairs in enumerate(rng.poisson(drift * experts / 2, layers)):
+        for _ in range(pairs):
+            a, b = rng.integers(experts, size=2)
+            weights[layer, [a, b]] = weights[layer, [b, a]]
 
 
 def foreseen(trace: Trace, width: int, recall: float, seed: int = 0) -> Trace:

@@ -75,3 +75,14 @@ def test_what_makes_no_sense_is_refused() -> None:
     for width, recall in ((1, 0.5), (5, 0.5), (2, -0.5), (2, 1.5)):
         with pytest.raises(ConfigError, match="predictions need"):
             foreseen(trace, width, recall)
+
+
+def test_drift_moves_the_favourites() -> None:
+    def used(drift: float) -> np.ndarray:
+        trace = synthetic(layers=1, experts=40, top_k=2, passes=4000, skew=1.5, drift=drift, seed=5)
+        early, late = np.split(trace.ids, [len(trace.ids) // 2])
+        return np.stack([np.bincount(half, minlength=40) for half in (early, late)]) / len(early)
+
+    still, drifting = used(0.0), used(1 / 500)
+    assert np.abs(still[0] - still[1]).sum() < 0.15
+    assert np.abs(drifting[0] - drifting[1]).sum() > 0.3
