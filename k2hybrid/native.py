@@ -343,6 +343,21 @@ class NativeStore:
         with _errors():
             self.handle.close_slots()
 
+    def copy(self, layer: int, expert: int, to: torch.Tensor) -> bool:
+        """Copy an expert's bytes, as its file has them, to `to`, uint8 [at least expert_bytes]. Any thread.
+
+        Packed rows of gate, up and down, then their scales; from its slot, or else through the map.
+
+        Returns:
+            False: they could not be read.
+        """
+        if to.dtype != torch.uint8 or to.device.type != "cpu" or not to.is_contiguous():
+            raise NativeError("an expert is copied to contiguous bytes on the CPU")
+        if to.numel() < self.expert_bytes:
+            raise NativeError(f"an expert has {self.expert_bytes} bytes, and {to.numel()} are no room for it")
+        with _errors():
+            return bool(self.handle.copy(layer, expert, to.data_ptr()))
+
     def pins(self, layer: int, expert: int) -> int:
         """Tickets that read this expert now."""
         return int(self.handle.pins(layer, expert))

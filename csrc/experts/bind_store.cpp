@@ -87,6 +87,12 @@ void bind_store(py::module_& m) {
           },
           py::arg("count"), py::arg("node_ids"), py::arg("folder"), py::arg("digest"), py::arg("reader"),
           py::arg("depth"), py::arg("piece_bytes"), py::arg("streamed"), py::arg("half_life"))
+      .def(
+          "copy",
+          [](ExpertStore& self, int layer, int expert, uintptr_t to) {
+            return self.Copy(layer, expert, reinterpret_cast<uint8_t*>(to));
+          },
+          py::arg("layer"), py::arg("expert"), py::arg("to"), py::call_guard<py::gil_scoped_release>())
       .def("close_slots", &ExpertStore::CloseSlots, py::call_guard<py::gil_scoped_release>())
       .def("pins", &ExpertStore::pins)
       .def("in_slot", &ExpertStore::in_slot)

@@ -5,7 +5,10 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <cstring>
 #include <tuple>
+
+#include "cpu/fault.h"
 
 namespace k2 {
 namespace {
@@ -134,7 +137,8 @@ void ExpertStore::CloseSlots() {
     reader.swap(reader_);
   }
   reader.reset();  // waits for reads into the slots, which tell of their end; those not begun end as lost
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
+  arrived_.wait(lock, [&] { return copies_ == 0; });
   for (const Slot& slot : slots_)
     if (slot.entry >= 0) {
       entries_[slot.entry].slot = -1;
@@ -206,6 +210,10 @@ bool ExpertStore::Victims(size_t count, std::vector<int>* victims) const {
     }
     const Entry& entry = entries_[index];
     if (entry.pins.load() != 0) continue;
+    if (entry.copies != 0) {
+      filling = true;  // it may leave as soon
+      continue;
+    }
     if (entry.state.load() == kIn) found.emplace_back(entry.score, static_cast<int>(i));
     filling = filling || entry.state.load() == kFilling;
   }
@@ -335,12 +343,60 @@ std::vector<Read> ExpertStore::Reads(int layer, int expert, int slot, int node) 
 bool ExpertStore::Release(int layer, int expert) {
   Entry& entry = At(layer, expert);
   const std::lock_guard lock(mutex_);
-  if (streamed_ || entry.pins.load() != 0 || entry.state.load() != kIn) return false;
+  if (streamed_ || entry.pins.load() != 0 || entry.copies != 0 || entry.state.load() != kIn) return false;
   const int slot = entry.slot;
   memory_->Mark(slot, false);
   Free(entry);
   for (int node = 0; node < layout_.nodes(); ++node) memory_->Forget(slot, node);
   return true;
+}
+
+bool ExpertStore::Copy(int layer, int expert, uint8_t* to) {
+  Entry& entry = At(layer, expert);
+  ExpertView view;
+  bool in_slot = false;
+  {
+    const std::lock_guard lock(mutex_);
+    Require(entry.bytes.packed[0] != nullptr,
+            "layer " + std::to_string(layer) + " has no expert " + std::to_string(expert) + " loaded");
+    in_slot = entry.state.load() == kIn;
+    if (in_slot) {
+      View(entry, &view);
+      ++entry.copies;
+      ++copies_;
+    } else {
+      layout_.ViewWhole(entry.bytes, &view);
+    }
+  }
+  std::vector<std::pair<const void*, size_t>> parts;
+  const auto add = [&](const void* from, const void* end) {
+    parts.emplace_back(from,
+                       static_cast<size_t>(static_cast<const char*>(end) - static_cast<const char*>(from)));
+  };
+  const std::array<Int4Matrix, kMaxNodes>* const matrices[] = {&view.gate, &view.up, &view.down};
+  for (const auto* matrix : matrices)
+    for (int node = 0; node < layout_.nodes(); ++node)
+      add((*matrix)[node].packed, (*matrix)[node].PackedRow((*matrix)[node].out));
+  for (const auto* matrix : matrices)
+    for (int node = 0; node < layout_.nodes(); ++node)
+      add((*matrix)[node].scale, (*matrix)[node].ScaleRow((*matrix)[node].out));
+  for (const auto& [from, bytes] : parts) {
+    std::memcpy(to, from, bytes);
+    to += bytes;
+  }
+  bool whole = true;
+  if (in_slot) {
+    {
+      const std::lock_guard lock(mutex_);
+      --entry.copies;
+      --copies_;
+    }
+    arrived_.notify_all();
+  } else {
+    FileMaps::Look();  // after reading: what became shorter within a page gave zeros without a signal
+    for (const auto& [from, bytes] : parts) whole = whole && !FileMaps::Failed(from, bytes);
+  }
+  return whole;
 }
 
 void ExpertStore::Stretches(const Entry& entry, std::vector<Stretch>* to) const {

@@ -99,8 +99,11 @@ class ExpertStore {
   // One copy in all: lets the page cache forget what is in slots. `EndFill` does so for one expert, as far as pages
   // that it shares with neighbours allow.
   void DropCached() const;
-  // Back to the map, its slot free again. False if it is pinned, in no slot, or streamed.
+  // Back to the map, its slot free again. False if it is pinned or being copied, in no slot, or streamed.
   bool Release(int layer, int expert);
+  // The bytes of an expert as its file has them to `to` [expert_bytes()]: packed rows of gate, up and down, then their
+  // scales. From its slot, where it stays meanwhile, else through the map. False if they could not be read.
+  bool Copy(int layer, int expert, uint8_t* to);
 
   StoreStats stats() const;
 
@@ -111,6 +114,7 @@ class ExpertStore {
     ExpertSpans spans;
     std::atomic<int> pins{0};
     std::atomic<uint8_t> state{kOut};
+    int copies = 0;  // under way, from its slot
     int slot = -1;
     double score = Recency::kNever;
   };
@@ -151,8 +155,9 @@ class ExpertStore {
   bool streamed_ = false;
   double now_ = 0;
 
-  mutable std::mutex mutex_;  // entries' slots, states and scores
-  std::condition_variable arrived_;
+  mutable std::mutex mutex_;         // entries' slots, states, scores and copies
+  std::condition_variable arrived_;  // or copied
+  int copies_ = 0;                   // of all entries
   std::atomic<uint32_t> arrivals_{0};
   std::atomic<int> tickets_pins_{0};
   std::atomic<int64_t> last_ticket_ns_{0};

@@ -6,9 +6,11 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.placement import Placement
-from k2hybrid.native import FillProgress, NativeFiller, NativeStore, StoreStats
+from k2hybrid.native import FillProgress, NativeFiller, NativeStore, StoreStats, file_changes
 from k2hybrid.types import ExpertRef, Int4Ref, TensorRef
 
 Order = Sequence[tuple[int, int]]  # (layer, expert)
@@ -123,6 +125,19 @@ class ExpertStore:
         ref = self._refs[layer, expert]
         parts = (ref.gate, ref.up, ref.down)
         return [m.packed for m in parts] + [m.scale for m in parts]
+
+    def copy_expert(self, layer: int, expert: int, to: torch.Tensor) -> bool:
+        """Copy an expert's bytes to `to`, in the order of `tensors`, wherever they lie. Any thread.
+
+        Args:
+            to: uint8 [at least expert_bytes] on the CPU.
+
+        Returns:
+            False: they could not be read, or files changed meanwhile; try again later.
+        """
+        before = file_changes()
+        # A file that is mapped again, or was written to, may have given anything, and no mark tells.
+        return self.native.copy(layer, expert, to) and file_changes() == before
 
     def _order(self, placement: Placement) -> list[tuple[int, int]]:
         """(layer, expert) as they are to be filled: the most used first, or from the first layer on."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -346,3 +348,96 @@ def test_what_the_simulator_says(folder: Path, policy: str, half_life: float | N
     )
     assert misses == said.missed_by_ticket().tolist()
     assert 0 < said.hits < sum(len(set(ids) - {-1}) for ids in asked)
+
+
+def read(made: Placed, layer: int, expert: int) -> bytes:
+    """The expert's bytes, out of its files."""
+    found = b""
+    for tensor in made.store.tensors(layer, expert):
+        with tensor.path.open("rb") as file:
+            file.seek(tensor.offset)
+            found += file.read(tensor.nbytes)
+    return found
+
+
+def copied(made: Placed, layer: int, expert: int) -> bytes | None:
+    to = torch.zeros(made.store.expert_bytes + 8, dtype=torch.uint8)
+    whole = made.store.copy_expert(layer, expert, to)
+    assert not to[-8:].any()
+    return bytes(to[:-8].numpy().tobytes()) if whole else None
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 5])
+@pytest.mark.parametrize("place", ["mapped", "resident", "streamed"])
+def test_copies_are_the_files_bytes(folder: Path, place: Place, nodes: int) -> None:
+    made = Placed(folder, placed(place, nodes, 0 if place == "mapped" else 2 * EXPERTS))
+    made.filled()
+    assert sum(made.store.native.in_slot(1, e) for e in range(EXPERTS)) == EXPERTS * (place != "mapped")
+    for layer in range(1, LAYERS):  # of the last, nothing is in a slot
+        for expert in range(EXPERTS):
+            assert copied(made, layer, expert) == read(made, layer, expert)
+
+
+def test_copies_while_serving_and_moving(folder: Path, expected: list[torch.Tensor]) -> None:
+    """With the fewest slots, every ticket needs those that are being copied."""
+    made = Placed(folder, placed("streamed", 2, EXPERTS), machine=Machine(1))
+    wanted = {key: read(made, *key) for key in made.store.keys}
+    stop = threading.Event()
+    wrong: list[tuple[int, int]] = []
+    count = 0
+
+    def copy() -> None:
+        nonlocal count
+        while not stop.is_set():
+            for key, want in wanted.items():
+                wrong.extend([key] if copied(made, *key) != want else [])
+                count += 1
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    try:
+        check(made, expected)
+    finally:
+        stop.set()
+        thread.join()
+    assert wrong == []
+    assert count > 0
+    made.store.close()
+    assert copied(made, 1, 0) == wanted[1, 0]
+
+
+def test_a_copy_of_what_is_lost_tells(folder: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(folder, model)
+    made = Placed(model, None)
+    last = max(made.store.keys, key=lambda key: max(t.offset for t in made.store.tensors(*key)))
+    shard = made.store.tensors(*last)[0].path
+    end = max(t.offset + t.nbytes for t in made.store.tensors(*last) if t.path == shard)
+    others = [key for key in made.store.keys if made.store.tensors(*key)[0].path != shard]
+    whole = shard.read_bytes()
+    os.truncate(shard, end - 1)  # within a page: no signal tells
+    assert copied(made, *last) is None
+    assert copied(made, *others[0]) == read(made, *others[0])
+    assert copied(made, *last) is None
+    shard.write_bytes(whole)
+    watch = made.checkpoint.watch()
+    deadline = time.monotonic() + 30
+    while not watch.whole:
+        assert time.monotonic() < deadline
+        watch.restore()
+        time.sleep(0.05)
+    assert copied(made, *last) == read(made, *last)
+
+
+def test_copies_are_checked(folder: Path) -> None:
+    made = Placed(folder, None)
+    nbytes = made.store.expert_bytes
+    for to in (
+        torch.zeros(nbytes - 1, dtype=torch.uint8),
+        torch.zeros(nbytes, dtype=torch.int8),
+        torch.zeros(2 * nbytes, dtype=torch.uint8)[::2],
+    ):
+        with pytest.raises(NativeError, match=r"copied to contiguous|no room"):
+            made.store.copy_expert(1, 0, to)
+    with pytest.raises(NativeError, match="no expert"):
+        made.store.copy_expert(0, 0, torch.zeros(nbytes, dtype=torch.uint8))

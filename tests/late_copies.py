@@ -1,0 +1,68 @@
+"""A copy engine whose copies happen as late as they may, and that sees who would read or write too early."""
+
+from __future__ import annotations
+
+import torch
+
+from k2hybrid.experts.copies import Arrival, Fence, InlineCopies
+
+
+class LateCopies(InlineCopies):
+    """Copies beside the compute happen when somebody waits for them or orders work behind them.
+
+    Host memory that is written again before that gives wrong bytes. `computed` tells of work that reads
+    device memory: a copy to it must come after a fence behind that work.
+
+    Attributes:
+        copied: bytes, of copies beside the compute.
+        pending: copies that did not happen yet.
+    """
+
+    def __init__(self) -> None:
+        self.copied = 0
+        self.pending = 0
+        self._work = 0
+        self._last_read: dict[int, int] = {}
+
+    def computed(self, memory: torch.Tensor) -> None:
+        """Work that reads `memory` was queued."""
+        self._work += 1
+        self._last_read[memory.data_ptr()] = self._work
+
+    def fence(self) -> Fence:
+        """See `CopyEngine.fence`."""
+        return _LateFence(self._work)
+
+    def copy(self, to: torch.Tensor, host: torch.Tensor, after: Fence) -> Arrival:
+        """See `CopyEngine.copy`."""
+        assert isinstance(after, _LateFence)
+        assert after.work >= self._last_read.get(to.data_ptr(), 0), "device memory is still being read"
+        self.copied += to.nbytes
+        return _LateArrival(self, to, host)
+
+
+class _LateFence:
+    def __init__(self, work: int) -> None:
+        self.work = work
+
+    def wait(self) -> None:
+        return
+
+
+class _LateArrival:
+    def __init__(self, copies: LateCopies, to: torch.Tensor, host: torch.Tensor) -> None:
+        self._copies, self._to, self._host = copies, to, host
+        self._over = False
+        copies.pending += 1
+
+    def done(self) -> bool:
+        return self._over
+
+    def wait(self) -> None:
+        if not self._over:
+            self._over = True
+            self._copies.pending -= 1
+            self._to.copy_(self._host)
+
+    def order(self) -> None:
+        self.wait()
