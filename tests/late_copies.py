@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import torch
 
 from k2hybrid.experts.copies import Arrival, Fence, InlineCopies
@@ -53,16 +55,18 @@ class _LateArrival:
     def __init__(self, copies: LateCopies, to: torch.Tensor, host: torch.Tensor) -> None:
         self._copies, self._to, self._host = copies, to, host
         self._over = False
+        self._lock = threading.Lock()
         copies.pending += 1
 
     def done(self) -> bool:
         return self._over
 
     def wait(self) -> None:
-        if not self._over:
-            self._over = True
-            self._copies.pending -= 1
-            self._to.copy_(self._host)
+        with self._lock:
+            if not self._over:
+                self._to.copy_(self._host)
+                self._over = True
+                self._copies.pending -= 1
 
     def order(self) -> None:
         self.wait()

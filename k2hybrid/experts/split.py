@@ -26,6 +26,7 @@ class SplitRates:
         card_busy_s: what the card does anyway while the CPU computes: the shared expert.
         card_launch_s: of the card's kernels, whatever they compute.
         handoff_s: from ring to reply, beside the CPU's work.
+        handoff_row_s: a row's input and sum between card and CPU, while neither computes.
         bus_traffic: how often streamed bytes pass the RAM: read, written to a buffer, read by the card.
         plan_s: of a streamed layer, until the host knows the routing and has made its plan.
     """
@@ -39,12 +40,13 @@ class SplitRates:
     card_busy_s: float = 0.0
     card_launch_s: float = 0.0
     handoff_s: float = 0.0
+    handoff_row_s: float = 0.0
     bus_traffic: float = 3.0
     plan_s: float = 0.0
 
     def __post_init__(self) -> None:
         times = (self.card_row_s, self.cpu_row_s, self.card_busy_s, self.card_launch_s)
-        rest = (self.handoff_s, self.bus_traffic, self.plan_s)
+        rest = (self.handoff_s, self.handoff_row_s, self.bus_traffic, self.plan_s)
         if min(self.expert_bytes, self.card, self.ram, self.bus) <= 0 or min(*times, *rest) < 0:
             raise ConfigError(f"rates and sizes must be above 0, and times not below: {self}")
 
@@ -105,22 +107,25 @@ class StreamPlan:
     bus_bytes: float
 
 
-def plan_stream(rates: SplitRates, rows_of: Mapping[int, float], hot: Collection[int]) -> StreamPlan:
-    """The split of a chunk's experts, `rows_of` each above 0, with the least predicted time.
+def plan_stream(
+    rates: SplitRates, rows: int, rows_of: Mapping[int, float], hot: Collection[int]
+) -> StreamPlan:
+    """The split with the least predicted time of a chunk's experts, each with `rows_of` of its `rows`.
 
-    Bus, card, CPU and RAM work at once, and the slowest decides. Of equal times the one with fewer bytes on
-    the bus.
+    Bus, card, CPU and RAM work at once, and the slowest decides; rows that the CPU has a part of travel
+    before and after. Of equal times the one with fewer bytes on the bus.
     """
     here = sorted(set(hot) & set(rows_of))
     rest = sorted(set(rows_of) - set(here), key=lambda expert: (rows_of[expert], expert))
     card = sum(rates.card_s(rows_of[expert]) for expert in rows_of)
-    cpu = 0.0
+    cpu = cold_rows = 0.0
     best: tuple[float, int] | None = None
     for cold in range(len(rest) + 1):  # those with the fewest rows
         if cold:
-            rows = rows_of[rest[cold - 1]]
-            cpu += rates.cpu_s(rows)
-            card -= rates.card_s(rows)
+            each = rows_of[rest[cold - 1]]
+            cpu += rates.cpu_s(each)
+            card -= rates.card_s(each)
+            cold_rows = min(cold_rows + each, rows)
         streamed = len(rest) - cold
         seconds = max(
             cpu + rates.handoff_s if cold else 0.0,
@@ -128,6 +133,7 @@ def plan_stream(rates: SplitRates, rows_of: Mapping[int, float], hot: Collection
             streamed * rates.bus_s,
             (cold + rates.bus_traffic * streamed) * rates.expert_bytes / rates.ram,
         )
+        seconds += cold_rows * rates.handoff_row_s
         if best is None or seconds <= best[0]:
             best = seconds, cold
     assert best is not None
@@ -157,5 +163,6 @@ def streams(rates: SplitRates, rows: int, top_k: int, experts: int, hot: float =
         rates.card_busy_s + (rates.card_launch_s + taken * rates.card_s(each) if taken else 0.0),
         rates.handoff_s + (distinct - taken) * rates.cpu_s(each),
     )
-    plan = plan_stream(rates, dict.fromkeys(range(distinct), each), range(here))
+    without += rows * rates.handoff_row_s
+    plan = plan_stream(rates, rows, dict.fromkeys(range(distinct), each), range(here))
     return bool(plan.streamed) and plan.seconds + rates.plan_s < without

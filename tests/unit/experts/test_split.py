@@ -23,9 +23,10 @@ RATES = SplitRates(expert_bytes=24, card=24, ram=6, bus=4, bus_traffic=0.0)
 K2 = SplitRates(
     expert_bytes=24_772_608, card=1e12, ram=200e9, bus=25e9,
     card_row_s=2 * 44.04e6 / 100e12, cpu_row_s=2 * 44.04e6 / 4e12,
-    card_busy_s=60e-6, card_launch_s=20e-6, handoff_s=30e-6, plan_s=1e-3,
+    card_busy_s=60e-6, card_launch_s=20e-6, handoff_s=30e-6, handoff_row_s=6 * 7168 / 25e9, plan_s=1e-3,
 )  # fmt: skip
 
+ROWS = 60
 rates_drawn = st.builds(
     SplitRates,
     expert_bytes=st.integers(1, 100),
@@ -37,6 +38,7 @@ rates_drawn = st.builds(
     card_busy_s=st.floats(0, 5),
     card_launch_s=st.floats(0, 5),
     handoff_s=st.floats(0, 5),
+    handoff_row_s=st.floats(0, 0.2),
     bus_traffic=st.floats(0, 3),
 )
 
@@ -87,7 +89,7 @@ def test_a_slow_card_takes_little() -> None:
 
 def test_plan_by_hand() -> None:
     # Experts 3 and 5 are there. Of the others CPU 4 s each, bus 6 s: two on the CPU (8), one on the bus (6).
-    plan = plan_stream(RATES, {1: 1, 2: 1, 3: 1, 5: 1, 9: 1}, {3, 5, 7})
+    plan = plan_stream(RATES, 3, {1: 1, 2: 1, 3: 1, 5: 1, 9: 1}, {3, 5, 7})
     assert plan.hot == (3, 5)
     assert (plan.cold, plan.streamed) == ((1, 2), (9,))
     assert (plan.seconds, plan.bus_bytes) == (8.0, 24)
@@ -96,7 +98,7 @@ def test_plan_by_hand() -> None:
 def test_those_with_the_fewest_rows_stay() -> None:
     rates = SplitRates(expert_bytes=24, card=24, ram=24, bus=4, cpu_row_s=1.0, bus_traffic=0.0)
     # CPU: a second a row. 0 has 30 rows, 1 has 2, 2 has 9, 3 has 3: bus 6 + 6, CPU 2 + 3.
-    plan = plan_stream(rates, {0: 30, 1: 2, 2: 9, 3: 3}, ())
+    plan = plan_stream(rates, 40, {0: 30, 1: 2, 2: 9, 3: 3}, ())
     assert (plan.cold, plan.streamed) == ((1, 3), (0, 2))
     assert plan.seconds == 12.0
 
@@ -104,9 +106,21 @@ def test_those_with_the_fewest_rows_stay() -> None:
 def test_streaming_takes_ram_too() -> None:
     # With three passes over RAM of 6 bytes a second an expert streamed costs 12 s of it, one computed 4.
     rates = SplitRates(expert_bytes=24, card=24, ram=6, bus=24, cpu_row_s=3.0, bus_traffic=3.0)
-    plan = plan_stream(rates, {0: 4, 1: 4}, ())
+    plan = plan_stream(rates, 4, {0: 4, 1: 4}, ())
     # Both on the CPU 24 s; one each: CPU 12 s, RAM 16; both streamed: RAM 24.
     assert (plan.cold, plan.streamed, plan.seconds) == ((0,), (1,), 16.0)
+
+
+def test_rows_that_travel_count() -> None:
+    # CPU 4 s an expert, bus 6 s; a row of the CPU's travels for half a second. One each: 6 + 4 · 0.5; both
+    # streamed: 12; both on the CPU: 8 + 5 · 0.5, since there are 5 rows, not 8.
+    rates = SplitRates(expert_bytes=24, card=24, ram=6, bus=4, handoff_row_s=0.5, bus_traffic=0.0)
+    both = plan_stream(rates, 5, {0: 4, 1: 4}, ())
+    assert (both.cold, both.streamed, both.seconds) == ((0,), (1,), 8.0)
+    free = plan_stream(RATES, 5, {0: 4, 1: 4}, ())
+    assert (free.cold, free.streamed, free.seconds) == ((0,), (1,), 6.0)
+    dear = SplitRates(expert_bytes=24, card=24, ram=6, bus=4, handoff_row_s=2.0, bus_traffic=0.0)
+    assert plan_stream(dear, 5, {0: 4, 1: 4}, ()).streamed == (0, 1)  # 12; with one 6 + 8
 
 
 @given(
@@ -118,7 +132,7 @@ def test_streaming_takes_ram_too() -> None:
 def test_no_split_is_predicted_to_be_faster(
     rates: SplitRates, rows_of: dict[int, int], hot: set[int]
 ) -> None:
-    plan = plan_stream(rates, rows_of, hot)
+    plan = plan_stream(rates, ROWS, rows_of, hot)
     assert sorted(plan.hot + plan.streamed + plan.cold) == sorted(rows_of)
     assert set(plan.hot) == hot & set(rows_of)
     assert plan.bus_bytes == len(plan.streamed) * rates.expert_bytes
@@ -133,7 +147,7 @@ def test_no_split_is_predicted_to_be_faster(
             + (rates.card_launch_s + sum(rates.card_s(rows_of[e]) for e in card) if card else 0.0),
             len(streamed) * rates.bus_s,
             (len(cold) + rates.bus_traffic * len(streamed)) * rates.expert_bytes / rates.ram,
-        )
+        ) + rates.handoff_row_s * min(sum(rows_of[e] for e in cold), ROWS)
 
     assert plan.seconds == pytest.approx(seconds(plan.cold))
     fewest = sorted(rest, key=lambda e: (rows_of[e], e))
