@@ -1,4 +1,4 @@
-"""Random experts that may be unreadable or slow, and slots on the emulated device for them."""
+"""Random experts that may be unreadable or slow, and slots for them, on the emulated device or a real one."""
 
 from __future__ import annotations
 
@@ -39,10 +39,12 @@ class Source:
         return torch.frombuffer(bytearray(raw), dtype=torch.uint8)
 
 
-def slots_of(source: Source, count: int, copies: CopyEngine | None = None) -> DeviceSlots:
+def slots_of(
+    source: Source, count: int, copies: CopyEngine | None = None, device: torch.device = CPU
+) -> DeviceSlots:
     store = source.store
     return DeviceSlots(
-        source, copies or InlineCopies(), CPU,
+        source, copies or InlineCopies(), device,
         layers=LAYERS, experts=EXPERTS, hidden=store.hidden, inter=store.inter, count=count,
     )  # fmt: skip
 

@@ -84,7 +84,7 @@ class _Event:
 
     def __init__(self, device: torch.device, stream: torch.cuda.Stream) -> None:
         self._device = device
-        self.event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        self.event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # no spinning
         self.event.record(stream)
 
     def done(self) -> bool:

@@ -27,7 +27,7 @@ from k2hybrid.experts.device_slots import DeviceSlots, ExpertSource
 from k2hybrid.experts.split import SplitRates, StreamPlan, plan_stream
 from k2hybrid.types import RoutedExperts, TicketStats
 
-TILE_ROWS = 4096  # of one expert that are computed together
+TILE_ROWS = 1024  # of one expert that are computed together
 MAX_RING_BYTES = 10**9  # buffers and slots together
 
 Ids = npt.NDArray[np.int32]
@@ -125,11 +125,12 @@ class StreamedExperts:
     def rows_limit(self, nbytes: int, top_k: int) -> int:
         """The most rows whose activations here fit into `nbytes` of the card; x, ids and weights not counted.
 
-        A row has its sum in fp32 and its pairs, sorted; a tile of an expert's rows is gathered and computed,
-        and sums of the CPU come by its `cpu_rows`.
+        A row has its sum in fp32 and its pairs, sorted. A tile of an expert's rows has its input, two outputs
+        in fp32 (the kernel's for each choice, and the sum) and what lies between the halves; sums of the CPU
+        come by its `cpu_rows`.
         """
         hidden, inter = self._slots.hidden, self._slots.inter
-        tile = TILE_ROWS * (6 * hidden + 10 * inter + 32)
+        tile = TILE_ROWS * (10 * hidden + 10 * inter + 256)
         return max(0, (nbytes - tile - self._cpu_rows * (4 * hidden + 8)) // (4 * hidden + 40 * top_k))
 
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> StreamTicket:
@@ -158,10 +159,14 @@ class StreamedExperts:
         )
         uses = torch.from_numpy((count[1:] > 0).astype(np.float32)).to(self._slots.counts.device)
         self._slots.counts[layer].add_(uses, alpha=self._rates.streamed_weight)
-        cold = self._submit_cold(chunk)
-        self._outstanding = True
         streamed = chunk.plan.streamed[: len(self._buffers)]
         fills = [self._begin_fill(layer, expert, at) for at, expert in enumerate(streamed)]
+        try:
+            cold = self._submit_cold(chunk)
+        except BaseException:
+            wait(fills)  # nobody may write into the buffers when the next chunk does
+            raise
+        self._outstanding = True
         return StreamTicket(self, chunk, cold, fills)
 
     def close(self) -> None:
@@ -210,14 +215,15 @@ class StreamedExperts:
 
     def _add(self, out: torch.Tensor, chunk: _Chunk, expert: int, memory: torch.Tensor, slot: int) -> None:
         """Add the expert in `memory[slot]` to the rows that chose it; each of them did once."""
+        alone = memory[slot : slot + 1]  # a kernel then knows whose all the rows are
         begin, end = chunk.starts[expert].item(), chunk.starts[expert + 1].item()
         for start in range(begin, end, TILE_ROWS):
             pairs = chunk.pairs[start : min(start + TILE_ROWS, end)]
             rows = pairs // chunk.ids.shape[1]
-            chosen = torch.full((len(pairs), 1), slot, dtype=torch.int32, device=out.device)
+            chosen = torch.zeros(len(pairs), 1, dtype=torch.int32, device=out.device)
             part = self._compute(
                 chunk.x.index_select(0, rows),
-                memory,
+                alone,
                 chosen,
                 chunk.weights.index_select(0, pairs),
                 hidden=self._slots.hidden,

@@ -297,6 +297,17 @@ def test_a_card_that_fails_leaves_the_rings_free() -> None:
     assert relative_error(got, source.made.want(x, ids, weights)) < BOUND
 
 
+def test_a_submit_that_fails_leaves_the_rings_free() -> None:
+    source = Source()
+    experts = streamed(source, rates=SOME)
+    x, ids, weights = source.made.rows(12)
+    with pytest.raises(IndexError):
+        experts.submit(LAYER, x[:1], ids, weights)
+    ticket = experts.submit(LAYER, x, ids, weights)
+    assert relative_error(ticket.collect(), source.made.want(x, ids, weights)) < BOUND
+    assert ticket.report.plan.streamed
+
+
 @pytest.mark.parametrize("wrong", [{"buffers": 0}, {"ring": 0}, {"fill_threads": 0}, {"cpu_rows": 0}])
 def test_rings_are_checked(wrong: dict[str, int]) -> None:
     with pytest.raises(ConfigError):
@@ -361,7 +372,7 @@ def test_rows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     x, ids, weights = source.made.rows(rows)
     with Live() as live:
         experts.submit(LAYER, x, ids, weights).collect()
-    assert budget / 3 < live.most <= budget
+    assert budget / 4 < live.most <= budget
 
 
 def test_what_a_ticket_is() -> None:
