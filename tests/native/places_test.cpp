@@ -1,5 +1,5 @@
 // Experts in slots, with threads: streamed ones that leave and come back, slots that fill behind a running ticket,
-// moves, reads that fail, an end with reads under way. The bytes lie in a file at odd places; a mapped store tells what
+// moves, copies, reads that fail, an end with reads under way. The bytes lie in a file at odd places; a mapped store tells what
 // the results must be.
 #include <fcntl.h>
 #include <sys/mman.h>
@@ -86,6 +86,18 @@ class Checkpoint {
       store.Put(i / kSizes.experts, i % kSizes.experts, bytes);
       if (located) store.Locate(i / kSizes.experts, i % kSizes.experts, spans_[i]);
     }
+  }
+
+  // What a copy of an expert must be.
+  std::vector<uint8_t> Bytes(int index) const {
+    std::vector<uint8_t> bytes;
+    const size_t weights = static_cast<size_t>(kSizes.hidden) * kSizes.inter;
+    const auto add = [&](const k2::ExpertSpans::Span& span, size_t count) {
+      bytes.insert(bytes.end(), map_ + span.offset, map_ + span.offset + count);
+    };
+    for (const auto& span : spans_[index].packed) add(span, weights / 2);
+    for (const auto& span : spans_[index].scale) add(span, weights / k2::kGroup * sizeof(bf16));
+    return bytes;
   }
 
  private:
@@ -179,10 +191,35 @@ struct Place {
   std::unique_ptr<k2::Dispatcher> dispatcher;
 };
 
+// A thread that copies one expert after the other while others serve and move them.
+class Copier {
+ public:
+  Copier(const Checkpoint& checkpoint, k2::ExpertStore& store)
+      : thread_([&checkpoint, &store, this] {
+          std::vector<uint8_t> to(static_cast<size_t>(store.expert_bytes()));
+          do {
+            for (const auto& [layer, expert] : All())
+              wrong_ = wrong_ || !store.Copy(layer, expert, to.data()) ||
+                       to != checkpoint.Bytes(layer * kSizes.experts + expert);
+          } while (!stop_.load());
+        }) {}
+  ~Copier() {
+    stop_.store(true);
+    thread_.join();
+    Check(!wrong_, "a copy has the bytes of the file");
+  }
+
+ private:
+  std::atomic<bool> stop_{false};
+  bool wrong_ = false;
+  std::thread thread_;
+};
+
 void TestStreamed(const Checkpoint& checkpoint, std::vector<Ticket>& tickets, int nodes, const char* reader) {
   for (int slots : {kSizes.experts, 2 * kSizes.experts + 1}) {
     Place place(checkpoint, nodes, slots, true, reader);
     k2::Filler filler(place.store, All(), std::vector<std::vector<int>>(static_cast<size_t>(nodes)), 2);
+    const Copier copier(checkpoint, place.store);
     for (Ticket& ticket : tickets)
       Check(Run(*place.dispatcher, ticket, false) == 0, "nothing streamed is lost");
     Check(place.store.stats().misses > 0, "experts leave");
@@ -216,6 +253,7 @@ void TestResident(const Checkpoint& checkpoint, std::vector<Ticket>& tickets, in
         std::this_thread::yield();
       }
     });
+    const Copier copier(checkpoint, place.store);
     for (Ticket& ticket : tickets)
       Check(Run(*place.dispatcher, ticket, false) == 0, "nothing is lost meanwhile");
     stop.store(true);
