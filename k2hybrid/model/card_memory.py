@@ -30,7 +30,7 @@ CONTEXT_BYTES = 600 * MIB  # assumed: the driver's context, the kernels' code, a
 ALLOCATOR_BYTES = 256 * MIB  # assumed: what torch's allocator rounds up and keeps apart
 GRAPH_BYTES = 16 * MIB  # assumed: what the driver keeps of one captured step
 ALIGNMENT = 256  # of a tensor within the weights
-EXPERT_TILE_ROWS = 4096  # of one streamed expert
+EXPERT_TILE_ROWS = 1024  # of one streamed expert, as `experts/prefill_stream.py` has them
 PARTS = 192  # of the contexts in a decode step's attention: one a multiprocessor, and no card has more
 HOT_TABLE_BYTES = 12  # for each expert of each layer: its slot, twice, and its uses
 CHUNK_STEP = 512  # chunks are multiples of it, at least one
@@ -208,7 +208,7 @@ def _scratch_bytes(spec: ModelSpec, rows: int, blocks: int) -> int:
         rows * (split + 4 * hidden),
         rows * 24 * spec.num_experts,  # scores, biased and sorted
         rows * (10 * width + 4 * hidden),
-        of_experts * (6 * hidden + 10 * spec.moe_intermediate_size + 32) if spec.moe_layers else 0,
+        of_experts * (10 * hidden + 10 * spec.moe_intermediate_size + 256) if spec.moe_layers else 0,
     )
 
 

@@ -24,6 +24,7 @@ from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.prefill_stream import StreamedExperts, StreamTicket
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
 from k2hybrid.experts.split import SplitRates
+from k2hybrid.model import card_memory
 from k2hybrid.native import Machine
 from tests.expert_source import Source, coming, settled, slots_of
 from tests.late_copies import LateCopies
@@ -355,6 +356,10 @@ class Live(TorchDispatchMode):
             self.now -= nbytes
 
         weakref.finalize(storage, gone)
+
+
+def test_the_memory_table_counts_the_same_tile() -> None:
+    assert card_memory.EXPERT_TILE_ROWS == prefill_stream.TILE_ROWS
 
 
 def test_rows_limit(monkeypatch: pytest.MonkeyPatch) -> None:
