@@ -58,7 +58,10 @@ class HybridExperts:
             )
 
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> HybridTicket:
-        """See `RoutedExperts.submit`. Waits for nothing once `prepare` was called."""
+        """See `RoutedExperts.submit`. Waits for nothing once `prepare` was called.
+
+        Rows that a captured step has too many of need ids −1: any other is counted, and computed.
+        """
         rows, top_k = ids.shape
         self.prepare(rows, top_k)
         chosen, rest = self.split(layer, ids)
