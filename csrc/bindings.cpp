@@ -11,6 +11,7 @@
 #include "experts/bind_store.h"
 #include "experts/dispatch.h"
 #include "gpu/bind_doorbell.h"
+#include "gpu/bind_handoff.h"
 #include "kernels/mask.h"
 
 namespace py = pybind11;
@@ -114,5 +115,6 @@ PYBIND11_MODULE(_native, m) {
   k2::bind_store(m);
   BindExperts(m);
   k2::bind_doorbell(m);
+  k2::bind_handoff(m);
   k2::bind_fault(m);
 }

@@ -65,6 +65,13 @@ void Job::Reset(void* context, std::initializer_list<Phase> phases) {
   phase_.store(first, std::memory_order_release);
 }
 
+uint64_t Job::Progress() const {
+  uint64_t progress = beat_.load(std::memory_order_relaxed);
+  for (const auto& counter : counters_)
+    progress += static_cast<uint64_t>(counter.done.value.load(std::memory_order_relaxed));
+  return progress;
+}
+
 void Job::Advance(int from) {
   int next = from + 1;
   while (next < count_ && phases_[next].chunks == 0) ++next;
@@ -155,9 +162,7 @@ bool Pool::Wait(Job* job, std::chrono::milliseconds patience) {
   Patience waiting;
   while (!job->Done()) {
     Work(job, 0);
-    uint64_t progress = job->beat_.load(std::memory_order_relaxed);
-    for (const auto& counter : job->counters_)
-      progress += static_cast<uint64_t>(counter.done.value.load(std::memory_order_relaxed));
+    const uint64_t progress = job->Progress();
     const Clock::time_point now = Clock::now();
     if (progress != seen) {
       seen = progress;

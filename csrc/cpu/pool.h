@@ -48,6 +48,8 @@ class Job {
     static thread_local uint64_t beat = 0;
     beat_.store(++beat, std::memory_order_relaxed);
   }
+  // Changes with every chunk that is done and every sign of life. From any thread.
+  uint64_t Progress() const;
   // What a chunk threw first, or null, once the job was retired; chunks not begun by then did not run.
   std::exception_ptr error() const { return error_; }
 

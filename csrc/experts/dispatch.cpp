@@ -24,12 +24,16 @@ constexpr int kFewTokens = 4;  // one tile of the kernels
 // A disk that has not brought an expert by then will not.
 constexpr auto kReadPatience = std::chrono::seconds(30);
 
-// Aligned to cache lines, zeroed once.
-template <typename T>
+constexpr size_t kLine = 64;
+constexpr size_t kPage = 64 << 10;  // the largest base page of a CPU that carries a GPU
+
+// Aligned to cache lines, or to pages that nothing else lies in; zeroed once.
+template <typename T, size_t kAlign = kLine>
 class Buffer {
  public:
   explicit Buffer(size_t count)
-      : data_(static_cast<T*>(std::aligned_alloc(64, (count * sizeof(T) + 63) / 64 * 64))) {
+      : data_(
+            static_cast<T*>(std::aligned_alloc(kAlign, (count * sizeof(T) + kAlign - 1) / kAlign * kAlign))) {
     if (data_ == nullptr) throw std::bad_alloc();
     std::memset(data_, 0, count * sizeof(T));
   }
@@ -77,6 +81,7 @@ struct Dispatcher::Slot {
         ids(static_cast<size_t>(max_rows) * top_k),
         weights(static_cast<size_t>(max_rows) * top_k),
         out(static_cast<size_t>(max_rows) * sizes.hidden),
+        taken(static_cast<size_t>(max_rows) * top_k),
         first(sizes.experts + 1),
         assignment(static_cast<size_t>(max_rows) * top_k),
         groups(sizes.experts),
@@ -91,12 +96,13 @@ struct Dispatcher::Slot {
   };
 
   Dispatcher& dispatcher;
-  Buffer<bf16> x;
+  Buffer<bf16, kPage> x;
   Buffer<bf16> prepared;  // x in the kernels' order
   Buffer<bf16> hidden;    // SwiGLU outputs by position in `assignment`, in the kernels' order
-  Buffer<int32_t> ids;
-  Buffer<float> weights;
-  Buffer<float> out;
+  Buffer<int32_t, kPage> ids;
+  Buffer<float, kPage> weights;
+  Buffer<float, kPage> out;
+  std::vector<int32_t> taken;  // ids as Submit found them: a producer that was let go may write new ones
   std::vector<int> first;
   std::vector<int> assignment;  // row * top_k + k, grouped by ascending expert
   std::vector<Group> groups;    // the first `group_count`
@@ -164,7 +170,8 @@ int Dispatcher::Acquire() {
 void Dispatcher::Group(Slot& slot, int layer, int rows) {
   const int experts = store_.sizes().experts;
   const int count = rows * top_k_;
-  const int32_t* ids = slot.ids.get();
+  std::copy_n(slot.ids.get(), count, slot.taken.begin());
+  const int32_t* ids = slot.taken.data();
   std::fill(slot.first.begin(), slot.first.end(), 0);
   for (int i = 0; i < count; ++i) {
     Require(ids[i] >= -1 && ids[i] < experts, "expert id " + std::to_string(ids[i]) + " is out of range");
@@ -398,5 +405,9 @@ TicketReport Dispatcher::Collect(int index, uint64_t epoch, int rows, uint8_t* s
 }
 
 void Dispatcher::Abort() { abort_.store(true); }
+
+void Dispatcher::Resume() { abort_.store(false); }
+
+uint64_t Dispatcher::Progress(int slot) const { return slots_.at(slot)->job.Progress(); }
 
 }  // namespace k2

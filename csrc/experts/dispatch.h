@@ -10,8 +10,9 @@
 //     each collected exactly once; a slot is handed out again only after its ticket was collected. The epoch
 //     rises by one per use of a slot, so a stale ticket is recognised.
 //  4. Stream. Submit and Collect are recordings on a stream: inline on the CPU (the pool starts at once, the
-//     thread that collects works too); a captured graph replays them with the same slots through doorbells
-//     (gpu/doorbell.h). Neither knows the model.
+//     thread that collects works too); a stream, captured or not, records copies from and to the same slots between
+//     a ring and a wait, and a thread of gpu/handoff.h submits and collects. Slots begin and end with pages, so that
+//     a driver can pin them. Neither knows the model.
 //  5. Result. out[row] = sum over the row's experts in ascending id of weight * E(x), fp32, each E(x) the
 //  same
 //     bits whatever else is in the batch.
@@ -19,10 +20,10 @@
 //  7. Status. A row is kOk, kReadError (the bytes of one of its experts could not be read) or kPoisoned. A
 //  bad row
 //     ends its request, not the step: the other rows are valid.
-//  8. Abort. The abort word makes every outstanding and later ticket complete as poisoned, at the next chunk.
-//  The
-//     watchdog does the same for one ticket whose other workers made no progress for a second; a chunk tells of
-//     its progress, so a slow one is not a stuck one. The collecting thread's own chunk it cannot interrupt.
+//  8. Abort. The abort word makes every outstanding and later ticket complete as poisoned, at the next chunk; Resume
+//     clears it, nothing being outstanding. The watchdog does the same for one ticket whose other workers made no
+//     progress for a second; a chunk tells of its progress, so a slow one is not a stuck one. The collecting thread's
+//     own chunk it cannot interrupt: who watches that thread looks at Progress.
 //  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the
 //  nanoseconds from
 //     submit to collect and those spent waiting in collect.
@@ -30,7 +31,7 @@
 //     that cannot be read, or does not arrive within half a minute, is a read error of its rows.
 // 11. Nodes. Output rows of gate, up and down belong to nodes; a node's rows are computed by its workers. Between the
 //     halves all nodes meet once, and read each other's SwiGLU outputs.
-// 12. Threads. One thread at a time acquires, submits and collects; Abort may be called by any.
+// 12. Threads. One thread at a time acquires, submits, collects and resumes; Abort and Progress are anyone's.
 #pragma once
 
 #include <memory>
@@ -80,6 +81,10 @@ class Dispatcher {
   TicketReport Collect(int slot, uint64_t epoch, int rows, uint8_t* status);
 
   void Abort();
+  void Resume();
+
+  // Changes as long as the slot's ticket is being computed.
+  uint64_t Progress(int slot) const;
 
  private:
   struct Slot;

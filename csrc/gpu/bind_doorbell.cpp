@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstddef>
+#include <numeric>
 #include <stdexcept>
 #include <thread>
 #include <utility>
@@ -15,19 +16,6 @@ namespace py = pybind11;
 namespace k2 {
 namespace gpu {
 namespace {
-
-const char* AbortName(uint32_t reason) {
-  switch (reason) {
-    case kNotAborted:
-      return "";
-    case kAbortAsked:
-      return "asked";
-    case kAbortWatchdog:
-      return "watchdog";
-    default:
-      return "answer threw";
-  }
-}
 
 // A doorbell that answers input + 1 after `work_us` of busy work, and can be made to stall or to throw.
 class EchoDoorbell {
@@ -95,6 +83,18 @@ void bind_doorbell(py::module_& m) {
       },
       "Byte offsets and values of the protocol, so that the device's side cannot drift from the CPU's.");
   m.def(
+      "ring_slot",
+      [](uintptr_t memory, uint32_t slot, uint32_t input) {
+        RingSlot(reinterpret_cast<void*>(memory), slot, input);
+      },
+      py::arg("memory"), py::arg("slot"), py::arg("input"));
+  m.def(
+      "wait_reply",
+      [](uintptr_t memory, uint32_t slot, double limit_ms) {
+        return WaitReply(reinterpret_cast<void*>(memory), slot, limit_ms);
+      },
+      py::arg("memory"), py::arg("slot"), py::arg("limit_ms"), py::call_guard<py::gil_scoped_release>());
+  m.def(
       "play_device",
       [](uintptr_t memory, uint32_t layers, uint32_t seed, double limit_ms) {
         DevicePlay play;
@@ -112,7 +112,9 @@ void bind_doorbell(py::module_& m) {
       .def(
           "publish",
           [](EchoDoorbell& self, uint32_t rows, uint32_t layers) {
-            return self.doorbell().Publish(rows, layers);
+            std::vector<uint32_t> slots(layers);
+            std::iota(slots.begin(), slots.end(), 0u);
+            return self.doorbell().Publish(rows, slots);
           },
           py::arg("rows"), py::arg("layers"), py::call_guard<py::gil_scoped_release>())
       .def("finish", [](EchoDoorbell& self) { return ToDict(self.doorbell().Finish()); })

@@ -52,12 +52,26 @@ DoorbellSlot* SlotsAt(void* memory) {
 
 }  // namespace
 
-Doorbell::Doorbell(void* memory, uint32_t slots, double timeout_ms, Answer answer)
+const char* AbortName(uint32_t reason) {
+  switch (reason) {
+    case kNotAborted:
+      return "";
+    case kAbortAsked:
+      return "asked";
+    case kAbortWatchdog:
+      return "watchdog";
+    default:
+      return "answer threw";
+  }
+}
+
+Doorbell::Doorbell(void* memory, uint32_t slots, double timeout_ms, Answer answer, Progress progress)
     : header_(static_cast<DoorbellHeader*>(memory)),
       slots_(SlotsAt(memory)),
       slot_count_(slots),
       timeout_ms_(timeout_ms),
-      answer_(std::move(answer)) {
+      answer_(std::move(answer)),
+      progress_(std::move(progress)) {
   Require(memory != nullptr && reinterpret_cast<uintptr_t>(memory) % alignof(DoorbellSlot) == 0,
           "doorbell: the memory must be aligned to 128 bytes");
   Require(slots > 0, "doorbell: at least one slot is needed");
@@ -79,15 +93,23 @@ Doorbell::~Doorbell() {
   watcher_.join();
 }
 
-uint64_t Doorbell::Publish(uint32_t rows, uint32_t layers) {
+uint64_t Doorbell::Publish(uint32_t rows, const std::vector<uint32_t>& slots) {
   std::lock_guard lock(mutex_);
   Require(!Aborted(), "doorbell: aborted; Reset() before the next step");
   Require(!open_, "doorbell: the step before is open; Finish() it first");
-  Require(layers > 0 && layers <= slot_count_,
-          "doorbell: " + std::to_string(layers) + " layers for " + std::to_string(slot_count_) + " slots");
+  Require(
+      !slots.empty() && slots.size() <= slot_count_,
+      "doorbell: " + std::to_string(slots.size()) + " layers for " + std::to_string(slot_count_) + " slots");
+  std::vector<bool> listed(slot_count_, false);
+  for (const uint32_t slot : slots) {
+    Require(slot < slot_count_ && !listed[slot],
+            "doorbell: slot " + std::to_string(slot) + " is out of range or listed twice");
+    listed[slot] = true;
+  }
+  order_ = slots;
   answered_.store(0, std::memory_order_relaxed);
   header_->rows.store(rows, std::memory_order_relaxed);
-  header_->layers.store(layers, std::memory_order_relaxed);
+  header_->layers.store(static_cast<uint32_t>(slots.size()), std::memory_order_relaxed);
   header_->epoch.store(++epoch_, std::memory_order_release);
   open_ = true;
   changed_.notify_all();
@@ -104,7 +126,11 @@ StepOutcome Doorbell::Finish() {
           "doorbell: " + std::to_string(layers - answered) +
               " slots were not rung yet; synchronise the stream first");
   open_ = false;
-  return {epoch_, layers, answered, answered == layers ? kNotAborted : reason};
+  // An abort that was asked for after the last answer came too late. One that the watchdog found did not: it
+  // is a ring too many. While the thread is inside, its last answer may be one that it is about to take back.
+  const bool late = reason == kAbortAsked && answered == layers && !stepping_;
+  const bool good = reason == kNotAborted || late;
+  return {epoch_, layers, answered, good ? kNotAborted : reason};
 }
 
 void Doorbell::Abort(uint32_t reason) {
@@ -127,6 +153,16 @@ void Doorbell::Reset() {
   header_->abort.store(kNotAborted, std::memory_order_release);
 }
 
+bool Doorbell::open() const {
+  std::lock_guard lock(mutex_);
+  return open_;
+}
+
+bool Doorbell::answering() const {
+  std::lock_guard lock(mutex_);
+  return stepping_;
+}
+
 void Doorbell::AnswerLoop() {
   uint64_t done = 0;
   std::unique_lock lock(mutex_);
@@ -134,22 +170,25 @@ void Doorbell::AnswerLoop() {
     changed_.wait(lock, [&] { return stop_.load(std::memory_order_relaxed) || (open_ && epoch_ != done); });
     if (stop_.load(std::memory_order_relaxed)) return;
     done = epoch_;
-    const uint32_t layers = header_->layers.load(std::memory_order_relaxed);
     stepping_ = true;
     lock.unlock();
-    AnswerStep(done, layers);
+    AnswerStep(done);
     lock.lock();
     stepping_ = false;
   }
 }
 
-void Doorbell::AnswerStep(uint64_t epoch, uint32_t layers) {
-  for (uint32_t i = 0; i < layers; ++i) {
-    DoorbellSlot& slot = slots_[i];
+void Doorbell::AnswerStep(uint64_t epoch) {
+  const size_t layers = order_.size();
+  for (size_t i = 0; i < layers; ++i) {
+    const uint32_t number = order_[i];
+    DoorbellSlot& slot = slots_[number];
     if (!WaitForRing(slot)) return;
     uint32_t output = 0;
     try {
-      output = answer_(epoch, i, slot.input.load(std::memory_order_relaxed));
+      output = answer_(epoch, number, slot.input.load(std::memory_order_relaxed));
+    } catch (const Stuck&) {
+      Abort(kAbortWatchdog);
     } catch (...) {
       Abort(kAbortAnswerThrew);  // whatever it was, the device must not wait for it
     }
@@ -175,6 +214,12 @@ bool Doorbell::WaitForRing(const DoorbellSlot& slot) const {
   return !Aborted();
 }
 
+bool Doorbell::AnyRung() const {
+  for (uint32_t i = 0; i < slot_count_; ++i)
+    if (slots_[i].request.load(std::memory_order_acquire) == kRung) return true;
+  return false;
+}
+
 void Doorbell::PoisonIdleReplies() {
   for (uint32_t i = 0; i < slot_count_; ++i) {
     uint32_t idle = kIdle;
@@ -186,6 +231,7 @@ void Doorbell::WatchLoop() {
   const auto look_again = Milliseconds(std::clamp(timeout_ms_ / 8, 0.5, 20.0));
   uint64_t seen_epoch = 0;
   uint32_t seen_answered = 0;
+  uint64_t seen_progress = 0;
   auto since = Clock::now();
   std::unique_lock lock(mutex_);
   while (!stop_.load(std::memory_order_relaxed)) {
@@ -198,13 +244,13 @@ void Doorbell::WatchLoop() {
       changed_.wait(lock, [&] { return stop_.load(std::memory_order_relaxed) || open_ || Aborted(); });
       continue;
     }
-    // Slots are answered in order, so only the next can wait; until it is rung, the device takes its time.
-    const uint32_t next = answered_.load(std::memory_order_acquire);
-    const bool waiting = next < header_->layers.load(std::memory_order_relaxed) &&
-                         slots_[next].request.load(std::memory_order_acquire) == kRung;
-    if (!waiting || seen_epoch != epoch_ || seen_answered != next) {
+    // Until it rings, the device takes its time. A ring that nobody expects would wait for good.
+    const uint32_t answered = answered_.load(std::memory_order_acquire);
+    const uint64_t progress = progress_ ? progress_() : 0;
+    if (!AnyRung() || seen_epoch != epoch_ || seen_answered != answered || seen_progress != progress) {
       seen_epoch = epoch_;
-      seen_answered = next;
+      seen_answered = answered;
+      seen_progress = progress;
       since = Clock::now();
     } else if (MillisecondsSince(since) > timeout_ms_) {
       header_->abort.store(kAbortWatchdog, std::memory_order_release);
@@ -216,29 +262,39 @@ void Doorbell::WatchLoop() {
   if (Aborted()) PoisonIdleReplies();
 }
 
+void RingSlot(void* memory, uint32_t number, uint32_t input) {
+  DoorbellSlot& slot = SlotsAt(memory)[number];
+  slot.input.store(input, std::memory_order_relaxed);
+  slot.request.store(kRung, std::memory_order_release);
+}
+
+uint32_t WaitReply(void* memory, uint32_t number, double limit_ms) {
+  DoorbellSlot& slot = SlotsAt(memory)[number];
+  Backoff backoff;
+  const auto start = Clock::now();
+  uint32_t reply = kIdle;
+  while ((reply = slot.reply.load(std::memory_order_acquire)) == kIdle) {
+    if (MillisecondsSince(start) > limit_ms) return kIdle;
+    backoff.Pause();
+  }
+  slot.reply.store(kIdle, std::memory_order_relaxed);
+  return reply;
+}
+
 DevicePlay PlayDevice(void* memory, uint32_t layers, uint32_t seed, double limit_ms) {
-  DoorbellSlot* slots = SlotsAt(memory);
   DevicePlay play{};
   for (uint32_t i = 0; i < layers; ++i) {
-    DoorbellSlot& slot = slots[i];
-    slot.input.store(seed + i, std::memory_order_relaxed);
-    slot.request.store(kRung, std::memory_order_release);
-    Backoff backoff;
-    const auto start = Clock::now();
-    uint32_t reply = kIdle;
-    while ((reply = slot.reply.load(std::memory_order_acquire)) == kIdle) {
-      if (MillisecondsSince(start) > limit_ms) {
-        play.timed_out = 1;
-        return play;
-      }
-      backoff.Pause();
+    RingSlot(memory, i, seed + i);
+    const uint32_t reply = WaitReply(memory, i, limit_ms);
+    if (reply == kIdle) {
+      play.timed_out = 1;
+      return play;
     }
-    slot.reply.store(kIdle, std::memory_order_relaxed);
     if (reply != kAnswered) {
       ++play.poisoned;
     } else {
       ++play.answered;
-      if (slot.output.load(std::memory_order_relaxed) != seed + i + 1) ++play.wrong;
+      if (SlotsAt(memory)[i].output.load(std::memory_order_relaxed) != seed + i + 1) ++play.wrong;
     }
   }
   return play;

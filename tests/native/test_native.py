@@ -41,7 +41,7 @@ OPTIONS = {
 CASES = [
     (program, mode)
     for mode in MODES
-    for program in ("pool", "kernels", "dispatch", "places", "fault")
+    for program in ("pool", "kernels", "dispatch", "places", "fault", "handoff")
     if (program, mode) != ("kernels", "thread")
 ]
 
