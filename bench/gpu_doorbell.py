@@ -24,7 +24,9 @@ import torch
 
 from k2hybrid.errors import EngineError
 from k2hybrid.hardware.cuda_driver import CudaDriver
-from k2hybrid.hardware.doorbell import SIGNALS, DeviceSide, Doorbell, Signal
+from k2hybrid.hardware.device_side import DeviceSide
+from k2hybrid.hardware.doorbell import Doorbell
+from k2hybrid.hardware.streams import SIGNALS, Signal
 
 LAYERS = 60
 REPLAYS = 1000

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 # libgomp's threads would otherwise spin for milliseconds after each torch operation, on the very cores that
 # the pinned pool needs next. Must be set before torch is imported.
@@ -27,9 +27,11 @@ except ImportError as error:  # pragma: no cover - depends on the installation
 ExtensionError: type[Exception] = (
     _native.Error
 )  # what the extension raises; `NativeError` is what callers see
-# The CPU side of `csrc/gpu/doorbell.h`, wrapped by `hardware.doorbell`.
+# The CPU side of `csrc/gpu/doorbell.h`, wrapped by `hardware.doorbell` and `hardware.streams`.
 EchoDoorbell = _native.EchoDoorbell
 play_device = _native.play_device
+ring_slot = _native.ring_slot
+wait_reply = _native.wait_reply
 doorbell_layout = _native.doorbell_layout
 doorbell_bytes = _native.doorbell_bytes
 
@@ -422,7 +424,7 @@ class NativeFiller:
 
 
 class NativeSlot(NamedTuple):
-    """Torch views of a slot's buffers at their fixed addresses."""
+    """Torch views of a slot's buffers at their fixed addresses, each in pages of its own."""
 
     x: torch.Tensor  # bf16 [max_rows, hidden]
     ids: torch.Tensor  # int32 [max_rows, top_k]
@@ -468,16 +470,7 @@ class NativeDispatcher:
     ) -> None:
         with _errors():
             self.handle = _native.Dispatcher(store.handle, machine.handle, max_rows, top_k, slots)
-        self.slots = [self._views(i, hidden, max_rows, top_k) for i in range(slots)]
-
-    def _views(self, slot: int, hidden: int, max_rows: int, top_k: int) -> NativeSlot:
-        x, ids, weights, out = self.handle.buffers(slot)
-        return NativeSlot(
-            _view(self.handle, x, torch.bfloat16, max_rows, hidden),
-            _view(self.handle, ids, torch.int32, max_rows, top_k),
-            _view(self.handle, weights, torch.float32, max_rows, top_k),
-            _view(self.handle, out, torch.float32, max_rows, hidden),
-        )
+        self.slots = [_slot(self.handle, i, hidden, max_rows, top_k) for i in range(slots)]
 
     def acquire(self) -> int:
         """A free slot to fill."""
@@ -497,6 +490,94 @@ class NativeDispatcher:
     def abort(self) -> None:
         """Every outstanding and later ticket completes as poisoned."""
         self.handle.abort()
+
+
+class HandoffReport(NamedTuple):
+    """What `NativeHandoff.end` tells of a step."""
+
+    epoch: int
+    layers: int
+    answered: int
+    aborted: str  # "" in a good step, else "asked", "watchdog" or "answer threw"
+    error: str  # of an answer that threw
+    next_layer: int  # the first that has no answer; −1: none
+    lost_rows: list[int]  # an expert of theirs could not be read
+    bytes_read: int
+    misses: int
+    busy_ns: int
+    wait_ns: int
+
+
+class NativeHandoff:
+    """The thread that answers a stream; see `csrc/gpu/handoff.h`.
+
+    Args:
+        layers: those that may ring; slot i of the words is `layers[i]`'s.
+        owner: of the words, which lie at `words`, aligned to 128 bytes.
+        timeout_ms: without an answer or a sign of life, for which a step is aborted.
+    """
+
+    def __init__(
+        self,
+        store: NativeStore,
+        machine: Machine,
+        *,
+        hidden: int,
+        max_rows: int,
+        top_k: int,
+        layers: Sequence[int],
+        owner: object,
+        words: int,
+        timeout_ms: float,
+    ) -> None:
+        with _errors():
+            self.handle = _native.Handoff(
+                store.handle, machine.handle, max_rows, top_k, list(layers), owner, words, timeout_ms
+            )
+        self.slot = _slot(self.handle, 0, hidden, max_rows, top_k)
+
+    def begin(self, layers: Sequence[int], rows: int) -> int:
+        """Open a step and return its epoch."""
+        with _errors():
+            return int(self.handle.begin(list(layers), rows))
+
+    def end(self) -> HandoffReport:
+        """Close the step; the stream must be idle."""
+        with _errors():
+            return HandoffReport(**self.handle.end())
+
+    def abort(self) -> None:
+        """Complete every wait as poisoned. From any thread; nothing happens once it is closed."""
+        self.handle.abort()
+
+    @property
+    def aborted(self) -> bool:
+        """Whether `reset` comes before the next step."""
+        with _errors():
+            return bool(self.handle.aborted())
+
+    def reset(self) -> None:
+        """Back to a clean state; the stream must be idle. `NativeError` while a worker is stuck."""
+        with _errors():
+            self.handle.reset()
+
+    def close(self) -> None:
+        """End the threads, an open step as aborted; the slot's memory stays. Repeatedly."""
+        self.handle.close()
+
+    def stall_at(self, layer: int) -> None:
+        """For tests: the answering thread stands still at `layer`; −1: it goes on."""
+        self.handle.stall_at(layer)
+
+
+def _slot(handle: Any, slot: int, hidden: int, max_rows: int, top_k: int) -> NativeSlot:
+    x, ids, weights, out = handle.buffers(slot)
+    return NativeSlot(
+        _view(handle, x, torch.bfloat16, max_rows, hidden),
+        _view(handle, ids, torch.int32, max_rows, top_k),
+        _view(handle, weights, torch.float32, max_rows, top_k),
+        _view(handle, out, torch.float32, max_rows, hidden),
+    )
 
 
 def _view(owner: object, address: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:

@@ -5,7 +5,8 @@ Three families:
 * chat: `Message`, `ChatRequest`, and the events a token stream turns into;
 * generation: `SamplingParams`, `Job`, `TokenEvent`/`DoneEvent`, and the two protocols through which the
   engine meets chat without knowing it (`LogitsMask`, `StopRule`);
-* weights: `TensorRef`, `WeightSource`, `ExpertSink`, and the hand-off (`RoutedExperts`, `Ticket`).
+* weights: `TensorRef`, `WeightSource`, `ExpertSink`, and the hand-off (`RoutedExperts`,
+  `SteppedExperts`, `Ticket`).
 """
 
 from __future__ import annotations
@@ -341,3 +342,23 @@ class RoutedExperts(Protocol):
 
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
         """x bf16 [rows, hidden], ids int32 [rows, top_k] (−1: padding), weights fp32 [rows, top_k]."""
+
+
+class SteppedExperts(RoutedExperts, Protocol):
+    """Routed experts that a stream asks: what was lost, and what it cost, is known when a step ends.
+
+    Tickets only record; their `failed_rows` and `stats` are empty.
+    """
+
+    def begin(self, layers: Sequence[int], rows: int) -> None:
+        """Open a step that will submit these layers, in this order, with so many valid rows."""
+
+    def end(self) -> set[int]:
+        """Wait for the stream and close the step; rows that were lost. `EngineError` if it was aborted."""
+
+    def abort(self) -> None:
+        """Let the open step complete without a result, after an error in the midst of it. From any thread."""
+
+    @property
+    def stats(self) -> TicketStats:
+        """Of the step that ended last."""

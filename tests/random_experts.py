@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from k2hybrid.checkpoint import int4
+from k2hybrid.experts.store import ExpertStore
 from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef
 
 SIZES = [(160, 96), (128, 128), (32, 64), (224, 32), (416, 160)]  # tails of 32, 64 and 96 in either half
@@ -64,6 +66,17 @@ class RandomExperts:
                 hidden = torch.nn.functional.silu(gate) * up
                 out[t] += weights[t, k].double() * (self.weights[expert, 2] @ hidden)
         return out
+
+
+class RandomLayers(RandomExperts):
+    """A store with the same random experts in several layers, in another order in each."""
+
+    def __init__(self, hidden: int, inter: int, layers: Sequence[int]) -> None:
+        super().__init__(hidden, inter)
+        self.store = ExpertStore(layers=max(layers) + 1, experts=EXPERTS, hidden=hidden, inter=inter)
+        for layer in layers:
+            for expert in range(EXPERTS):
+                self.store.add_expert(layer, expert, self.refs[(expert + layer) % EXPERTS])
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

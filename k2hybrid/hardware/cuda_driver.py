@@ -30,6 +30,8 @@ ATTRIBUTES = {
     "can_use_stream_wait_value_nor": 123,
 }
 
+HOST_REGISTER_PORTABLE = 1  # CU_MEMHOSTREGISTER_PORTABLE: pinned for every context
+
 WAIT_GEQ = 0  # CU_STREAM_WAIT_VALUE_GEQ: (int32)(*address - value) >= 0
 WAIT_VALUE_32 = 1  # CU_STREAM_MEM_OP_WAIT_VALUE_32
 WRITE_VALUE_32 = 2  # CU_STREAM_MEM_OP_WRITE_VALUE_32
@@ -124,6 +126,22 @@ class CudaDriver:
             ctypes.c_uint(0),
         )
         return address.value
+
+    def register_host(self, address: int, nbytes: int) -> None:
+        """Pin ordinary host memory, so that copies from and to it need not pass through a buffer.
+
+        No page of it may be pinned already.
+        """
+        self._call(
+            "cuMemHostRegister_v2",
+            ctypes.c_void_p(address),
+            ctypes.c_size_t(nbytes),
+            ctypes.c_uint(HOST_REGISTER_PORTABLE),
+        )
+
+    def unregister_host(self, address: int) -> None:
+        """Undo `register_host`; no work that uses the memory may be under way."""
+        self._call("cuMemHostUnregister", ctypes.c_void_p(address))
 
     def batch(self, stream: int, *operations: MemOp) -> None:
         """Memory operations, in order and after all before them: one node of a captured graph."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from k2hybrid.engine.metrics import ByteMeter
-from k2hybrid.types import RoutedExperts, Ticket, TicketStats, WeightSource
+from k2hybrid.types import RoutedExperts, SteppedExperts, Ticket, TicketStats, WeightSource
 
 
 class MeteredWeights:
@@ -36,6 +38,38 @@ class MeteredExperts:
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
         """See `RoutedExperts.submit`."""
         return _MeteredTicket(self._experts.submit(layer, x, ids, weights), self._meter)
+
+
+class MeteredSteps:
+    """`SteppedExperts` whose steps, also failed ones, add the bytes they read to `meter.expert_bytes`."""
+
+    def __init__(self, experts: SteppedExperts, meter: ByteMeter) -> None:
+        self._experts = experts
+        self._meter = meter
+
+    def begin(self, layers: Sequence[int], rows: int) -> None:
+        """See `SteppedExperts.begin`."""
+        self._experts.begin(layers, rows)
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
+        """See `RoutedExperts.submit`."""
+        return self._experts.submit(layer, x, ids, weights)
+
+    def end(self) -> set[int]:
+        """See `SteppedExperts.end`."""
+        try:
+            return self._experts.end()
+        finally:
+            self._meter.expert_bytes += self._experts.stats.bytes_read
+
+    def abort(self) -> None:
+        """See `SteppedExperts.abort`."""
+        self._experts.abort()
+
+    @property
+    def stats(self) -> TicketStats:
+        """See `SteppedExperts.stats`."""
+        return self._experts.stats
 
 
 class _MeteredTicket:

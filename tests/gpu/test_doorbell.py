@@ -11,8 +11,10 @@ import torch
 from bench.gpu_doorbell import capture_step, pinned_doorbell, synchronize_within
 from k2hybrid.errors import EngineError, NativeError
 from k2hybrid.hardware.cuda_driver import CudaDriver
-from k2hybrid.hardware.doorbell import SIGNALS, DeviceSide, Doorbell, Signal
+from k2hybrid.hardware.device_side import DeviceSide
+from k2hybrid.hardware.doorbell import Doorbell
 from k2hybrid.hardware.nvrtc import compile_cubin
+from k2hybrid.hardware.streams import SIGNALS, Signal
 
 pytestmark = pytest.mark.gpu
 LAYERS = 60

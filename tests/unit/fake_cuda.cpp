@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
+#include <map>
 
 struct WaitOrWrite {
   uint32_t operation;
@@ -21,7 +22,21 @@ union BatchParams {
 };
 static_assert(sizeof(BatchParams) == 48, "as CUstreamBatchMemOpParams");
 
+static std::map<uintptr_t, uintptr_t> registered;  // pages [begin, end)
+
 extern "C" {
+int cuMemHostRegister_v2(void* host, size_t bytes, unsigned flags) {
+  if (flags != 1 || bytes == 0) return 1;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(host) / 4096;
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(host) + bytes + 4095) / 4096;
+  for (const auto& [from, to] : registered)
+    if (begin < to && from < end) return 712;
+  return registered[begin] = end, 0;
+}
+int cuMemHostUnregister(void* host) {
+  return registered.erase(reinterpret_cast<uintptr_t>(host) / 4096) == 1 ? 0 : 713;
+}
+int registered_ranges() { return static_cast<int>(registered.size()); }
 int cuInit(unsigned flags) { return flags == 0 ? 0 : 1; }
 int cuGetErrorString(int code, const char** text) {
   *text = code == 801 ? "operation not supported" : "invalid argument";

@@ -6,24 +6,37 @@ import ctypes
 import shutil
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from k2hybrid.errors import NativeError
+from k2hybrid.experts.dispatch import Dispatcher
+from k2hybrid.experts.handoff import Handoff
+from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.cuda_driver import CudaDriver, pci_link, wait_op, write_op
-from k2hybrid.hardware.doorbell import Doorbell
+from k2hybrid.hardware.doorbell import Doorbell, DoorbellWords
 from k2hybrid.hardware.nvrtc import library_candidates, open_library
+from k2hybrid.hardware.streams import CudaStream
+from k2hybrid.native import Machine
+from tests.random_experts import EXPERTS, LAYER, TOP_K, RandomExperts
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
 @pytest.fixture(scope="module")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> CudaDriver:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if COMPILER is None:
         pytest.skip("needs a C++ compiler for the stand-in driver")
     library = tmp_path_factory.mktemp("fake") / "libcuda.so.1"
     source = Path(__file__).with_name("fake_cuda.cpp")
     subprocess.run([COMPILER, "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", library], check=True)
+    return library
+
+
+@pytest.fixture(scope="module")
+def driver(library: Path) -> CudaDriver:
     return CudaDriver(str(library))
 
 
@@ -57,7 +70,7 @@ def test_batched_operations_reach_the_driver_in_order_and_layout(driver: CudaDri
 
 
 def test_the_doorbell_answers_stream_memory_operations(driver: CudaDriver) -> None:
-    """What `DeviceSide` records, run at once: ring in one batch, wait and clear in another."""
+    """Ring in one batch, wait and clear in another, run at once."""
     doorbell = Doorbell(16)
     value = doorbell.layout
     for _ in range(20):
@@ -68,6 +81,62 @@ def test_the_doorbell_answers_stream_memory_operations(driver: CudaDriver) -> No
             driver.batch(0, wait_op(word["reply"], value["answered"]), write_op(word["reply"], value["idle"]))
             assert ctypes.c_uint32.from_address(word["output"]).value == 41 + slot
         doorbell.finish().require_answered()
+
+
+def test_memory_is_pinned_in_pages_of_its_own(driver: CudaDriver, library: Path) -> None:
+    pages = torch.zeros(3 * 4096, dtype=torch.uint8)
+    at = -(-pages.data_ptr() // 4096) * 4096
+    driver.register_host(at, 100)
+    driver.register_host(at + 4096, 4096)
+    with pytest.raises(NativeError, match="failed with 712"):
+        driver.register_host(at + 200, 100)
+    for address in (at, at + 4096):
+        driver.unregister_host(address)
+    with pytest.raises(NativeError, match="failed with 713"):
+        driver.unregister_host(at)
+
+
+class InlineStream(CudaStream):
+    """A `CudaStream` of stream memory operations over the stand-in, whose device is the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__("stream_mem_ops")
+        self.device = torch.device("cpu")
+
+    def words(self, slots: int) -> DoorbellWords:
+        return DoorbellWords(slots)
+
+    @property
+    def capturing(self) -> bool:
+        return False
+
+    def synchronize(self) -> None:
+        pass
+
+
+def test_a_hand_off_over_the_drivers_operations(library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `CudaStream` records, run at once by the stand-in: the same bits as the dispatcher's."""
+    monkeypatch.setattr("k2hybrid.hardware.streams.CudaDriver", lambda: CudaDriver(str(library)))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    ranges = ctypes.CDLL(str(library)).registered_ranges
+    before = ranges()
+    made = RandomExperts(160, 96)
+    store = ExpertStore(layers=2, experts=EXPERTS, hidden=160, inter=96)
+    made.give(store)
+    stream = InlineStream()
+    handoff = Handoff(store, Machine(2), stream, layers=[LAYER], max_rows=5, top_k=TOP_K, timeout_ms=60_000)
+    assert ranges() == before + 4
+    dispatcher = Dispatcher(store, Machine(1), max_rows=5, top_k=TOP_K)
+    for count in (1, 5, 2):
+        rows = made.rows(count)
+        handoff.begin([LAYER], count)
+        got = handoff.submit(LAYER, *rows).collect()
+        assert handoff.end() == set()
+        assert torch.equal(got, dispatcher.submit(LAYER, *rows).collect())
+    assert stream.given_up == 0
+    handoff.close()
+    assert ranges() == before
 
 
 def test_pci_link(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ def test_misaligned_memory_is_refused() -> None:
 
 def test_tearing_down_in_the_middle_of_a_step_frees_the_device() -> None:
     doorbell = Doorbell(3, timeout_ms=60_000)
-    storage = doorbell._storage  # outlives the doorbell, as the device still writes there
+    storage = doorbell.storage  # outlives the doorbell, as the device still writes there
     doorbell.stall_at(1)
     doorbell.publish(rows=1, layers=3)
     address, played = doorbell.address, {}
