@@ -117,12 +117,12 @@ class Handoff:
         slot = self.native.slot
         fits = x.shape == (rows, self.hidden) and ids.shape == (rows, self.top_k)
         alike = all(
-            given.dtype == buffer.dtype and given.device == self._stream.device and given.is_contiguous()
+            given.dtype == buffer.dtype and given.device == self._stream.device
             for given, buffer in zip((x, ids, weights), slot, strict=False)
         )
         if rows > self.max_rows or not fits or weights.shape != ids.shape or not alike:
             raise NativeError(
-                f"submit takes up to {self.max_rows} contiguous rows of {self.hidden} bfloat16 and "
+                f"submit takes up to {self.max_rows} rows of {self.hidden} bfloat16 and "
                 f"{self.top_k} int32 and float32 on {self._stream.device}; x {_told(x)}, ids {_told(ids)}, "
                 f"weights {_told(weights)}"
             )
@@ -134,7 +134,7 @@ class Handoff:
         if self._in_flight:
             raise NativeError("a hand-off of this stream is in flight; collect its ticket first")
         for buffer, given in zip(slot, (x, ids, weights), strict=False):
-            self._stream.copy(buffer[:rows], given)
+            self._stream.copy(buffer[:rows], given.contiguous())
         self._stream.ring(self._words, self._places[layer])
         self._in_flight = True
         return StreamTicket(self, layer, rows)
