@@ -40,6 +40,16 @@ void BindMachine(py::module_& m) {
           },
           py::call_guard<py::gil_scoped_release>())
       .def(
+          "linear8",
+          [](k2::Machine& self, uintptr_t x, int tokens, ptrdiff_t x_token, bool e4m3, uintptr_t w,
+             uintptr_t scale, int rows, int columns, ptrdiff_t w_row, uintptr_t y) {
+            const auto kind = e4m3 ? k2::WeightKind::kE4m3 : k2::WeightKind::kInt8;
+            self.Linear({Pointer<k2::bf16>(x), tokens, x_token},
+                        {Pointer<void>(w), rows, columns, w_row, 1, 0, kind, Pointer<float>(scale)},
+                        Pointer<float>(y));
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
           "linear_transposed",
           [](k2::Machine& self, uintptr_t x, int tokens, ptrdiff_t x_token, ptrdiff_t x_head, uintptr_t w,
              int heads, int rows, int columns, ptrdiff_t w_head, ptrdiff_t w_row, uintptr_t y) {

@@ -16,6 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from k2hybrid.errors import NativeError
+from k2hybrid.types import LinearWeight, Weight8
 
 try:
     from k2hybrid import _native
@@ -100,9 +101,15 @@ class Machine:
         torch.ones(1 << 20).add_(1)
         self.handle.pin_caller()
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """fp32 [T, N] = x bf16 [T, K] · weight bf16 [N, K]ᵀ. A row's bits never depend on the other rows."""
+    def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+        """fp32 [T, N] = x bf16 [T, K] · weightᵀ. A row's bits never depend on the other rows.
+
+        Args:
+            weight: bf16 [N, K], or 8 bits, whose e4m3 are not checked for NaN.
+        """
         _require_bf16("x", x, 2)
+        if isinstance(weight, Weight8):
+            return self._linear8(x, weight)
         _require_bf16("weight", weight, 2)
         if x.shape[1] != weight.shape[1]:
             raise NativeError(f"linear: x {list(x.shape)} does not fit weight {list(weight.shape)}")
@@ -113,6 +120,20 @@ class Machine:
             self.handle.linear(
                 x.data_ptr(), tokens, x.stride(0), 0, weight.data_ptr(), 1, rows, columns,
                 0, weight.stride(0), out.data_ptr(),
+            )  # fmt: skip
+        return out
+
+    def _linear8(self, x: torch.Tensor, weight: Weight8) -> torch.Tensor:
+        values, scale = weight.values, weight.scale
+        _require_weight8(weight)
+        if x.shape[1] != values.shape[1]:
+            raise NativeError(f"linear: x {list(x.shape)} does not fit weight {list(values.shape)}")
+        tokens, (rows, columns) = x.shape[0], values.shape
+        out = torch.empty(tokens, rows, dtype=torch.float32)
+        with _errors():
+            self.handle.linear8(
+                x.data_ptr(), tokens, x.stride(0), weight.kind == "fp8", values.data_ptr(), scale.data_ptr(),
+                rows, columns, values.stride(0), out.data_ptr(),
             )  # fmt: skip
         return out
 
@@ -594,6 +615,24 @@ def _require_bf16(name: str, tensor: torch.Tensor, dims: int) -> None:
         raise NativeError(
             f"{name} must have {dims} dimensions, the last contiguous; shape {list(tensor.shape)}, "
             f"strides {list(tensor.stride())}"
+        )
+
+
+def _require_weight8(weight: Weight8) -> None:
+    values, scale = weight.values, weight.scale
+    dtype = {"int8": torch.int8, "fp8": torch.uint8}.get(weight.kind)
+    if values.dtype != dtype or values.device.type != "cpu":
+        raise NativeError(f"weight of {weight.kind!r} has values of {values.dtype} on {values.device}")
+    if values.dim() != 2 or not values.shape[1] or (values.shape[1] > 1 and values.stride(1) != 1):
+        raise NativeError(
+            f"values must have 2 dimensions, the last contiguous and not empty; shape {list(values.shape)}, "
+            f"strides {list(values.stride())}"
+        )
+    fits = scale.dtype == torch.float32 and scale.device == values.device and scale.is_contiguous()
+    if not fits or scale.shape != values.shape[:1]:
+        raise NativeError(
+            f"scale must be contiguous float32 [{values.shape[0]}] beside the values, not {scale.dtype} "
+            f"{list(scale.shape)} on {scale.device}"
         )
 
 

@@ -5,7 +5,7 @@ Three families:
 * chat: `Message`, `ChatRequest`, and the events a token stream turns into;
 * generation: `SamplingParams`, `Job`, `TokenEvent`/`DoneEvent`, and the two protocols through which the
   engine meets chat without knowing it (`LogitsMask`, `StopRule`);
-* weights: `TensorRef`, `WeightSource`, `ExpertSink`, and the hand-off (`RoutedExperts`,
+* weights: `TensorRef`, `Weight8`, `WeightSource`, `ExpertSink`, and the hand-off (`RoutedExperts`,
   `SteppedExperts`, `Ticket`).
 """
 
@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 if TYPE_CHECKING:
     import torch
@@ -296,6 +296,38 @@ class ExpertRef:
     gate: Int4Ref
     up: Int4Ref
     down: Int4Ref
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Weight8:
+    """A matrix of 8-bit values with a scale for each output row: W[n, k] = scale[n] · value[n, k].
+
+    Attributes:
+        values: [N, K], int8, or uint8 with the bits of e4m3 (never NaN).
+        scale: fp32 [N].
+        kind: which of the two.
+    """
+
+    values: torch.Tensor
+    scale: torch.Tensor
+    kind: Literal["int8", "fp8"]
+
+    @property
+    def shape(self) -> torch.Size:
+        """(N, K)."""
+        return self.values.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Of values and scales."""
+        return self.values.nbytes + self.scale.nbytes
+
+    def data_ptr(self) -> int:
+        """Where the values begin."""
+        return self.values.data_ptr()
+
+
+LinearWeight: TypeAlias = "torch.Tensor | Weight8"  # what a linear reads: bf16 [N, K], or 8 bits
 
 
 class ExpertSink(Protocol):

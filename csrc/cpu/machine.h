@@ -17,14 +17,21 @@ struct Activations {
   ptrdiff_t head_stride = 0;
 };
 
-// bf16 weights: element (h, row, column) at data[h * head_stride + row * row_stride + column].
+enum class WeightKind { kBf16, kInt8, kE4m3 };
+
+// Weights: element (h, row, column) is number h * head_stride + row * row_stride + column of `data`. Those of a byte
+// have one head, and count times scale[row].
 struct Weights {
-  const bf16* data;
+  const void* data;
   int rows;
   int columns;
   ptrdiff_t row_stride;
   int heads = 1;
   ptrdiff_t head_stride = 0;
+  WeightKind kind = WeightKind::kBf16;
+  const float* scale = nullptr;
+
+  ptrdiff_t ElementBytes() const { return kind == WeightKind::kBf16 ? 2 : 1; }
 };
 
 class Machine {
@@ -40,7 +47,7 @@ class Machine {
   // Throws if the weights lie in a map that can no longer be read.
   void Linear(const Activations& x, const Weights& w, float* y);
 
-  // y[t, h, c] = sum_r x[t, h, r] * w[h, r, c], fp32, y contiguous.
+  // y[t, h, c] = sum_r x[t, h, r] * w[h, r, c], fp32, y contiguous, of bf16 weights.
   void LinearTransposed(const Activations& x, const Weights& w, float* y);
 
  private:

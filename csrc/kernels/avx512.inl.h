@@ -10,6 +10,30 @@ struct Lanes {
     const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
   }
+  // 32 bf16 of as many int8: of two registers of fp32 the upper halves, the lower ones being zero.
+  static inline __m512i FromInt8(const int8_t* p) {
+    const __m512i low = Number(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    const __m512i high = Number(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 16)));
+    const __m512i odd = _mm512_set_epi16(63, 61, 59, 57, 55, 53, 51, 49, 47, 45, 43, 41, 39, 37, 35, 33, 31,
+                                         29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+    return _mm512_permutex2var_epi16(low, odd, high);
+  }
+  static inline __m512i Number(__m128i bytes) {
+    return _mm512_castps_si512(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)));
+  }
+  // 32 bf16 of as many e4m3, see layout.h: sign and bits shifted to their places under the exponent, or of those
+  // whose own exponent is zero a look into a table, which has entries for the three bits that are left.
+  static inline __m512i FromE4m3(const E4m3* p) {
+    const __m512i word = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i table =
+        _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(kE4m3Small)));
+    const __mmask32 small = _mm512_testn_epi16_mask(word, _mm512_set1_epi16(0x78));
+    // (a & b) | c
+    const __m512i size = _mm512_ternarylogic_epi32(_mm512_slli_epi16(word, 4), _mm512_set1_epi16(0x7F0),
+                                                   _mm512_set1_epi16(0x3800), 0xEA);
+    const __m512i value = _mm512_mask_permutexvar_epi16(size, small, word, table);
+    return _mm512_ternarylogic_epi32(word, _mm512_set1_epi16(static_cast<short>(0x8000)), value, 0xEA);
+  }
   static inline F32 LoadF32(const float* p) { return _mm512_loadu_ps(p); }
   static inline void Store(float* p, F32 v) { _mm512_storeu_ps(p, v); }
   // In integers: the conversion instruction would flush subnormals.

@@ -8,10 +8,10 @@
 #include "kernels/isa.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,bmi2"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,bmi2"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,bmi2")
+#pragma GCC target("avx2,fma,f16c,bmi2")
 #endif
 
 namespace k2 {
@@ -36,6 +36,10 @@ struct Simd {
   struct Weights {
     Nibbles part[4];
   };
+  // The even and the odd ones of 32 numbers.
+  struct Pair {
+    F32 even, odd;
+  };
 
   static inline F32 Zero() { return {_mm256_setzero_ps(), _mm256_setzero_ps()}; }
   static inline F32 Splat(float v) { return {_mm256_set1_ps(v), _mm256_set1_ps(v)}; }
@@ -45,6 +49,32 @@ struct Simd {
     alignas(32) bf16 block[32] = {};
     std::memcpy(block, p, static_cast<size_t>(n) * sizeof(bf16));
     return Load(block);
+  }
+  static inline Pair Load(const int8_t* p) {
+    const __m256i lo = Words(p), hi = Words(p + 16);
+    return {{EvenNumbers(lo), EvenNumbers(hi)}, {OddNumbers(lo), OddNumbers(hi)}};
+  }
+  static inline __m256i Words(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static inline __m256 EvenNumbers(__m256i words) {
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 16), 16));
+  }
+  static inline __m256 OddNumbers(__m256i words) { return _mm256_cvtepi32_ps(_mm256_srai_epi32(words, 16)); }
+  // An e4m3's sign and bits under the exponent of an fp16 are 1/256 of it, whatever its exponent: that of fp16 is
+  // biased by 15.
+  static inline Pair Load(const E4m3* p) {
+    const __m256i lo = Halves(p), hi = Halves(p + 16);
+    return {
+        {_mm256_cvtph_ps(_mm256_castsi256_si128(lo)), _mm256_cvtph_ps(_mm256_castsi256_si128(hi))},
+        {_mm256_cvtph_ps(_mm256_extracti128_si256(lo, 1)), _mm256_cvtph_ps(_mm256_extracti128_si256(hi, 1))}};
+  }
+  // fp16 of 16, the even ones first.
+  static inline __m256i Halves(const E4m3* p) {
+    const __m128i apart = _mm_setr_epi8(0, 2, 4, 6, 8, 10, 12, 14, 1, 3, 5, 7, 9, 11, 13, 15);
+    const __m128i bytes = _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)), apart);
+    return _mm256_and_si256(_mm256_slli_epi16(_mm256_cvtepi8_epi16(bytes), 7),
+                            _mm256_set1_epi16(static_cast<short>(0xBF80)));
   }
   static inline __m256 WidenHalf(const bf16* p) {
     const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -115,6 +145,13 @@ struct Simd {
     sum.hi = _mm256_fmadd_ps(Odd(w.hi), Odd(x.hi), sum.hi);
     return sum;
   }
+  static inline F32 Dot(F32 sum, const Pair& w, const Bf16& x) {
+    sum.lo = _mm256_fmadd_ps(w.even.lo, Even(x.lo), sum.lo);
+    sum.hi = _mm256_fmadd_ps(w.even.hi, Even(x.hi), sum.hi);
+    sum.lo = _mm256_fmadd_ps(w.odd.lo, Odd(x.lo), sum.lo);
+    sum.hi = _mm256_fmadd_ps(w.odd.hi, Odd(x.hi), sum.hi);
+    return sum;
+  }
   static inline F32 Scales(const bf16* p) { return ScalesTail(p, 4); }
   static inline F32 ScalesTail(const bf16* p, int groups) {
     alignas(8) bf16 four[4] = {};
@@ -180,8 +217,9 @@ struct Simd {
 }  // namespace
 }  // namespace avx2
 
-const KernelTable kAvx2Kernels = {"avx2",          avx2::Prepare,   avx2::Int4Rows,     avx2::SwiGlu,
-                                  avx2::AddScaled, avx2::DenseRows, avx2::DenseColumns, nullptr};
+const KernelTable kAvx2Kernels = {
+    "avx2",          avx2::Prepare,  avx2::Int4Rows, avx2::SwiGlu,       avx2::AddScaled,
+    avx2::DenseRows, avx2::Int8Rows, avx2::E4m3Rows, avx2::DenseColumns, nullptr};
 
 }  // namespace k2
 

@@ -37,6 +37,15 @@ struct Simd : Lanes {
   };
 
   static inline Bf16 Load(const bf16* p) { return _mm512_loadu_si512(p); }
+  static inline Pair Load(const int8_t* p) {
+    const __m512i word = _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    const __m512i even = _mm512_srai_epi32(_mm512_slli_epi32(word, 16), 16);
+    return {_mm512_cvtepi32_ps(even), _mm512_cvtepi32_ps(_mm512_srai_epi32(word, 16))};
+  }
+  static inline Pair Load(const E4m3* p) {
+    const __m512i word = FromE4m3(p);
+    return {Even(word), Odd(word)};
+  }
   static inline Bf16 LoadTail(const bf16* p, int n) {
     return _mm512_maskz_loadu_epi16(_bzhi_u32(0xffffffffu, static_cast<unsigned>(n)), p);
   }
@@ -101,8 +110,8 @@ struct Simd : Lanes {
 }  // namespace avx512
 
 const KernelTable kAvx512Kernels = {
-    "avx512",          avx512::Prepare,   avx512::Int4Rows,     avx512::SwiGlu,
-    avx512::AddScaled, avx512::DenseRows, avx512::DenseColumns, nullptr};
+    "avx512",          avx512::Prepare,  avx512::Int4Rows, avx512::SwiGlu,       avx512::AddScaled,
+    avx512::DenseRows, avx512::Int8Rows, avx512::E4m3Rows, avx512::DenseColumns, nullptr};
 
 }  // namespace k2
 

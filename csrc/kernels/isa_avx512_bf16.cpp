@@ -33,6 +33,8 @@ struct Simd : Lanes {
   };
 
   static inline Bf16 Load(const bf16* p) { return (Bf16)_mm512_loadu_si512(p); }
+  static inline Bf16 Load(const int8_t* p) { return (Bf16)FromInt8(p); }
+  static inline Bf16 Load(const E4m3* p) { return (Bf16)FromE4m3(p); }
   static inline Bf16 LoadTail(const bf16* p, int n) {
     return (Bf16)_mm512_maskz_loadu_epi16(_bzhi_u32(0xffffffffu, static_cast<unsigned>(n)), p);
   }
@@ -89,9 +91,16 @@ struct Simd : Lanes {
 }  // namespace
 }  // namespace avx512_bf16
 
-const KernelTable kAvx512Bf16Kernels = {
-    "avx512_bf16",          avx512_bf16::Prepare,   avx512_bf16::Int4Rows,     avx512_bf16::SwiGlu,
-    avx512_bf16::AddScaled, avx512_bf16::DenseRows, avx512_bf16::DenseColumns, nullptr};
+const KernelTable kAvx512Bf16Kernels = {"avx512_bf16",
+                                        avx512_bf16::Prepare,
+                                        avx512_bf16::Int4Rows,
+                                        avx512_bf16::SwiGlu,
+                                        avx512_bf16::AddScaled,
+                                        avx512_bf16::DenseRows,
+                                        avx512_bf16::Int8Rows,
+                                        avx512_bf16::E4m3Rows,
+                                        avx512_bf16::DenseColumns,
+                                        nullptr};
 
 }  // namespace k2
 

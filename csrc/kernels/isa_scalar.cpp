@@ -38,6 +38,16 @@ struct Simd {
     std::memcpy(out.lane, p, static_cast<size_t>(n) * sizeof(bf16));
     return out;
   }
+  static Bf16 Load(const int8_t* p) {
+    Bf16 out;
+    for (int i = 0; i < 2 * kLanes; ++i) out.lane[i] = ToBf16(static_cast<float>(p[i]));
+    return out;
+  }
+  static Bf16 Load(const E4m3* p) {
+    Bf16 out;
+    for (int i = 0; i < 2 * kLanes; ++i) out.lane[i] = FromE4m3(p[i]);
+    return out;
+  }
   static F32 Widen(const bf16* p) {
     F32 out;
     for (int j = 0; j < kLanes; ++j) out.lane[j] = ToFloat(p[j]);
@@ -140,7 +150,7 @@ struct Simd {
 }  // namespace scalar
 
 const KernelTable kScalarKernels = {
-    "scalar",          scalar::Prepare,   scalar::Int4Rows,     scalar::SwiGlu,
-    scalar::AddScaled, scalar::DenseRows, scalar::DenseColumns, nullptr};
+    "scalar",          scalar::Prepare,  scalar::Int4Rows, scalar::SwiGlu,       scalar::AddScaled,
+    scalar::DenseRows, scalar::Int8Rows, scalar::E4m3Rows, scalar::DenseColumns, nullptr};
 
 }  // namespace k2

@@ -44,6 +44,7 @@ static inline void Int4Block(const typename Simd::Weights (&w)[R], const typenam
 struct Int4Panel {
   static constexpr int kTokens = 4;
   static constexpr int kRows = Simd::kInt4Rows;
+  static constexpr int kOneRows = 1;
   static constexpr int kStepBytes = kBlock * 2;
   static constexpr int kPartBytes = 28 << 10;
 

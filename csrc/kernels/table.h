@@ -37,6 +37,12 @@ struct KernelTable {
   void (*dense_rows)(const bf16* w, ptrdiff_t ldw, int in, int rows, const bf16* const* x, int tokens,
                      float* y, ptrdiff_t ldy);
 
+  // The same, times each row's scale, for weights of a byte.
+  void (*int8_rows)(const int8_t* w, const float* scale, ptrdiff_t ldw, int in, int rows,
+                    const bf16* const* x, int tokens, float* y, ptrdiff_t ldy);
+  void (*e4m3_rows)(const E4m3* w, const float* scale, ptrdiff_t ldw, int in, int rows, const bf16* const* x,
+                    int tokens, float* y, ptrdiff_t ldy);
+
   // y[n] = sum_k x[k] * w[k * ldw + n]: the transposed product of absorbed attention.
   void (*dense_columns)(const bf16* w, ptrdiff_t ldw, int in, int columns, const bf16* x, float* y);
 

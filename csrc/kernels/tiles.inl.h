@@ -4,9 +4,9 @@
 // Tokens go in tiles of at most `Panel::kTokens`, dealt evenly (5 of at most 4 are 3 + 2). Columns go in parts, so
 // that a tile's activations stay in the first-level cache while all rows of the panel pass by; between two parts the
 // lanes of each sum wait in memory, where they keep their bits. One token takes all columns at once, row after row:
-// one stream is what the hardware prefetcher likes best.
+// one stream is what the hardware prefetcher likes best (kOneRows 1), unless one chain of sums is too slow for it.
 //
-// A Panel has kTokens, kRows (rows of a tile of several tokens), kStepBytes (of an activation row, a step),
+// A Panel has kTokens, kRows and kOneRows (rows of a tile of several tokens, and of one), kStepBytes (of an activation row, a step),
 // kPartBytes (activations of a tile and part, which share the cache with the weights that pass by), steps(),
 // and Tile<R, T, kOnce>(row, begin, end, x, sum): adds the steps begin..end of R rows and T tokens to
 // sum[r * T + t]; kOnce: the weights are not read again by another tile of the same tokens.
@@ -35,11 +35,11 @@ static inline void WalkRows(const Panel& panel, int row, int begin, int end, con
 
 template <int T, bool kOnce, class Panel>
 static void WalkTokens(const Panel& panel, int rows, const bf16* const* x, float* y, ptrdiff_t ldy) {
-  constexpr int R = T == 1 ? 1 : Panel::kRows;
+  constexpr int R = T == 1 ? Panel::kOneRows : Panel::kRows;
   const int steps = panel.steps();
   const int parts = T == 1 ? 1 : (T * steps * Panel::kStepBytes + Panel::kPartBytes - 1) / Panel::kPartBytes;
   const int part = (steps + parts - 1) / parts;
-  typename Simd::F32 waiting[T == 1 ? 1 : kPanelRows * T];
+  typename Simd::F32 waiting[T == 1 ? R : kPanelRows * T];
   for (int top = 0; top < rows; top += kPanelRows) {
     const int bottom = rows - top < kPanelRows ? rows : top + kPanelRows;
     for (int begin = 0; begin < steps; begin += part) {

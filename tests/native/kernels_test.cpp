@@ -327,6 +327,83 @@ void TestDense(const Shape& shape, unsigned seed) {
     }
 }
 
+double FromE4m3(uint8_t bits) {
+  const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+  const double size = exponent == 0 ? std::ldexp(mantissa, -9) : std::ldexp(8 + mantissa, exponent - 10);
+  return (bits & 0x80) == 0 ? size : -size;
+}
+
+// Weights of a byte, all of its values among them but the two NaN of e4m3.
+void TestDense8(const Shape& shape, bool e4m3, unsigned seed) {
+  const auto [in, rows, tokens, guards] = shape;
+  Random random(seed);
+  const int ldw = in + static_cast<int>(seed % 3) * static_cast<int>(seed % 4);
+  std::vector<uint8_t> weights = random.Bytes(static_cast<size_t>(rows - 1) * ldw + in);
+  if (e4m3)
+    for (uint8_t& bits : weights)
+      if ((bits & 0x7F) == 0x7F) bits = 0x80;
+  std::vector<float> scales;
+  for (int r = 0; r < rows; ++r) scales.push_back(0.003f + 0.0007f * static_cast<float>(random.Below(100)));
+  std::vector<std::vector<bf16>> plain;
+  for (int t = 0; t < tokens; ++t) plain.push_back(random.Values(in));
+
+  std::vector<double> want(static_cast<size_t>(tokens) * rows), magnitude(want.size()), weight(in);
+  for (int r = 0; r < rows; ++r) {
+    for (int i = 0; i < in; ++i) {
+      const uint8_t bits = weights[static_cast<size_t>(r) * ldw + i];
+      weight[i] = scales[r] * (e4m3 ? FromE4m3(bits) : static_cast<double>(static_cast<int8_t>(bits)));
+    }
+    for (int t = 0; t < tokens; ++t)
+      for (int i = 0; i < in; ++i) {
+        const double term = weight[i] * k2::ToFloat(plain[t][i]);
+        want[static_cast<size_t>(t) * rows + r] += term;
+        magnitude[static_cast<size_t>(t) * rows + r] += std::abs(term);
+      }
+  }
+  // As of bf16, then the scale.
+  const double steps = 2 * ((in + 31) / 32) + 4 + 1;
+
+  ExactSets exact;
+  for (const KernelTable* table : k2::AvailableKernels())
+    for (Home home : kHomes) {
+      if (home != Home::kHeap && !guards) continue;
+      std::snprintf(case_name, sizeof(case_name), "%s %s_rows in=%d ldw=%d rows=%d tokens=%d home=%d",
+                    table->name, e4m3 ? "e4m3" : "int8", in, ldw, rows, tokens, static_cast<int>(home));
+      Random draws(seed);
+      const Operand<uint8_t> w(home, weights, seed % 64);
+      const Operand<float> scale(home, scales, 4 * (seed % 5));
+      std::vector<Operand<bf16>> x;
+      for (int t = 0; t < tokens; ++t) x.emplace_back(home, plain[t], 2 * (seed % 9));
+      const Compute compute = [&](int from, int count, const bf16* const* at, int n, float* y, int ldy) {
+        const void* const row = w.get() + static_cast<ptrdiff_t>(from) * ldw;
+        const float* const s = scale.get() + from;
+        if (e4m3)
+          table->e4m3_rows(static_cast<const k2::E4m3*>(row), s, ldw, in, count, at, n, y, ldy);
+        else
+          table->int8_rows(static_cast<const int8_t*>(row), s, ldw, in, count, at, n, y, ldy);
+      };
+      CheckRows(*table, home, shape, compute, x, want, magnitude, steps, draws, exact);
+    }
+}
+
+// One column whose activation is 1: the weights themselves.
+void TestEveryByte() {
+  std::vector<uint8_t> bytes(256);
+  for (int i = 0; i < 256; ++i) bytes[i] = static_cast<uint8_t>(i);
+  const std::vector<float> ones(256, 1.0f);
+  const bf16 one = k2::ToBf16(1.0f);
+  const bf16* x = &one;
+  float y[256];
+  for (const KernelTable* table : k2::AvailableKernels()) {
+    std::snprintf(case_name, sizeof(case_name), "%s every byte", table->name);
+    table->int8_rows(reinterpret_cast<const int8_t*>(bytes.data()), ones.data(), 1, 1, 256, &x, 1, y, 256);
+    for (int i = 0; i < 256; ++i) Check(y[i] == static_cast<float>(i < 128 ? i : i - 256), "int8 is exact");
+    table->e4m3_rows(reinterpret_cast<const k2::E4m3*>(bytes.data()), ones.data(), 1, 1, 256, &x, 1, y, 256);
+    for (int i = 0; i < 256; ++i)
+      if ((i & 0x7F) != 0x7F) Check(y[i] == FromE4m3(static_cast<uint8_t>(i)), "e4m3 is exact");
+  }
+}
+
 void TestDenseColumns(int in, int columns, unsigned seed) {
   Random random(seed);
   const int ldw = columns + static_cast<int>(seed % 3);
@@ -479,6 +556,11 @@ int main() {
   });
   Step("dense rows", [&] {
     for (const Shape& shape : Shapes({1, 2, 31, 32, 33, 96, 100, 260, 416}, 7168)) TestDense(shape, seed++);
+  });
+  Step("dense rows of bytes", [&] {
+    TestEveryByte();
+    for (bool e4m3 : {false, true})
+      for (const Shape& shape : Shapes({1, 31, 32, 33, 100, 260}, 7168)) TestDense8(shape, e4m3, seed++);
   });
   Step("dense columns", [&] {
     for (int in : {1, 2, 32, 129})
