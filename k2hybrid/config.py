@@ -12,6 +12,7 @@ from k2hybrid.errors import ConfigError
 
 ExpertPlace = Literal["auto", "mapped", "resident", "streamed"]
 LatentRows = Literal["bf16", "fp8"]
+DenseWeights = Literal["bf16", "fp8", "int8"]
 
 MINI_MODEL = Path(__file__).parent / "mini"
 
@@ -22,6 +23,7 @@ class RuntimeConfig:
 
     model: Path = MINI_MODEL
     device: str = "cpu"
+    dense_weights: DenseWeights = "bf16"  # as published; or 8 bits, made at load: `checkpoint.dense8`
     threads: int | None = None  # None: physical cores this process may use
     isa: str | None = None  # may only lower what the CPU offers
     experts: str = (
@@ -50,6 +52,9 @@ class RuntimeConfig:
     def __post_init__(self) -> None:
         if self.device != "cpu":
             raise ConfigError(f"device {self.device!r} is not supported in this version; use --device cpu")
+        if self.dense_weights not in get_args(DenseWeights):
+            kinds = ", ".join(get_args(DenseWeights))
+            raise ConfigError(f"dense_weights must be one of {kinds}, not {self.dense_weights!r}")
         if self.experts not in ("native", "portable"):
             raise ConfigError(f"experts must be native or portable, not {self.experts!r}")
         if self.expert_place not in get_args(ExpertPlace):

@@ -298,6 +298,9 @@ class ExpertRef:
     down: Int4Ref
 
 
+Weight8Kind = Literal["int8", "fp8"]
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Weight8:
     """A matrix of 8-bit values with a scale for each output row: W[n, k] = scale[n] · value[n, k].
@@ -310,7 +313,7 @@ class Weight8:
 
     values: torch.Tensor
     scale: torch.Tensor
-    kind: Literal["int8", "fp8"]
+    kind: Weight8Kind
 
     @property
     def shape(self) -> torch.Size:
@@ -340,8 +343,11 @@ class ExpertSink(Protocol):
 class WeightSource(Protocol):
     """Hands out the non-expert weights, each exactly once."""
 
-    def take(self, layer: int | None, role: str) -> torch.Tensor:
-        """The tensor in place (or on the device), e.g. `take(3, "q_a_proj")`, `take(None, "lm_head")`."""
+    def take(self, layer: int | None, role: str) -> LinearWeight:
+        """The tensor in place (or on the device), e.g. `take(3, "q_a_proj")`, `take(None, "lm_head")`.
+
+        8 bits at most for what nothing but `LinearKernels.linear` reads.
+        """
 
 
 @dataclass(frozen=True, slots=True)

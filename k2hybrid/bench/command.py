@@ -20,7 +20,7 @@ from k2hybrid.cache.pages import PAGE_TOKENS, LatentPages
 from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.hub import find_model, model_name
 from k2hybrid.checkpoint.spec import read_spec
-from k2hybrid.config import MINI_MODEL, RuntimeConfig
+from k2hybrid.config import MINI_MODEL, DenseWeights, RuntimeConfig
 from k2hybrid.engine.cost import LARGE_ROWS
 from k2hybrid.errors import K2Error
 from k2hybrid.experts.placement import Placement
@@ -44,6 +44,7 @@ class Bench:
         context_tokens: int,
         *,
         placement: Placement | None = None,
+        dense_weights: DenseWeights = "bf16",
     ) -> None:
         start = time.perf_counter()
         spec = read_spec(model)
@@ -60,6 +61,7 @@ class Bench:
             made,
             self.pages,
             latent_norm_eps=config.latent_norm_eps,
+            dense_weights=dense_weights,
             metered=self._recorded,
         )
         self.table = torch.tensor(self.pages.allocate(self.pages.free_pages))
@@ -98,13 +100,18 @@ class Bench:
 
 
 def run(
-    model: Path, machine: Machine, bandwidth: Bandwidth, prompt: int, decode: int
+    model: Path,
+    machine: Machine,
+    bandwidth: Bandwidth,
+    prompt: int,
+    decode: int,
+    dense_weights: DenseWeights = "bf16",
 ) -> tuple[dict[str, float], list[Row]]:
     """Prefill `prompt` tokens (after one pass to warm up), then decode `decode` tokens one by one.
 
     Returns load time and memory, and the rows.
     """
-    bench = Bench(model, machine, prompt + decode)
+    bench = Bench(model, machine, prompt + decode, dense_weights=dense_weights)
     loaded = MemoryUse.now()
     rows: list[Row] = []
     chunks = [(at, min(MAX_ROWS, prompt - at)) for at in range(0, prompt, MAX_ROWS)]
@@ -166,6 +173,9 @@ def parser() -> argparse.ArgumentParser:
     named.add_argument("--model", type=Path, metavar="MODEL", help="the same as an option")
     made.add_argument("--prompt", type=int, default=512, help="tokens to prefill (default 512)")
     made.add_argument("--decode", type=int, default=32, help="tokens to decode (default 32)")
+    made.add_argument(
+        "--dense-weights", choices=("bf16", "fp8", "int8"), default="bf16", help="as of serve (default bf16)"
+    )
     made.add_argument("--threads", type=int, help="default: one per physical core")
     made.add_argument("--isa", help="use a lower instruction set than the CPU offers")
     made.add_argument("--json", type=Path, metavar="FILE", help='write {"conditions": …, "rows": […]}')
@@ -183,8 +193,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         machine = Machine(options.threads, options.isa)
         machine.pin_caller()
         bandwidth = measure(machine)
-        found = conditions(machine, bandwidth, model=model_name(model), prompt=options.prompt)
-        measured, rows = run(model, machine, bandwidth, options.prompt, options.decode)
+        kind = options.dense_weights
+        found = conditions(
+            machine, bandwidth, model=model_name(model), prompt=options.prompt, dense_weights=kind
+        )
+        measured, rows = run(model, machine, bandwidth, options.prompt, options.decode, kind)
     except K2Error as error:
         print(f"k2hybrid bench: {error}")
         return 1

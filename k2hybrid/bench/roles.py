@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from k2hybrid.model.layers import LinearKernels
-from k2hybrid.types import RoutedExperts, Ticket, TicketStats, WeightSource
+from k2hybrid.types import LinearWeight, RoutedExperts, Ticket, TicketStats, Weight8, WeightSource
 
 
 @dataclass(slots=True)
@@ -35,11 +35,12 @@ class WeightRoles:
         self._source = source
         self._spans: list[tuple[int, int, str]] = []
 
-    def take(self, layer: int | None, role: str) -> torch.Tensor:
+    def take(self, layer: int | None, role: str) -> LinearWeight:
         """See `types.WeightSource.take`."""
         weight = self._source.take(layer, role)
-        start = weight.data_ptr()
-        bisect.insort(self._spans, (start, start + weight.nbytes, "head" if role == "lm_head" else "dense"))
+        values = weight.values if isinstance(weight, Weight8) else weight
+        start = values.data_ptr()
+        bisect.insort(self._spans, (start, start + values.nbytes, "head" if role == "lm_head" else "dense"))
         return weight
 
     def role(self, address: int) -> str:
@@ -58,11 +59,11 @@ class RecordingMachine:
         self._roles = roles
         self.tallies: dict[str, Tally] = defaultdict(Tally)
 
-    def _record(self, weight: torch.Tensor, start: float) -> None:
+    def _record(self, weight: LinearWeight, start: float) -> None:
         role = self._roles.role(weight.data_ptr())
-        self.tallies[role].add(weight.numel() * weight.element_size(), time.perf_counter() - start)
+        self.tallies[role].add(weight.nbytes, time.perf_counter() - start)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         """See `native.Machine.linear`."""
         start = time.perf_counter()
         y = self._kernels.linear(x, weight)

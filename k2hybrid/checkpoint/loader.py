@@ -1,6 +1,7 @@
 """Opens a checkpoint: refs of experts go to a sink, the other tensors are handed out, a ledger closes.
 
-Nothing is read, copied or unpacked but the headers; weights stay mapped where they lie.
+Nothing is read, copied or unpacked but the headers; weights stay mapped where they lie. Who took one and made
+something else of it lets it go.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ from k2hybrid.checkpoint.names import (
 )
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.checkpoint.watch import FileWatch
-from k2hybrid.errors import CheckpointError, TensorError
+from k2hybrid.errors import CheckpointError, ShardIndexError, TensorError
+from k2hybrid.native import file_failed, look_at_files
 from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef
 
 if TYPE_CHECKING:
@@ -50,6 +52,7 @@ class Checkpoint:
         self.spec = spec
         self._index: ShardIndex | None = index
         self._unused = set(index.tensors)
+        self._let_go: set[str] = set()
 
     def take(self, layer: int | None, role: str) -> torch.Tensor:
         """The tensor `role` of `layer` in place, bf16 (`router_bias`: fp32): a read-only view of the map.
@@ -72,10 +75,25 @@ class Checkpoint:
             warnings.filterwarnings("ignore", message="The given NumPy array is not writ")
             return torch.from_numpy(array).view(torch_type)
 
+    def let_go(self, layer: int | None, role: str) -> None:
+        """A tensor that was taken will not be read again: its pages may go, and nobody is told of its loss.
+
+        Raises:
+            ShardIndexError: bytes of it are lost already, so that what was read of it may be wrong.
+        """
+        ref = self._open_index().tensors[tensor_name(layer, role)]
+        look_at_files()
+        if file_failed(ref.address, ref.nbytes):
+            raise ShardIndexError(
+                f"{ref.path} lost bytes while it was read; put the whole file back in its place and try again"
+            )
+        self._open_index().shards[ref.path].let_go(ref.offset, ref.nbytes)
+        self._let_go.add(ref.name)
+
     def watch(self) -> FileWatch:
         """What tells whether the shards are still whole, now and after this checkpoint is closed."""
         index = self._open_index()
-        return FileWatch(index.shards.values(), index.tensors)
+        return FileWatch(index.shards.values(), index.tensors, self._let_go)
 
     @property
     def maps(self) -> list[NDArray[np.uint8]]:

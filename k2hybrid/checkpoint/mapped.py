@@ -30,10 +30,18 @@ class MappedShard:
 
     path: Path
     bytes: NDArray[np.uint8]
+    view: mmap.mmap
     address: int
     guard: FileMap
     header_bytes: int  # with the length before it
     header_digest: str
+
+    def let_go(self, offset: int, nbytes: int) -> None:
+        """Pages that lie whole in these bytes need not stay in memory; whoever reads them gets them again."""
+        begin = -(-offset // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (offset + nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+        if begin < end:
+            self.view.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
 
 def header_digest(head: bytes) -> str:
@@ -74,6 +82,6 @@ def map_shard(path: Path) -> tuple[MappedShard, list[HeaderEntry]]:
     # Of the array, which goes before the map does; at the process's end threads may still read.
     weakref.finalize(content, guard.close).atexit = False
     shard = MappedShard(
-        path, content, guard.address, guard, PREFIX_BYTES + length, header_digest(prefix + header)
+        path, content, view, guard.address, guard, PREFIX_BYTES + length, header_digest(prefix + header)
     )
     return shard, entries

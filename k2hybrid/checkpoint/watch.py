@@ -49,11 +49,17 @@ class FileWatch:
     A page that is gone is read as zeros and marked by whoever reads it (`native.FileMap`). The rest of a
     file's last page becomes zeros silently, and so does more of a file that is cut and put back at once:
     `look` finds them by sizes, and by the times at which files were written.
+
+    Args:
+        unread: names of tensors that nobody reads any more.
     """
 
-    def __init__(self, shards: Iterable[MappedShard], tensors: Mapping[str, TensorRef]) -> None:
+    def __init__(
+        self, shards: Iterable[MappedShard], tensors: Mapping[str, TensorRef], unread: Collection[str] = ()
+    ) -> None:
         self._files = [_File(s.path, s.guard, s.header_bytes, s.header_digest) for s in shards]
         self._tensors = tensors
+        self._unread = frozenset(unread)
         self._changes = -1
         self._lost: list[Range] = []
         # Ranges, and how often what was written to was.
@@ -120,7 +126,7 @@ class FileWatch:
         return [
             (ref.address, ref.nbytes)
             for name, ref in self._tensors.items()
-            if name != embedding and expert_of(name) is None
+            if name != embedding and name not in self._unread and expert_of(name) is None
         ]
 
     def _update(self) -> None:

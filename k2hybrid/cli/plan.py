@@ -13,6 +13,7 @@ from k2hybrid.cache.row_sizes import row_bytes
 from k2hybrid.checkpoint.presets import PRESETS, published_config
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.cli.machine import NUMBERS, Description, as_said, describe, read_description, with_disk
+from k2hybrid.config import DenseWeights
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.plan import CardPlan, Plan, Wishes, gib, headline_tokens, make_plan
 from k2hybrid.experts.prediction import ModelSizes, Prediction
@@ -43,6 +44,10 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     wishes.add_argument("--concurrency", type=int, default=4, metavar="N", help="sequences (default: 4)")
     wishes.add_argument(
+        "--dense-weights", choices=("bf16", "fp8", "int8"), default="bf16",
+        help="of all but routed experts (default: bf16, as published)",
+    )  # fmt: skip
+    wishes.add_argument(
         "--expert-place", choices=("auto", "mapped", "resident", "streamed"), default="auto",
         help="where experts lie (default: auto)",
     )  # fmt: skip
@@ -52,10 +57,6 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
         default="bf16",
         help="how latents are stored (default: bf16)",
     )
-    wishes.add_argument(
-        "--dense-weights", choices=("bf16", "int8", "fp8"), default="bf16",
-        help="how dense weights lie on a GPU (default: bf16)",
-    )  # fmt: skip
     wishes.add_argument("--expert-ram", type=size, metavar="SIZE", help="RAM for experts, such as 200GiB")
     wishes.add_argument(
         "--hit-rate", type=_share, metavar="X",
@@ -90,7 +91,11 @@ def plan(args: argparse.Namespace) -> int:
     if args.latent_rows != "bf16":
         note = f"attention: its time is that of bf16 rows; {args.latent_rows} rows are decoded besides"
         described = dataclasses.replace(described, notes=(*described.notes, note))
-    sizes = ModelSizes.of(spec, row_bytes(args.latent_rows, spec.kv_lora_rank, spec.qk_rope_head_dim))
+    sizes = ModelSizes.of(
+        spec,
+        row_bytes(args.latent_rows, spec.kv_lora_rank, spec.qk_rope_head_dim),
+        dense_weights=args.dense_weights,
+    )
     card = _card(spec, described.machine.vram_bytes, args)
     found = make_plan(sizes, described.rates, described.machine, wishes, card)
     if found.placement is None or found.placement.place == "streamed":  # only then does the disk matter
@@ -99,7 +104,7 @@ def plan(args: argparse.Namespace) -> int:
     for line in report(found, described, wishes):
         print(line)
     if args.json:
-        args.json.write_text(json.dumps(as_json(found, described, spec), indent=2) + "\n")
+        args.json.write_text(json.dumps(as_json(found, described, spec, args.dense_weights), indent=2) + "\n")
     return 1 if found.problem else 0
 
 
@@ -199,7 +204,9 @@ def _columns(rows: Sequence[Sequence[str]], right: Sequence[int]) -> list[str]:
     ]
 
 
-def as_json(found: Plan, described: Description, spec: ModelSpec) -> dict[str, Any]:
+def as_json(
+    found: Plan, described: Description, spec: ModelSpec, dense_weights: DenseWeights
+) -> dict[str, Any]:
     """The plan as data; "machine" is what `--machine` takes."""
 
     def one(prediction: Prediction | None) -> dict[str, Any] | None:
@@ -214,6 +221,7 @@ def as_json(found: Plan, described: Description, spec: ModelSpec) -> dict[str, A
 
     return {
         "machine": as_said(described.machine, described.rates, spec),
+        "dense_weights": dense_weights,
         "notes": list(described.notes),
         "fits": not found.problem,
         "problem": found.problem,

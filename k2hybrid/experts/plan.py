@@ -177,7 +177,12 @@ def ram_needs(
         tokens: what the latents are of, for people.
         placement: of the experts; None: they are mapped, or there was no room to place them.
     """
-    yield Need("dense weights", sizes.resting_bytes, "RAM, pages of the files")
+    if sizes.dense_weights == "bf16":
+        yield Need("dense weights", sizes.resting_bytes, "RAM, pages of the files")
+    else:
+        made = sizes.resting_bytes - sizes.embedding_bytes
+        yield Need(f"dense weights, {sizes.dense_weights}", made, "RAM, made at every start")
+        yield Need("embedding", sizes.embedding_bytes, "RAM, pages of the files")
     yield Need(f"latents, {tokens}", latent_bytes, "RAM, at most; taken as tokens come")
     yield Need("the process", PROCESS_BYTES, "RAM, at most")
     experts = sizes.experts

@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from k2hybrid.checkpoint.names import dense_layer_tensors
+from k2hybrid.checkpoint.dense_bytes import weight_bytes
+from k2hybrid.checkpoint.names import ExpectedTensor, dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.config import DenseWeights
 from k2hybrid.experts.placement import ExpertSizes, Place
 
 CHUNK_ROWS = 512  # of a prefill, as the engine makes them
@@ -33,31 +35,42 @@ class ModelSizes:
     dense_ops: int
     kv_b_ops: int  # of them, those that a prefill spends on its context instead (`Rates.chunk_context_s`)
     head_bytes: int  # lm_head, read for rows whose logits are wanted
+    head_ops: int
     embedding_bytes: int  # of which a pass reads some rows
     latent_bytes: int  # of one token, all layers
+    dense_weights: DenseWeights = "bf16"
 
     @classmethod
-    def of(cls, spec: ModelSpec, row_bytes: int | None = None) -> ModelSizes:
+    def of(
+        cls, spec: ModelSpec, row_bytes: int | None = None, *, dense_weights: DenseWeights = "bf16"
+    ) -> ModelSizes:
         """The sizes of the model that `spec` describes.
 
         Args:
             row_bytes: of a token's latent in one layer (`RowFormat.row_bytes`); None: as bf16.
         """
         dense = [tensor for layer in range(spec.num_layers) for tensor in dense_layer_tensors(spec, layer)]
-        head = 2 * spec.vocab_size * spec.hidden_size
+        head = (spec.vocab_size, spec.hidden_size)
+
+        def nbytes(tensor: ExpectedTensor) -> int:
+            if "F32" in tensor.dtypes:
+                return 4 * math.prod(tensor.shape)
+            return weight_bytes(tensor.key.role, tensor.shape, dense_weights)
+
         return cls(
             experts=ExpertSizes(
                 len(spec.moe_layers), spec.num_experts, spec.hidden_size, spec.moe_intermediate_size
             ),
             layers=spec.num_layers,
             top_k=spec.top_k,
-            dense_bytes=sum(math.prod(t.shape) * (4 if "F32" in t.dtypes else 2) for t in dense)
-            + 2 * spec.hidden_size,
+            dense_bytes=sum(map(nbytes, dense)) + 2 * spec.hidden_size,
             dense_ops=sum(math.prod(t.shape) for t in dense if len(t.shape) == 2),
             kv_b_ops=sum(math.prod(t.shape) for t in dense if t.key.role == "kv_b_proj"),
-            head_bytes=head,
-            embedding_bytes=head,
+            head_bytes=weight_bytes("lm_head", head, dense_weights),
+            head_ops=math.prod(head),
+            embedding_bytes=2 * math.prod(head),
             latent_bytes=spec.num_layers * (2 * spec.latent_dim if row_bytes is None else row_bytes),
+            dense_weights=dense_weights,
         )
 
     @property
@@ -82,7 +95,7 @@ class Rates:
 
     Attributes:
         ram_gb_s: the best read of memory, the limit (GB are 10⁹ bytes).
-        dense_gb_s: bf16 weights of a mapped file, one row.
+        dense_gb_s: bf16 weights of a mapped file, one row; 8 bits are taken to be read as fast.
         mapped_gb_s, arena_gb_s: INT4 experts of a mapped file and in huge pages, one row.
         dense_ops, expert_ops: multiply-adds a second where many rows share a weight.
         overlap: how much of the lesser of reading and computing an expert hides behind the other, 0 to 1.
@@ -184,7 +197,7 @@ class Predictor:
         """One step of `sequences` sequences, each with `context` tokens behind it."""
         rates, layers = self.rates, self.sizes.layers
         parts = self._weights(sequences, self.sizes.dense_ops)
-        self._read(parts, self.sizes.head_bytes, sequences, self.sizes.head_bytes / 2)
+        self._read(parts, self.sizes.head_bytes, sequences, self.sizes.head_ops)
         parts["attention"] += layers * sequences * context * rates.context_s
         parts["overhead"] += layers * (rates.step_s + (sequences - 1) * rates.sequence_s)
         parts["overhead"] += sequences * rates.sample_s

@@ -12,18 +12,15 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Literal
 
 from k2hybrid.cache.row_sizes import PAGE_TOKENS, row_bytes
 from k2hybrid.checkpoint.names import ExpectedTensor, dense_layer_tensors, outer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.config import LatentRows
+from k2hybrid.config import DenseWeights, LatentRows
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.plan import CardPlan, Need, gib
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.model.scratch import ON_DEVICE
-
-DenseWeights = Literal["bf16", "int8", "fp8"]
 
 MIB = 1 << 20
 CONTEXT_BYTES = 600 * MIB  # assumed: the driver's context, the kernels' code, a workspace of cuBLAS

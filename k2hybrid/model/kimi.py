@@ -15,13 +15,13 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import ConfigError
 from k2hybrid.model.batch import Batch
-from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm
+from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm, unquantized
 from k2hybrid.model.mla import MLA, AttentionPlan, attention_sizes, plan_attention
 from k2hybrid.model.moe import MoE
 from k2hybrid.model.paged import PagedDecode
 from k2hybrid.model.rope import Rope
 from k2hybrid.model.router import Router
-from k2hybrid.types import RoutedExperts, WeightSource
+from k2hybrid.types import LinearWeight, RoutedExperts, WeightSource
 
 
 @dataclass(slots=True)
@@ -105,11 +105,11 @@ class Kimi:
         self.decode = decode
         self.sizes = attention_sizes(spec)
         self.rope = Rope(spec)
-        self.embedding = weights.take(None, "embed_tokens")
+        self.embedding = unquantized(weights.take(None, "embed_tokens"))
         self.layers = [
             self._layer(layer, weights, experts, kernels, latent_norm_eps) for layer in range(spec.num_layers)
         ]
-        self.norm = RMSNorm(weights.take(None, "norm"), spec.rms_norm_eps, dtype)
+        self.norm = RMSNorm(unquantized(weights.take(None, "norm")), spec.rms_norm_eps, dtype)
         self.head = Linear(kernels, weights.take(None, "lm_head"))
 
     def _layer(
@@ -120,8 +120,11 @@ class Kimi:
         kernels: LinearKernels,
         latent_norm_eps: float,
     ) -> Layer:
-        def take(role: str) -> torch.Tensor:
+        def take(role: str) -> LinearWeight:
             return weights.take(layer, role)
+
+        def norm(role: str) -> RMSNorm:
+            return RMSNorm(unquantized(take(role)), eps, self.dtype)
 
         def mlp(prefix: str = "") -> MLP:
             gate, up, down = (take(f"{prefix}{part}_proj") for part in ("gate", "up", "down"))
@@ -129,13 +132,13 @@ class Kimi:
 
         spec, eps = self.spec, self.spec.rms_norm_eps
         feed_forward: MLP | MoE
-        input_norm = RMSNorm(take("input_layernorm"), eps, self.dtype)
+        input_norm = norm("input_layernorm")
         mla = MLA(
             layer, spec, self.sizes, take, kernels, self.pages, latent_norm_eps, self.dtype, self.decode
         )
-        post_norm = RMSNorm(take("post_attention_layernorm"), eps, self.dtype)
+        post_norm = norm("post_attention_layernorm")
         if spec.is_moe(layer):
-            router = Router(spec, kernels, take("router"), take("router_bias"))
+            router = Router(spec, kernels, *(unquantized(take(role)) for role in ("router", "router_bias")))
             feed_forward = MoE(layer, router, experts, mlp("shared_"))
         else:
             feed_forward = mlp()

@@ -13,11 +13,15 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from k2hybrid.checkpoint.dense8 import dequantize
+from k2hybrid.errors import ConfigError
+from k2hybrid.types import LinearWeight, Weight8
+
 
 class LinearKernels(Protocol):
     """What multiplies. `native.Machine` on the CPU in bf16; `TorchLinears` for tests and the fp32 dtype."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         """x [T, K] (row stride free), weight [N, K] -> fp32 [T, N]."""
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -30,7 +34,9 @@ class LinearKernels(Protocol):
 class TorchLinears:
     """Products by torch in fp32, whatever the inputs' type: the reference. Converts the weight every time."""
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
+        if isinstance(weight, Weight8):
+            return x.float() @ dequantize(weight).T
         return x.float() @ weight.float().T
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -40,10 +46,23 @@ class TorchLinears:
         return torch.einsum("thk,hkn->thn", x.float(), weight.float())
 
 
+def unquantized(weight: LinearWeight) -> torch.Tensor:
+    """A weight that more than a linear reads.
+
+    Raises:
+        ConfigError: it came in 8 bits.
+    """
+    if isinstance(weight, Weight8):
+        raise ConfigError(
+            f"a weight {list(weight.shape)} came in {weight.kind}, but the model reads it as it is published"
+        )
+    return weight
+
+
 class Linear:
     """y = x Wᵀ. weight [N, K]."""
 
-    def __init__(self, kernels: LinearKernels, weight: torch.Tensor) -> None:
+    def __init__(self, kernels: LinearKernels, weight: LinearWeight) -> None:
         self._kernels = kernels
         self.weight = weight
 
@@ -114,9 +133,9 @@ class MLP:
     def __init__(
         self,
         kernels: LinearKernels,
-        gate: torch.Tensor,
-        up: torch.Tensor,
-        down: torch.Tensor,
+        gate: LinearWeight,
+        up: LinearWeight,
+        down: LinearWeight,
         dtype: torch.dtype,
     ) -> None:
         self.gate = Linear(kernels, gate)

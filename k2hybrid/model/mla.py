@@ -18,10 +18,11 @@ from k2hybrid.errors import EngineError
 from k2hybrid.model import attention
 from k2hybrid.model.attention import AttentionSizes, Context
 from k2hybrid.model.batch import Batch
-from k2hybrid.model.layers import HeadLinear, HeadLinearT, Linear, LinearKernels, RMSNorm
+from k2hybrid.model.layers import HeadLinear, HeadLinearT, Linear, LinearKernels, RMSNorm, unquantized
 from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
 from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
 from k2hybrid.model.scratch import IN_RAM, ON_DEVICE
+from k2hybrid.types import LinearWeight
 
 
 def attention_sizes(spec: ModelSpec) -> AttentionSizes:
@@ -85,7 +86,7 @@ class MLA:
         layer: int,
         spec: ModelSpec,
         sizes: AttentionSizes,
-        take: Callable[[str], torch.Tensor],
+        take: Callable[[str], LinearWeight],
         kernels: LinearKernels,
         pages: LatentPages,
         latent_norm_eps: float,
@@ -103,11 +104,11 @@ class MLA:
             self.q = Linear(kernels, take("q_proj"))
         else:
             self.q_a = Linear(kernels, take("q_a_proj"))
-            self.q_norm = RMSNorm(take("q_a_layernorm"), latent_norm_eps, dtype)
+            self.q_norm = RMSNorm(unquantized(take("q_a_layernorm")), latent_norm_eps, dtype)
             self.q = Linear(kernels, take("q_b_proj"))
         self.kv_a = Linear(kernels, take("kv_a_proj"))
-        self.latent_norm = RMSNorm(take("kv_a_layernorm"), latent_norm_eps, dtype)
-        kv_b = take("kv_b_proj")
+        self.latent_norm = RMSNorm(unquantized(take("kv_a_layernorm")), latent_norm_eps, dtype)
+        kv_b = unquantized(take("kv_b_proj"))
         self.kv_b = Linear(kernels, kv_b)
         by_head = kv_b.view(sizes.heads, sizes.nope + sizes.value, sizes.latent)
         self.key_to_latent = HeadLinearT(kernels, by_head[:, : sizes.nope])

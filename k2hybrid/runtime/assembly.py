@@ -10,8 +10,10 @@ from typing import NamedTuple
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.loader import Checkpoint, open_checkpoint
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.config import DenseWeights
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import LinearKernels
+from k2hybrid.runtime.dense8 import Dense8Weights
 from k2hybrid.runtime.experts import Experts
 from k2hybrid.types import RoutedExperts, WeightSource
 
@@ -32,21 +34,25 @@ def assemble(
     pages: LatentPages,
     *,
     latent_norm_eps: float,
+    dense_weights: DenseWeights = "bf16",
     metered: Callable[[Parts], Parts],
 ) -> tuple[Checkpoint, Kimi]:
     """Map the checkpoint and build the network over it. The caller closes the checkpoint, the network first.
 
     Args:
         experts: takes the routed experts, and is opened when it has them all.
+        dense_weights: all but bf16 are made here, one at a time.
         metered: is given the parts, and returns those that the network is to use.
 
     Raises:
-        CheckpointError: the folder cannot be used, or a tensor was not used exactly once.
+        CheckpointError: the folder cannot be used, a tensor was not used exactly once, or what 8-bit weights
+            are made from is not finite or was lost meanwhile.
         NativeError: the memory for experts cannot be had.
     """
     with ExitStack() as opened:  # closes the checkpoint if a later part fails
         checkpoint = opened.enter_context(open_checkpoint(folder, experts.sink))
-        parts = metered(Parts(checkpoint, experts.routed, kernels))
+        weights = checkpoint if dense_weights == "bf16" else Dense8Weights(checkpoint, dense_weights)
+        parts = metered(Parts(weights, experts.routed, kernels))
         network = Kimi(
             spec, parts.weights, parts.experts, parts.kernels, pages, latent_norm_eps=latent_norm_eps
         )

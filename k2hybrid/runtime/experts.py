@@ -84,12 +84,13 @@ def placement_for(config: RuntimeConfig, spec: ModelSpec, topology: Topology, la
     if limit is not None and limit < total:  # a container's share, taken from all nodes alike
         memory = {node: nbytes * limit // total for node, nbytes in memory.items()}
     sizes = expert_sizes(spec)
+    resting = ModelSizes.of(spec, dense_weights=config.dense_weights).resting_bytes
     placement = place_experts(
         sizes,
         node_memory=memory,
         wanted=config.expert_place,
         expert_ram=config.expert_ram,
-        reserved_bytes=ModelSizes.of(spec).resting_bytes + latent_bytes + PROCESS_BYTES + SYSTEM_BYTES,
+        reserved_bytes=resting + latent_bytes + PROCESS_BYTES + SYSTEM_BYTES,
     )
     if config.expert_arena is not None and placement.place != "resident":
         raise ConfigError(

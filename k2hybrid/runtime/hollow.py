@@ -20,7 +20,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import LinearKernels
-from k2hybrid.types import RoutedExperts, TicketStats, WeightSource
+from k2hybrid.types import LinearWeight, RoutedExperts, TicketStats, WeightSource
 
 FEW_TOKENS = 64  # in a vocabulary of which nothing but rows of the embedding is used
 
@@ -115,7 +115,7 @@ class _HollowKernels:
             for buffer in pair:
                 buffer.normal_(0.0, 0.1)
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         if _is_hollow(weight):
             return self._buffer(x.shape[0], weight.shape[0])
         return self._real.linear(x, weight)
@@ -142,8 +142,8 @@ class _HollowKernels:
         return pair[0]
 
 
-def _is_hollow(weight: torch.Tensor) -> bool:
-    return not any(weight.stride())
+def _is_hollow(weight: LinearWeight) -> bool:
+    return isinstance(weight, torch.Tensor) and not any(weight.stride())
 
 
 class _HollowWeights:

@@ -44,7 +44,7 @@ WIDE_ATTENTION = 2048
 
 
 def load(model: str | Path | None = None, **options: Any) -> Runtime:
-    """Open a checkpoint and start its engine; weights stay in the files, mapped.
+    """Open a checkpoint and start its engine; weights stay in the files, mapped (8-bit ones are made).
 
     Args:
         model: checkpoint folder in the published layout; None: the built-in model.
@@ -80,7 +80,8 @@ def open_runtime(
         context_tokens = context_tokens_of(spec, config)
         pages = latent_pages(spec, config, context_tokens)
         experts = make_experts(config, spec, machine, topology, pages.pages * pages.page_bytes)
-        log_needs(start_needs(spec, pages, experts.store.placement if experts.store is not None else None))
+        placement = experts.store.placement if experts.store is not None else None
+        log_needs(start_needs(spec, pages, placement, config.dense_weights))
         # From here on it says what runs, not what was left open: it is printed.
         config = replace(
             config,
@@ -105,6 +106,7 @@ def open_runtime(
             experts,
             pages,
             latent_norm_eps=config.latent_norm_eps,
+            dense_weights=config.dense_weights,
             metered=lambda parts: parts._replace(
                 weights=MeteredWeights(parts.weights, meter),
                 experts=NotedExperts(MeteredExperts(traced(parts), meter), handoffs),

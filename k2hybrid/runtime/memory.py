@@ -6,6 +6,7 @@ import logging
 
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.config import DenseWeights
 from k2hybrid.experts.placement import Placement
 from k2hybrid.experts.plan import Need, ram_needs
 from k2hybrid.experts.prediction import ModelSizes
@@ -13,10 +14,12 @@ from k2hybrid.experts.prediction import ModelSizes
 log = logging.getLogger(__name__)
 
 
-def start_needs(spec: ModelSpec, pages: LatentPages, placement: Placement | None) -> list[Need]:
+def start_needs(
+    spec: ModelSpec, pages: LatentPages, placement: Placement | None, dense_weights: DenseWeights = "bf16"
+) -> list[Need]:
     """The rows: as `plan` has them, with the latents that were reserved. `placement`: of experts."""
     tokens = f"{pages.pages * pages.PAGE_TOKENS:,} tokens in {pages.format.name}"
-    sizes = ModelSizes.of(spec, pages.format.row_bytes)
+    sizes = ModelSizes.of(spec, pages.format.row_bytes, dense_weights=dense_weights)
     return list(ram_needs(sizes, tokens, pages.pages * pages.page_bytes, placement))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from k2hybrid.engine.metrics import ByteMeter
-from k2hybrid.types import RoutedExperts, SteppedExperts, Ticket, TicketStats, WeightSource
+from k2hybrid.types import LinearWeight, RoutedExperts, SteppedExperts, Ticket, TicketStats, WeightSource
 
 
 class MeteredWeights:
@@ -20,7 +20,7 @@ class MeteredWeights:
         self._source = source
         self._meter = meter
 
-    def take(self, layer: int | None, role: str) -> torch.Tensor:
+    def take(self, layer: int | None, role: str) -> LinearWeight:
         """See `WeightSource.take`."""
         weight = self._source.take(layer, role)
         if role != "embed_tokens":

@@ -63,7 +63,7 @@ class WatchedModel:
         handoffs: filled by the experts that `model` asks.
 
     Raises:
-        ShardIndexError: bytes were lost already, while the model was built.
+        ShardIndexError: bytes were lost or written already, while the model was built.
     """
 
     def __init__(
@@ -73,8 +73,7 @@ class WatchedModel:
         self._watch = watch
         self._embedding = embedding
         self._handoffs = handoffs
-        watch.look()
-        if not watch.whole:
+        if watch.look() or not watch.whole:
             raise ShardIndexError(f"a shard changed while it was opened: {watch.problem}, then try again")
 
     def begin(self, batch: Batch, /) -> Any:

@@ -60,6 +60,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     named.add_argument("--model", type=Path, default=None, metavar="MODEL", help="the same as an option")
     group.add_argument("--device", default=None, help="where the dense part runs (default: cpu)")
     group.add_argument(
+        "--dense-weights", choices=["bf16", "fp8", "int8"], default=None,
+        help="of all but routed experts: bf16 as published (default), or half the bytes, made at each start",
+    )  # fmt: skip
+    group.add_argument(
         "--threads", type=int, default=None, metavar="N", help="CPU threads (default: all cores)"
     )
     group.add_argument(
@@ -108,6 +112,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     latent_bytes = None if args.latent_gb is None else _bytes("--latent-gb", args.latent_gb)
     given = {
         "device": args.device,
+        "dense_weights": args.dense_weights,
         "threads": args.threads,
         "experts": args.experts,
         "expert_place": args.expert_place,

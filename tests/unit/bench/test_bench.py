@@ -86,3 +86,20 @@ def test_the_probe_prefers_its_best_variant() -> None:
     found = measure(Machine(2), 1 << 23, rounds=3)
     assert found.gb_s == max(found.variants.values()) == found.variants[found.best]
     assert found.threads == 2
+
+
+@pytest.mark.usefixtures("small_probe")
+def test_dense_weights_of_8_bits_are_counted_as_they_are_read(model: Path, tmp_path: Path) -> None:
+    found = {}
+    for kind in ("bf16", "int8"):
+        file = tmp_path / f"{kind}.json"
+        given = [str(model), "--prompt", "1", "--decode", "1", "--json", str(file), "--dense-weights", kind]
+        assert main(given) == 0
+        written = json.loads(file.read_text())
+        assert written["conditions"]["dense_weights"] == kind
+        found[kind] = {row["case"]: row["gb"] * 1e9 for row in written["rows"]}
+    head = "decode after 1: head"
+    assert found["bf16"][head] == pytest.approx(2 * 2048 * 64)
+    assert found["int8"][head] == pytest.approx(2048 * 64 + 4 * 2048)
+    for role in ("experts", "context"):
+        assert found["int8"][f"decode after 1: {role}"] == found["bf16"][f"decode after 1: {role}"]

@@ -226,3 +226,29 @@ def test_the_disk_is_measured_where_it_matters_and_nothing_was_said(
         file.truncate(300 << 20)  # as large as a checkpoint must be to be measured; a hole reads as well
     assert run(tmp_path, "--disk", str(folder), "--ram", "256", machine=unsaid) == 0
     assert "GB/s of" in capsys.readouterr().out
+
+
+def test_dense_weights_of_8_bits_are_planned_and_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "plan.json"
+    card = ("--vram", "48", "--gpu-gb-s", "900", "--pcie-gb-s", "25", "--ctx", "8192")
+    assert run(tmp_path, "--dense-weights", "fp8", "--json", str(written), *card) == 0
+    out = capsys.readouterr().out
+    assert "dense weights, fp8" in out
+    assert "made at every start" in out
+    eight = json.loads(written.read_text())
+    assert eight["dense_weights"] == "fp8"
+    assert run(tmp_path, "--json", str(written), *card) == 0
+    sixteen = json.loads(written.read_text())
+    assert sixteen["dense_weights"] == "bf16"
+    assert eight["predictions"][0]["tokens_s"] > sixteen["predictions"][0]["tokens_s"]
+    bounds = [
+        change["decode"]["tokens_s"]
+        for found in (eight, sixteen)
+        for change in found["changes"]
+        if change["change"] == "the dense part on the GPU"
+    ]
+    assert bounds[0] > bounds[1]
+    with pytest.raises(SystemExit):
+        run(tmp_path, "--dense-weights", "int4")

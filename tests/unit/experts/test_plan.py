@@ -9,6 +9,7 @@ import pytest
 
 from k2hybrid.checkpoint.presets import published_config
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.config import DenseWeights
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.placement import slot_bytes
 from k2hybrid.experts.plan import GIB, PROCESS_BYTES, MachineSpec, Plan, Wishes, make_plan
@@ -140,3 +141,24 @@ def test_a_gpu_of_which_too_little_is_known_or_there_has_no_figure(card: dict[st
     change = next(change for change in found.changes if "GPU" in change.name)
     assert (change.decode, change.prefill) == (None, None)
     assert note in change.note
+
+
+@pytest.mark.parametrize("kind", ["fp8", "int8"])
+def test_dense_weights_of_8_bits_take_half_the_room_and_time(kind: DenseWeights) -> None:
+    spec = ModelSpec.from_config(published_config())
+    eight = ModelSizes.of(spec, dense_weights=kind)
+    kept = 61 * 2 * 16384 * 512 + 60 * 2 * 384 * 7168  # kv_b and routers
+    vectors = K2.dense_bytes + K2.head_bytes - 2 * (K2.dense_ops + K2.head_ops)
+    values = K2.dense_ops + K2.head_ops - kept // 2
+    assert 0 < eight.dense_bytes + eight.head_bytes - kept - values - vectors < values // 1000  # scales
+    assert 9.8e9 < values < 9.9e9
+    assert (eight.dense_ops, eight.head_ops) == (K2.dense_ops, K2.head_ops)
+    assert eight.embedding_bytes == K2.embedding_bytes
+
+    found = make_plan(eight, RATES, TWO_NODES, Wishes())
+    needs = {need.name: need.nbytes for need in found.needs}
+    assert needs[f"dense weights, {kind}"] == eight.dense_bytes + eight.head_bytes
+    assert needs["embedding"] == K2.embedding_bytes
+    before = plan(TWO_NODES).cases[0].found
+    saved = (K2.dense_bytes + K2.head_bytes - eight.dense_bytes - eight.head_bytes) / (4 * 90e9)
+    assert before.seconds - found.cases[0].found.seconds == pytest.approx(saved)
