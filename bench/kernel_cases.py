@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 from itertools import pairwise
 
+from k2hybrid.config import DenseWeights
+
 HIDDEN = 7168
 INTER = 2048
 TOP_K = 8
 DENSE_ROWS, DENSE_COLUMNS = 18432, 7168  # the gate of the dense layer, the largest bf16 matrix but the head
 
+EIGHT_BITS: tuple[DenseWeights, ...] = ("int8", "fp8")
 TOKENS = (1, 2, 4, 8, 16, 32, 128, 512, 2048)
 SWEEP_EXPERTS = 48
 SWEEP_TOKENS = (*range(1, 65), 96, 128, 192, 256, 384, 512, 768, 1024, 2048, 4096)
@@ -33,6 +36,7 @@ class Case:
     experts: int
     threads: int | None = None  # None: all
     judged: bool = True  # has a bar, if there is one for its kind
+    dense: DenseWeights = "bf16"  # the matrix; in 8 bits it has twice the rows, in the same bytes
 
     @property
     def tokens_an_expert(self) -> float:
@@ -109,9 +113,10 @@ def expert_operations(tokens: int) -> int:
     return 2 * 3 * HIDDEN * INTER * tokens * TOP_K
 
 
-def dense_operations(tokens: int) -> int:
+def dense_operations(tokens: int, dense: DenseWeights = "bf16") -> int:
     """Of `tokens` rows through the dense matrix."""
-    return 2 * DENSE_ROWS * DENSE_COLUMNS * tokens
+    rows = DENSE_ROWS if dense == "bf16" else 2 * DENSE_ROWS
+    return 2 * rows * DENSE_COLUMNS * tokens
 
 
 def cases() -> list[Case]:
@@ -122,6 +127,11 @@ def cases() -> list[Case]:
         *(Case(f"{tokens}-an-expert", tokens * 48 // TOP_K, 48) for tokens in (64, 128)),
         Case("dense-1", 1, 0),
         Case("dense-512", 512, 0),
+        *(
+            Case(f"{kind}-{tokens}", tokens, 0, judged=False, dense=kind)
+            for kind in EIGHT_BITS
+            for tokens in (1, 512)
+        ),
     ]
 
 

@@ -19,9 +19,11 @@ from bench.kernel_cases import (
     dense_operations,
     expert_operations,
 )
+from k2hybrid.config import DenseWeights
 from k2hybrid.errors import NativeError
 from k2hybrid.hardware.bandwidth import ReadVariant
 from k2hybrid.native import Machine, NativeDispatcher
+from k2hybrid.types import LinearWeight, Weight8
 
 PROBES = (
     *(ReadVariant(streams) for streams in (1, 2, 4)),
@@ -43,6 +45,7 @@ class Team:
         self.machine.pin_caller()
         self.peak_kind = "fp32" if self.machine.peak("bf16") is None else "bf16"
         self._memory = memory
+        self._matrices = _matrices(memory.dense)
         random = torch.Generator().manual_seed(2)
         rows = max(case.tokens for case in cases)
         self._x = torch.randn(rows, HIDDEN, generator=random).bfloat16()
@@ -69,7 +72,8 @@ class Team:
         lap = self._layer if case.experts else self._dense
         laps = [lap(case, routing) for routing in routings]
         seconds, nbytes = (sum(part) / len(laps) for part in zip(*laps, strict=True))
-        operations = (expert_operations if case.experts else dense_operations)(case.tokens)
+        dense = dense_operations(case.tokens, case.dense)
+        operations = expert_operations(case.tokens) if case.experts else dense
         return Lap(seconds, nbytes, operations)
 
     def _layer(self, case: Case, routing: torch.Tensor) -> tuple[float, int]:
@@ -85,9 +89,10 @@ class Team:
         return seconds, report.bytes_read
 
     def _dense(self, case: Case, _: torch.Tensor) -> tuple[float, int]:
+        weight = self._matrices[case.dense]
         start = time.perf_counter()
-        self.machine.linear(self._x[: case.tokens], self._memory.dense)
-        return time.perf_counter() - start, self._memory.dense.nbytes
+        self.machine.linear(self._x[: case.tokens], weight)
+        return time.perf_counter() - start, weight.nbytes
 
     def probe(self) -> Probe:
         """What the machine can do now, on the same memory."""
@@ -95,6 +100,17 @@ class Team:
         assert peak is not None
         data = self._memory.window()
         return Probe(tuple(data.nbytes / variant.seconds(self.machine, data) for variant in PROBES), peak)
+
+
+def _matrices(dense: torch.Tensor) -> dict[DenseWeights, LinearWeight]:
+    """The dense matrix, and its bytes taken as 8-bit values; what would be NaN takes no longer."""
+    values = dense.view(torch.uint8).view(-1, dense.shape[1])
+    scale = torch.ones(len(values))
+    return {
+        "bf16": dense,
+        "int8": Weight8(values.view(torch.int8), scale, "int8"),
+        "fp8": Weight8(values, scale, "fp8"),
+    }
 
 
 class Router:

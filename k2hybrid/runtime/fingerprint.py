@@ -25,7 +25,7 @@ def fingerprint(config: RuntimeConfig, pages: LatentPages, template: str | None)
 
     add(PAGES_VERSION, type(pages.format).__name__, pages.page_bytes, pages.PAGE_TOKENS)
     add(config.latent_norm_eps, config.device, template)
-    if config.dense_weights != "bf16":  # whose journals are older than this option
+    if config.dense_weights != "bf16":  # which adds nothing: its journals are older than the option
         add(config.dense_weights)
     for name in _READ:
         path = config.model / name

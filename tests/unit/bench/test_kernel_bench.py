@@ -55,11 +55,12 @@ def test_a_share_is_taken_in_its_own_round() -> None:
 def test_operations_count_a_multiply_and_an_add_a_weight() -> None:
     assert expert_operations(3) == 3 * TOP_K * 3 * 2 * HIDDEN * INTER
     assert dense_operations(2) == 2 * 2 * 18432 * 7168
+    assert dense_operations(2, "int8") == 2 * dense_operations(2)
 
 
 def test_cases_have_the_bars_of_the_project() -> None:
     found = {case.name: bar(case, case.threads or 8) for case in cases()}
-    assert len(found) == len(cases()) == 23
+    assert len(found) == len(cases()) == 27
     assert {name: least for name, least in found.items() if least is not None} == {
         "48x1": 0.93,
         "48x512": 0.65,
