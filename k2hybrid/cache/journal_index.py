@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from k2hybrid.cache.page_files import PageFile
-from k2hybrid.cache.page_keys import ID_BYTES, unpack_ids
+from k2hybrid.cache.page_keys import ID_BYTES, Found, unpack_ids
 from k2hybrid.cache.session_log import Exchange, LogContent
 
 
@@ -26,16 +26,6 @@ class SessionInfo:
     size: int  # bytes of its log and of the pages reachable from it
     created: int  # unix seconds, as `last_used`
     last_used: float
-
-
-@dataclass(frozen=True, slots=True)
-class Found:
-    """A page on disk, of which the first `rows` tokens, at least one, are those of a history."""
-
-    key: bytes
-    parent: bytes
-    ids: tuple[int, ...]  # all its tokens, as reading wants them
-    rows: int
 
 
 @dataclass(frozen=True, slots=True)

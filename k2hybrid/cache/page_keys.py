@@ -1,4 +1,4 @@
-"""Names of pages on disk: a key stands for a page's tokens, all tokens before them, and their scope.
+"""Names of pages outside the pool: a key stands for a page's tokens, all before them, and their scope.
 
 Keys form a chain: `root_key(scope)`, then `next_key(parent, tokens of the page)`. Whoever derives a key
 therefore knows the whole prefix, and a page is found for the prefix and the scope it was computed for alone.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 KEY_BYTES = 16
@@ -22,6 +23,16 @@ class PageKey(NamedTuple):
     parent: bytes
     start: int
     stop: int
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """A page on disk or in RAM, of which the first `rows` tokens, at least one, are those of a history."""
+
+    key: bytes
+    parent: bytes
+    ids: tuple[int, ...]  # all its tokens, as reading wants them
+    rows: int
 
 
 def pack_ids(ids: Sequence[int]) -> bytes:
@@ -61,3 +72,15 @@ def page_keys(scope: str, ids: Sequence[int], page_tokens: int) -> list[PageKey]
         keys.append(PageKey(key, parent, start, stop))
         parent = key
     return keys
+
+
+def common_tokens(one: Sequence[int], other: Sequence[int]) -> int:
+    """Length of the longest common prefix."""
+    if one == other:
+        return len(one)
+    rows = 0
+    for a, b in zip(one, other, strict=False):
+        if a != b:
+            break
+        rows += 1
+    return rows

@@ -82,6 +82,10 @@ class LatentPages:
             if self._refcounts[page] == 0:
                 heapq.heappush(self._free, page)
 
+    def page(self, page: int) -> torch.Tensor:
+        """All rows of `page`, uint8 [layers, 64, row_bytes]: a view; each layer's lie in one piece."""
+        return self._storage[:, page]
+
     def buffers(self, page: int, tokens: int) -> list[memoryview]:
         """The first `tokens` rows of `page` in each layer, as writable memory; for pages on the CPU."""
         rows = self._storage[:, page, :tokens].numpy()

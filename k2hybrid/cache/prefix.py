@@ -4,7 +4,8 @@ A node is a page and the tokens whose latents it claims to hold, a *chunk*: a fu
 Its path from the root of its scope is the exact prefix that they were computed for. Rows behind the chunk are
 nobody's: who holds the page alone may write them, and extends the node when he inserts again. The tree holds
 one reference on each of its pages and evicts, least recently used first, pages that nobody else holds; leased
-ones last. Pure Python: it knows page numbers and reference counts, never the bytes. Layer 2.
+ones last. Who keeps their latents elsewhere is told before. Pure Python: it knows page numbers and reference
+counts, never the bytes. Layer 2.
 """
 
 from __future__ import annotations
@@ -12,10 +13,11 @@ from __future__ import annotations
 import heapq
 import math
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from k2hybrid.cache.page_keys import common_tokens, next_key, pack_ids, root_key
 from k2hybrid.errors import EngineError
 
 Chunk = tuple[int, ...]
@@ -54,10 +56,24 @@ class Match:
     partial: Partial | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Evicted:
+    """A page that is about to leave the tree for lack of room, by the key that it has elsewhere."""
+
+    page: int
+    key: bytes
+    parent: bytes
+    ids: Chunk  # of its claimed rows
+    until: float  # end of its lease; −inf without one
+
+
+Leaving = Callable[[Evicted, float], bool]
+
+
 class _Node:
     """`children` are sorted by chunk: those with most in common with a chunk lie beside its place."""
 
-    __slots__ = ("children", "chunk", "page", "parent", "queued", "until", "used")
+    __slots__ = ("children", "chunk", "key", "page", "parent", "queued", "until", "used")
 
     def __init__(self, chunk: Chunk, page: int, parent: _Node | None, used: int) -> None:
         self.chunk = chunk
@@ -66,6 +82,7 @@ class _Node:
         self.used = used
         self.until = _UNLEASED  # never later than the parent's
         self.queued = False  # has an entry among the candidates for eviction
+        self.key = b""  # see page_keys; empty until it is asked for
         self.children: list[_Node] = []
 
     def closest(self, chunk: Chunk) -> tuple[_Node | None, int]:
@@ -73,7 +90,7 @@ class _Node:
         best, rows = None, 0
         place = bisect_left(self.children, chunk, key=_chunk)
         for near in self.children[place : place + 1] + self.children[max(place - 1, 0) : place]:
-            common = _common(near.chunk, chunk)
+            common = common_tokens(near.chunk, chunk)
             if common > rows:
                 best, rows = near, common
             if rows == len(chunk):
@@ -95,7 +112,7 @@ class _Node:
                 break
             near = self.children[place - 1]
             # All prefixes of `chunk` that sort before `near` are prefixes of what they have in common.
-            length = _common(near.chunk, chunk)
+            length = common_tokens(near.chunk, chunk)
             if length == len(near.chunk):
                 found.append(near)
                 length -= 1
@@ -114,6 +131,7 @@ class _Root(_Node):
     def __init__(self, scope: str) -> None:
         super().__init__((), -1, None, 0)
         self.scope = scope
+        self.key = root_key(scope)
 
 
 class PrefixTree:
@@ -122,10 +140,12 @@ class PrefixTree:
     Args:
         counts: the pool whose pages the tree shares.
         page_tokens: tokens per page.
+        leaving: told of each page before it is evicted, and of the time; whether its latents are kept.
     """
 
-    def __init__(self, counts: PageCounts, page_tokens: int) -> None:
-        self.broken_leases = 0  # pages evicted before their lease was over
+    def __init__(self, counts: PageCounts, page_tokens: int, leaving: Leaving | None = None) -> None:
+        self.broken_leases = 0  # pages lost before their lease was over
+        self._leaving = leaving
         self._counts = counts
         self._page_tokens = page_tokens
         self._roots: dict[str, _Root] = {}
@@ -203,23 +223,27 @@ class PrefixTree:
                 self._offer(node)
         return kept
 
-    def evict(self, pages: int, now: float = 0.0) -> int:
-        """Free up to `pages` pages that only the tree holds; how many.
+    def evict(self, pages: int, now: float = 0.0, *, only_kept: bool = False) -> int:
+        """Let go of up to `pages` pages that only the tree holds; how many.
 
-        Least recently used first; if those without a lease at `now` do not suffice, leases are broken, those
-        first that end first.
+        Least recently used first; if those without a lease at `now` do not suffice, leased ones go too, those
+        first whose lease ends first. With `only_kept` it ends before the first page that would be lost.
         """
         freed = 0
         held: list[_Node] = []
         while freed < pages:
             node = self._candidate(now)
             if node is None:
-                if not self._let_go(held, now):
+                if only_kept or not self._let_go(held, now):
                     break
             elif self._counts.refcount(node.page) > 1:
                 held.append(node)
             else:
-                self._break(node, now)
+                kept = self._tell(node, now)
+                if only_kept and not kept:
+                    self._offer(node)
+                    break
+                self._break(node, now, kept)
                 freed += 1
         for node in held:
             node.used = self._clock  # being held is being used; and the next call need not look at it first
@@ -256,7 +280,7 @@ class PrefixTree:
         """The node below `parent` that knows `chunk`, on `page` if none did."""
         own = self._pages.get(page)
         if own is not None:
-            if own.parent is not parent or _common(own.chunk, chunk) < min(len(own.chunk), len(chunk)):
+            if own.parent is not parent or common_tokens(own.chunk, chunk) < min(len(own.chunk), len(chunk)):
                 raise EngineError(
                     f"page {page} has other tokens in the prefix tree than those to be inserted"
                 )
@@ -273,7 +297,7 @@ class PrefixTree:
             self._pages[page] = own
         else:
             parent.remove(own)
-            own.chunk = chunk
+            own.chunk, own.key = chunk, b""
         parent.add(own)
         for shorter in parent.beginnings(chunk):
             if self._counts.refcount(shorter.page) == 1:
@@ -322,11 +346,32 @@ class PrefixTree:
             for node in below:
                 if node.children:
                     break
-                self._break(node, now)
+                self._break(node, now, self._tell(node, now))
         return bool(blocking)
 
-    def _break(self, node: _Node, now: float) -> None:
-        self.broken_leases += node.until > now
+    def _tell(self, node: _Node, now: float) -> bool:
+        """Whether somebody keeps the latents of `node`, which is to go."""
+        if self._leaving is None:
+            return False
+        parent = node.parent
+        assert parent is not None
+        gone = Evicted(node.page, self._key(node), self._key(parent), node.chunk, node.until)
+        return self._leaving(gone, now)
+
+    @staticmethod
+    def _key(node: _Node) -> bytes:
+        path = []
+        above = node
+        while not above.key and above.parent is not None:
+            path.append(above)
+            above = above.parent
+        key = above.key
+        for below in reversed(path):
+            below.key = key = next_key(key, pack_ids(below.chunk))
+        return key
+
+    def _break(self, node: _Node, now: float, kept: bool) -> None:
+        self.broken_leases += node.until > now and not kept
         self._drop(node)
 
     def _drop(self, node: _Node) -> None:
@@ -364,15 +409,3 @@ class PrefixTree:
 
 def _chunk(node: _Node) -> Chunk:
     return node.chunk
-
-
-def _common(one: Chunk, other: Chunk) -> int:
-    """Length of the longest common prefix."""
-    if one == other:
-        return len(one)
-    rows = 0
-    for a, b in zip(one, other, strict=False):
-        if a != b:
-            break
-        rows += 1
-    return rows

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2hybrid.cache.prefix import Match, Partial, PrefixTree, _Node
+from k2hybrid.cache.page_keys import page_keys
+from k2hybrid.cache.prefix import Evicted, Match, Partial, PrefixTree, _Node
 from k2hybrid.errors import EngineError
 
 
@@ -463,3 +464,67 @@ def test_against_a_dictionary_of_prefixes(steps: list[tuple[str, list[int], int,
             assert match.partial.whole == (tree.rows(match.partial.page) == longest % size)
         assert all(counts.counts[page] == 1 for page in tree.pages())
         assert sum((+counts.counts).values()) == len(tree)
+
+
+# --- what leaves ---------------------------------------------------------------------------------------
+
+
+def evictions(keeps: Callable[[Evicted], bool]) -> tuple[PrefixTree, Counts, list[Evicted]]:
+    told: list[Evicted] = []
+
+    def leaving(gone: Evicted, _now: float) -> bool:
+        told.append(gone)
+        return keeps(gone)
+
+    counts = Counts()
+    return PrefixTree(counts, 4, leaving), counts, told
+
+
+def test_who_asks_is_told_of_each_page_by_its_key() -> None:
+    tree, counts, told = evictions(lambda gone: True)
+    ids = [1, 2, 3, 4, 5, 6, 7, 8, 9]
+    pages = counts.new(3)
+    tree.insert(ids, pages, "s")
+    counts.release(pages)
+    tree.lease(ids[:4], 50.0, "s")
+    assert tree.evict(3, now=10.0) == 3
+    keys = page_keys("s", ids, 4)
+    assert [(gone.key, gone.parent) for gone in told] == [(key.key, key.parent) for key in reversed(keys)]
+    assert [gone.ids for gone in told] == [(9,), (5, 6, 7, 8), (1, 2, 3, 4)]
+    assert [gone.page for gone in told] == pages[::-1]
+    assert [gone.until for gone in told] == [float("-inf"), float("-inf"), 50.0]
+    assert tree.broken_leases == 0  # its latents are kept elsewhere
+
+
+def test_a_lost_lease_is_a_broken_one() -> None:
+    tree, counts, _ = evictions(lambda gone: False)
+    pages = counts.new(1)
+    tree.insert([1, 2], pages)
+    counts.release(pages)
+    tree.lease([1, 2], 50.0)
+    assert tree.evict(1, now=10.0) == 1
+    assert tree.broken_leases == 1
+
+
+def test_pages_that_nobody_keeps_stay_while_they_may() -> None:
+    tree, counts, told = evictions(lambda gone: gone.ids != (3,))
+    for token in (1, 2, 3, 4):
+        pages = counts.new(1)
+        tree.insert([token], pages)
+        counts.release(pages)
+    assert tree.evict(4, only_kept=True) == 2
+    assert [tree.match([token]).tokens for token in (1, 2, 3, 4)] == [0, 0, 1, 1]
+    assert tree.evict(4) == 2
+    assert len(told) == 5
+
+
+def test_a_page_that_was_extended_after_it_was_told_of_has_another_key() -> None:
+    keeps = [False, True]
+    tree, counts, told = evictions(lambda gone: keeps.pop(0))
+    pages = counts.new(1)
+    tree.insert([1, 2], pages)
+    counts.release(pages)
+    assert tree.evict(1, only_kept=True) == 0
+    tree.insert([1, 2, 3], pages)
+    assert tree.evict(1) == 1
+    assert [gone.key for gone in told] == [page_keys("", ids, 4)[0].key for ids in ([1, 2], [1, 2, 3])]
