@@ -25,10 +25,10 @@ from k2hybrid.cache.journal_folder import (
     is_fingerprint,
     measure_foreign,
 )
-from k2hybrid.cache.journal_index import Found, SessionInfo, Victim
+from k2hybrid.cache.journal_index import SessionInfo, Victim
 from k2hybrid.cache.journal_store import Store
 from k2hybrid.cache.page_files import Damaged, PageFile
-from k2hybrid.cache.page_keys import ID_BYTES, next_key, pack_ids, root_key, unpack_ids
+from k2hybrid.cache.page_keys import Found, next_key, pack_ids
 from k2hybrid.cache.private_files import Bytes
 from k2hybrid.cache.session_log import Exchange
 from k2hybrid.errors import ConfigError
@@ -114,21 +114,14 @@ class Journal:
         """Whether a page is on disk."""
         return key in self._store.index.pages
 
-    def match(self, scope: str, ids: Sequence[int], page_tokens: int) -> list[Found]:
-        """Pages on disk with the longest known prefix of `ids`, first to last; the last may agree in part."""
+    def closest(self, parent: bytes, ids: Sequence[int]) -> Found | None:
+        """The page on disk after `parent` with most tokens in common with `ids`, at least one."""
         packed = pack_ids(ids)
-        parent = root_key(scope)
-        found: list[Found] = []
-        for start in range(0, len(packed), page_tokens * ID_BYTES):
-            chunk = packed[start : start + page_tokens * ID_BYTES]
-            key = next_key(parent, chunk)
-            if not self.has(key):
-                with self._guard:
-                    closest = self._store.index.closest(parent, chunk)
-                return found if closest is None else [*found, closest]
-            found.append(Found(key, parent, unpack_ids(chunk), len(chunk) // ID_BYTES))
-            parent = key
-        return found
+        key = next_key(parent, packed)
+        if self.has(key):
+            return Found(key, parent, tuple(ids), len(ids))
+        with self._guard:
+            return self._store.index.closest(parent, packed)
 
     def read_page(self, key: bytes, parent: bytes, ids: Sequence[int], out: Bytes | Sequence[Bytes]) -> bool:
         """Fill `out`, one buffer or several in the order of the payload, if the page is there and whole.

@@ -14,7 +14,7 @@ from typing import Protocol
 
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
-from k2hybrid.engine.archive import Archive
+from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.cost import CostModel, NetworkSizes, Rows
 from k2hybrid.engine.inbox import Call, Inbox
 from k2hybrid.engine.memory import PageMemory, PagePool
@@ -104,7 +104,7 @@ class Engine:
         context_tokens: prompt and output of one request at most.
         meter: what the model reads, where its builder counts it.
         torch_threads: of torch's own operations in large passes.
-        archive: latent pages on disk.
+        archive: latent pages in RAM and on disk.
         on_start: called in the engine's thread before its first step.
 
     Every submitted job gets exactly one `DoneEvent`, its last event. Events are delivered from the engine's
@@ -130,13 +130,18 @@ class Engine:
         self._vocab_size = vocab_size
         self._max_queue = config.max_queue
         self._time_limit_s = config.request_seconds
-        self._memory = PageMemory(pages, pages.PAGE_TOKENS)
+        self._memory = PageMemory(pages, pages.PAGE_TOKENS, archive.spill if archive else None)
         self._waiting = WaitingLine(self._memory, config.max_running)
         self._cost = CostModel(sizes)
         self._scheduler = Scheduler(config.max_step_tokens, sizes.layers, self._cost.pass_us)
         self._runner = StepRunner(model, sizes.layers, torch_threads)
         self._meter = meter or ByteMeter()
         self._archive = archive
+        if archive is not None:
+            self.metrics.traffic = archive.traffic
+        # Free ahead of need: what two of the largest steps take, but not much of a small pool.
+        step_pages = pages_for(config.max_step_tokens, pages.PAGE_TOKENS) + config.max_running
+        self._spare_pages = min(2 * step_pages, self._memory.total_pages // 8)
         self._on_start = on_start
         self._numbers = itertools.count()
         self._inbox = Inbox()
@@ -282,6 +287,7 @@ class Engine:
     def tick(self) -> bool:
         """Admit, plan, run, commit; False if there is nothing to run until something comes from outside."""
         self._look_around()
+        self._memory.make_room(self._spare_pages)
         for sequence in self._waiting.admit(self._running):
             self._fetch(sequence)
         if not self._running:
@@ -385,31 +391,40 @@ class Engine:
                 self._finish(sequence, "length")  # all but the last token is known: as good as all of it
             else:
                 sequence.phase, self._running[sequence.number] = Phase.RUNNING, sequence
+                self._fetch(sequence)
 
-    # --- the journal ------------------------------------------------------------------------------
+    # --- RAM and journal ------------------------------------------------------------------------------
 
     def _fetch(self, sequence: Sequence) -> None:
-        """Begin to read what of the prompt is on disk and not in memory."""
+        """Begin to bring back what of the prompt lies in RAM or on disk and not in the pool."""
         if self._archive is None or not sequence.job.reuse:
             return
+        fetch = None
         try:
             fetch = self._archive.find(sequence)
             if fetch is None:
                 return
             self._memory.drop_partial(sequence)
-            self._memory.grow(sequence, fetch.tokens)
+            self._memory.grow(sequence, fetch.tokens, ready=False)
             sequence.fetching = True
-            self._archive.read(
-                sequence, fetch, lambda tokens: self.call(lambda _: self._fetched(sequence, tokens))
-            )
+            self._archive.read(sequence, fetch, self._memory, self._reporting(sequence, fetch))
         except Exception:  # it is prefilled instead
+            log.exception("no pages are brought back for request %r", sequence.job.request_id)
             sequence.fetching = False
-            log.exception("nothing is read from the journal for request %r", sequence.job.request_id)
+            if fetch is not None:
+                self._archive.end(fetch)
+            for copy in self._memory.leaving(sequence.pages):
+                copy.exception()  # waits: the sequence is about to write these pages
 
-    def _fetched(self, sequence: Sequence, tokens: int) -> None:
+    def _reporting(self, sequence: Sequence, fetch: Fetch) -> Callable[[Fetched], None]:
+        return lambda fetched: self.call(lambda _: self._fetched(sequence, fetch, fetched))
+
+    def _fetched(self, sequence: Sequence, fetch: Fetch, fetched: Fetched) -> None:
         sequence.fetching = False
+        if self._archive is not None:
+            self._archive.end(fetch, fetched)
         if sequence.phase is Phase.RUNNING:
-            sequence.computed = sequence.cached_tokens = tokens
+            sequence.computed = sequence.cached_tokens = fetched.tokens
             self._memory.publish(sequence)
 
     def _keep(self, sequence: Sequence, *, last: bool = False) -> None:
@@ -642,17 +657,19 @@ class Engine:
             log.exception("a check of the latent pages failed")
 
     def check(self) -> None:
-        """Prove that the references on pages add up. For the engine's thread, or while it does not run.
+        """Prove that all holds on pages add up. For the engine's thread, or while it does not run.
 
         Raises:
             EngineError: they do not.
         """
         try:
             self._memory.check()
+            if self._archive is not None:
+                self._archive.check()
         except EngineError:
             self.metrics.integrity_errors += 1
             raise
 
     def cached_prefix(self, ids: Seq[int], scope: str = "") -> int:
-        """How many of `ids` need no prefill now. Same threads as `check`."""
+        """How many of `ids` have their latents in the pool now. Same threads as `check`."""
         return self._memory.tree.match(ids, scope).tokens

@@ -15,7 +15,8 @@ before it keeps what lies above it from being evicted. The inequality stays true
   gives back a page that nobody else holds;
 * `publish` exchanges own pages for the tree's: as many come back as are taken, except for those that others
   hold too (pins); for these `publish` compares first, and ends before the one for which there is no room;
-* `leave` and `unpin` only give back.
+* `leave` and `unpin` only give back;
+* a page that leaves for RAM belongs to the left side from then on: it is free as soon as it is copied.
 
 A sequence writes a page only while no other sequence holds it, and only behind the rows that the tree claims.
 """
@@ -26,11 +27,13 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from concurrent.futures import Future
 from typing import Protocol
 
 from k2hybrid.cache.prefix import Match, Partial, PrefixTree
 from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.sequence import Sequence
+from k2hybrid.engine.spill import Spill
 from k2hybrid.errors import CapacityError, EngineError
 
 
@@ -52,14 +55,16 @@ class PageMemory:
     Args:
         pool: all of its pages must be free.
         page_tokens: tokens per page.
+        spill: takes what the tree lets go of to RAM; None: it is lost.
     """
 
-    def __init__(self, pool: PagePool, page_tokens: int) -> None:
+    def __init__(self, pool: PagePool, page_tokens: int, spill: Spill | None = None) -> None:
         self.page_tokens = page_tokens
         self.total_pages = pool.free_pages
-        self.tree = PrefixTree(pool, page_tokens)
+        self.tree = PrefixTree(pool, page_tokens, spill.leave if spill else None)
         self.now: Callable[[], float] = time.monotonic  # of leases
         self._pool = pool
+        self._spill = spill
         self._running: set[Sequence] = set()
         self._holders: Counter[int] = Counter()  # page → sequences and pins that hold it
         self._pins: Counter[int] = Counter()  # page → pins
@@ -120,8 +125,12 @@ class PageMemory:
         sequence.computed = sequence.cached_tokens = tokens
         return True
 
-    def grow(self, sequence: Sequence, tokens: int) -> None:
-        """Let `sequence` hold pages for its first `tokens` tokens; cannot fail within its reservation."""
+    def grow(self, sequence: Sequence, tokens: int, *, ready: bool = True) -> None:
+        """Let `sequence` hold pages for its first `tokens` tokens; cannot fail within its reservation.
+
+        Without `ready` some may still be on their way to RAM: nothing is waited for, and who writes them
+        first waits for what `leaving` says.
+        """
         missing = pages_for(tokens, self.page_tokens) - len(sequence.pages)
         if missing <= 0:
             return
@@ -130,8 +139,19 @@ class PageMemory:
                 f"request {sequence.job.request_id!r} needs {len(sequence.pages) + missing} pages "
                 f"but reserved {sequence.reserved_pages}"
             )
-        sequence.pages = [*sequence.pages, *self._take(missing)]
+        sequence.pages = [*sequence.pages, *self._take(missing, ready=ready)]
         sequence.pages_version += 1
+
+    def make_room(self, pages: int) -> None:
+        """Have idle pages leave for RAM until so many are free or will be, as far as RAM takes them."""
+        if self._spill is not None:
+            self._spill.settle()
+            self.tree.evict(pages - self._pool.free_pages - len(self._leaving()), self.now(), only_kept=True)
+            self._spill.begin()
+
+    def leaving(self, pages: Seq[int]) -> list[Future[None]]:
+        """What must be done before any of `pages` is written: copies to RAM."""
+        return self._spill.copies_of(pages) if self._spill else []
 
     def drop_partial(self, sequence: Sequence) -> None:
         """Let a newly admitted `sequence` do without the rows it has of a partly filled page."""
@@ -165,7 +185,10 @@ class PageMemory:
 
     def lease(self, scope: str, ids: Seq[int], seconds: float) -> None:
         """Keep the longest known prefix of `ids` for so long, unless running sequences need its pages."""
-        self.tree.lease(ids, self.now() + seconds, scope)
+        until = self.now() + seconds
+        self.tree.lease(ids, until, scope)
+        if self._spill is not None:
+            self._spill.lease(scope, ids, until)
 
     def pin(self, pages: Seq[int]) -> None:
         """Hold pages for somebody who is no sequence and only reads the rows claimed now.
@@ -212,9 +235,10 @@ class PageMemory:
         owed = sum(sequence.reserved_pages - len(sequence.pages) for sequence in self._running)
         if self._owed != owed:
             wrong.append(f"{self._owed} pages are owed, {owed} expected")
-        used = {*self._holders, *self.tree.pages()}
+        leaving = self._spill.leaving if self._spill else Counter[int]()
+        used = {*self._holders, *self.tree.pages(), *leaving}
         for page in used:
-            references = self._holders[page] + (page in self.tree)
+            references = self._holders[page] + (page in self.tree) + leaving[page]
             if self._pool.refcount(page) != references:
                 wrong.append(f"page {page}: {self._pool.refcount(page)} references, {references} expected")
         if self._pool.free_pages + len(used) != self.total_pages:
@@ -230,6 +254,8 @@ class PageMemory:
         """Pages that `sequence` is still to write and another one holds, or the tree claims too much of."""
         wrong = []
         first, rows = divmod(sequence.computed, self.page_tokens)
+        if not sequence.fetching and not all(copy.done() for copy in self.leaving(sequence.pages[first:])):
+            wrong.append(f"a page of {sequence.pages[first:]} is written while it is copied to RAM")
         for page in sequence.pages[first:]:
             holders = self._sequences_on(page)
             if holders != 1:
@@ -272,15 +298,29 @@ class PageMemory:
             self._drop(source)
         return page
 
-    def _take(self, count: int) -> list[int]:
+    def _take(self, count: int, *, ready: bool = True) -> list[int]:
         """Fresh pages, out of what is owed."""
-        shortage = count - self._pool.free_pages
+        spill = self._spill
+        if spill is not None:
+            spill.settle()
+        shortage = count - self._pool.free_pages - len(self._leaving())
         if shortage > 0:
             self.tree.evict(shortage, self.now())
-        pages = self._pool.allocate(count)
-        self._holders.update(pages)
+        if spill is not None:
+            spill.begin()
+        while ready and spill is not None and self._pool.free_pages < count and spill.wait():
+            pass
+        pages = self._leaving()[: max(0, count - self._pool.free_pages)]
+        fresh = self._pool.allocate(count - len(pages))
+        self._holders.update(fresh)
+        self._hold(pages)
         self._owed -= count
-        return pages
+        return [*fresh, *pages]
+
+    def _leaving(self) -> list[int]:
+        """Pages that will be free once they are copied to RAM."""
+        leaving = self._spill.leaving if self._spill else ()
+        return [page for page in leaving if page not in self._holders]
 
     def _sequences_on(self, page: int) -> int:
         return self._holders[page] - self._pins[page]

@@ -35,6 +35,33 @@ class StepRecord:
 
 
 @dataclass(slots=True)
+class PageTraffic:
+    """Latent pages between the pool, RAM and the journal."""
+
+    pages_out: int = 0  # from the pool to RAM
+    bytes_out: int = 0
+    pages_in: int = 0  # back
+    bytes_in: int = 0
+    copy_errors: int = 0
+    ram_tokens: int = 0  # of prompts, found in RAM
+    journal_tokens: int = 0  # of prompts, found on disk
+    ram_pages: int = 0  # in RAM now
+
+    def snapshot(self) -> dict[str, int]:
+        """All counts under stable names."""
+        return {
+            "pages_to_ram": self.pages_out,
+            "bytes_to_ram": self.bytes_out,
+            "pages_from_ram": self.pages_in,
+            "bytes_from_ram": self.bytes_in,
+            "page_copy_errors": self.copy_errors,
+            "cached_ram_tokens": self.ram_tokens,
+            "cached_journal_tokens": self.journal_tokens,
+            "ram_pages": self.ram_pages,
+        }
+
+
+@dataclass(slots=True)
 class EngineMetrics:
     """Written by the engine's thread; single counters may be read from any thread."""
 
@@ -46,6 +73,7 @@ class EngineMetrics:
     completion_tokens: int = 0
     running: int = 0
     waiting: int = 0
+    traffic: PageTraffic = field(default_factory=PageTraffic)
     finished: Counter[str] = field(default_factory=Counter)  # reason → requests
     recent: deque[StepRecord] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     now: Callable[[], float] = time.perf_counter
@@ -75,6 +103,7 @@ class EngineMetrics:
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,
             "completion_tokens": self.completion_tokens,
+            **self.traffic.snapshot(),
             "running": self.running,
             "waiting": self.waiting,
             "finished": dict(self.finished),

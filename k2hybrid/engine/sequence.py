@@ -40,8 +40,9 @@ class Sequence:
     cached_tokens: int = 0
     pages: list[int] = field(default_factory=list)
     pages_version: int = 0  # changes with `pages`, so that a tensor of them can be kept
-    page_keys: list[PageKey] = field(default_factory=list)  # of its full pages, as the journal names them
-    fetching: bool = False  # its pages are being read from disk; it does not run meanwhile
+    page_keys: list[PageKey] = field(default_factory=list)  # of its full pages, as far as they were needed
+    journaled: int = 0  # full pages that were offered to the journal
+    fetching: bool = False  # its pages come back from RAM or disk; it does not run meanwhile
     cancelled: bool = False
     ending: tuple[ReasonCode, Exception | None] | None = None  # how it ends once it can, if not as cancelled
     kept: list[TokenEvent] = field(default_factory=list)  # of a resumable job: all that was delivered

@@ -8,12 +8,20 @@ changes its output, and `expected_tokens` says what the output must be.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
+from k2hybrid.cache.host_pages import HostPages
+from k2hybrid.cache.page_keys import Found, common_tokens
+from k2hybrid.engine.archive import Archive
 from k2hybrid.engine.cost import NetworkSizes
+from k2hybrid.engine.metrics import PageTraffic
+from k2hybrid.engine.spill import Spill
 from k2hybrid.errors import CapacityError, EngineError
 from k2hybrid.model.batch import Batch
 from k2hybrid.types import DoneEvent, EngineEvent, Job, PromptProgress, SamplingParams, TokenEvent
@@ -46,6 +54,10 @@ def expected_tokens(prompt: Sequence[int], count: int) -> list[int]:
 
 class FakePages:
     """Counts references, and holds a token where a real page holds its latents."""
+
+    def contents(self, page: int) -> list[Any]:
+        """What a copy of the page copies."""
+        return self.tokens[page]
 
     def __init__(self, pages: int, page_tokens: int = 4) -> None:
         self.PAGE_TOKENS = page_tokens
@@ -87,6 +99,185 @@ class FakePages:
         if min(self._counts[src], self._counts[dst]) < 1:
             raise EngineError(f"rows are copied from {src} to {dst}, of which one is free")
         self.tokens[dst][:rows] = self.tokens[src][:rows]
+
+
+class FakeMover:
+    """Copies pages when it is told to, or waited for; `fails` may say which copies do.
+
+    A page that somebody writes, or that is nobody's, while it is copied leaves its mark in the copy.
+    """
+
+    def __init__(self, pages: FakePages) -> None:
+        self.pages = pages
+        self.ways: dict[str, deque[_Copy]] = {"out": deque(), "in": deque()}
+        self.copied = 0
+        self.fails: Callable[[str], bool] = lambda way: False
+
+    def room(self, buffers: int) -> list[list[Any]]:
+        return [[None] * self.pages.PAGE_TOKENS for _ in range(buffers)]
+
+    def mark(self) -> None:
+        pass
+
+    @property
+    def waiting(self) -> int:
+        return sum(map(len, self.ways.values()))
+
+    def out(self, pages: Sequence[int], buffers: Sequence[Any], _after: None = None) -> Future[None]:
+        return self._later("out", pages, [(self.pages.contents, page) for page in pages], buffers)
+
+    def into(self, pages: Sequence[int], buffers: Sequence[Any], _after: None = None) -> Future[None]:
+        to = [self.pages.contents(page) for page in pages]
+        return self._later("in", pages, [(lambda same: same, buffer) for buffer in buffers], to)
+
+    def buffers(self, page: int, tokens: int, _after: None = None) -> list[Any]:
+        return self.pages.contents(page)[:tokens]
+
+    def fill(self, page: int, tokens: int, read: Callable[[Any], bool], _after: None = None) -> bool:
+        rows: list[Any] = [None] * tokens
+        if not read(rows):
+            return False
+        self.pages.contents(page)[:tokens] = rows
+        return True
+
+    def close(self) -> None:
+        self.run(self.waiting)
+
+    def run(self, copies: int, ways: Sequence[str] = ("in", "out")) -> None:
+        """Make so many copies, of each way those first that were begun first."""
+        for way in ways:
+            while copies and self.ways[way]:
+                copies -= 1
+                self.ways[way].popleft().make()
+
+    def _later(
+        self,
+        way: str,
+        pages: Sequence[int],
+        sources: list[tuple[Callable[[Any], Any], Any]],
+        to: Sequence[Any],
+    ) -> _Copy:
+        copy = _Copy(self, way, list(pages), sources, to)
+        self.ways[way].append(copy)
+        return copy
+
+
+class _Copy(Future[None]):
+    """Who waits for it makes it, and those before it."""
+
+    def __init__(
+        self,
+        mover: FakeMover,
+        way: str,
+        pages: list[int],
+        sources: list[tuple[Callable[[Any], Any], Any]],
+        to: Sequence[Any],
+    ) -> None:
+        super().__init__()
+        self._mover, self._way, self._pages, self._sources, self._to = mover, way, pages, sources, to
+
+    def make(self) -> None:
+        for page in self._pages:
+            if self._mover.pages.refcount(page) < 1:
+                self.set_exception(EngineError(f"page {page} is nobody's while it is copied"))
+                raise AssertionError(f"page {page} is nobody's while it is copied")
+        if self._mover.fails(self._way):
+            for to in self._to:
+                to[:] = [-2] * len(to)
+            self.set_exception(OSError("planned"))
+            return
+        for to, (read, source) in zip(self._to, self._sources, strict=True):
+            to[:] = read(source)
+        self._mover.copied += 1
+        self.set_result(None)
+
+    def _force(self) -> None:
+        while not self.done():
+            self._mover.run(1, [self._way])
+
+    def exception(self, timeout: float | None = None) -> BaseException | None:
+        self._force()
+        return super().exception(timeout)
+
+    def result(self, timeout: float | None = None) -> None:
+        self._force()
+        super().result(timeout)
+
+
+class Deferred:
+    """An executor that works when it is told to."""
+
+    def __init__(self) -> None:
+        self.tasks: deque[Callable[[], None]] = deque()
+
+    def submit(self, function: Callable[..., None], *args: Any) -> None:
+        self.tasks.append(lambda: function(*args))
+
+    def run(self) -> None:
+        while self.tasks:
+            self.tasks.popleft()()
+
+    def shutdown(self, *, wait: bool, cancel_futures: bool) -> None:
+        self.tasks.clear()
+
+
+class FakeJournal:
+    """Pages on disk, as journal and writer in one; what is offered is written at once."""
+
+    def __init__(self) -> None:
+        self.files: dict[bytes, tuple[bytes, tuple[int, ...], list[Any]]] = {}
+        self.broken: set[bytes] = set()
+        self.reads = 0
+
+    def offer(
+        self,
+        key: bytes,
+        parent: bytes,
+        ids: Sequence[int],
+        payload: Callable[[], Any],
+        done: Callable[[], None],
+    ) -> bool:
+        if key in self.files:
+            return False
+        self.files[key] = (parent, tuple(ids), list(payload()))
+        done()
+        return True
+
+    def closest(self, parent: bytes, ids: Sequence[int]) -> Found | None:
+        best = None
+        for key, (above, tokens, _) in self.files.items():
+            rows = common_tokens(tokens, tuple(ids)) if above == parent else 0
+            if rows and (best is None or rows > best.rows):
+                best = Found(key, parent, tokens, rows)
+        return best
+
+    def read_page(self, key: bytes, parent: bytes, ids: Sequence[int], out: Any) -> bool:
+        self.reads += 1
+        if key in self.broken:
+            return False
+        assert self.files[key][:2] == (parent, tuple(ids))
+        out[:] = self.files[key][2]
+        return True
+
+
+def archive_for(
+    pages: FakePages,
+    ram_pages: int | None,
+    journal: FakeJournal | None = None,
+    mover: FakeMover | None = None,
+) -> Archive:
+    """An archive over fakes, with room for so many pages in RAM."""
+    mover = mover or FakeMover(pages)
+    traffic = PageTraffic()
+    spill = None
+    if ram_pages is not None:
+        spill = Spill(
+            HostPages(mover.room(ram_pages)), mover, pages, page_tokens=pages.PAGE_TOKENS, page_bytes=10,
+            traffic=traffic,
+        )  # fmt: skip
+    return Archive(
+        mover, pages.PAGE_TOKENS, reader=journal, writer=journal, spill=spill, page_bytes=10, traffic=traffic
+    )
 
 
 @dataclass

@@ -11,10 +11,11 @@ from typing import Any, cast
 import pytest
 
 from k2hybrid.config import RuntimeConfig
-from k2hybrid.engine.archive import Archive, Fetch
+from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.cost import CostModel
 from k2hybrid.engine.engine import MAX_BACKGROUND, Engine, JobHandle
 from k2hybrid.engine.memory import PageMemory
+from k2hybrid.engine.metrics import PageTraffic
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.errors import (
     CapacityError,
@@ -624,20 +625,34 @@ def test_token_events_carry_logprobs() -> None:
 class FetchingArchive:
     """An archive that never finishes reading by itself, or fails to begin."""
 
+    spill = None
+
     def __init__(self, *, fails: bool = False) -> None:
         self.fails = fails
-        self.then: Callable[[int], None] | None = None
+        self.traffic = PageTraffic()
+        self.under_way: list[Fetch] = []
+        self.then: Callable[[Fetched], None] | None = None
 
     def keep(self, *_: object, **__: object) -> None:
         pass
 
     def find(self, sequence: Sequence) -> Fetch | None:
-        return Fetch(0, (), 8) if sequence.computed < 8 < len(sequence.ids) else None
+        if not sequence.computed < 8 < len(sequence.ids):
+            return None
+        fetch = Fetch(0, (), 8)
+        self.under_way.append(fetch)
+        return fetch
 
-    def read(self, sequence: Sequence, fetch: Fetch, then: Callable[[int], None]) -> None:
+    def read(self, _: Sequence, fetch: Fetch, memory: PageMemory, then: Callable[[Fetched], None]) -> None:
         if self.fails:
             raise RuntimeError("can't start new thread")
         self.then = then
+
+    def end(self, fetch: Fetch, fetched: Fetched | None = None) -> None:
+        self.under_way.remove(fetch)
+
+    def check(self) -> None:
+        pass
 
     def close(self) -> None:
         pass
@@ -666,16 +681,18 @@ def test_a_request_whose_pages_are_read_waits_while_others_run() -> None:
     assert ended(other) == "length"
     assert reading.done is None
     assert archive.then is not None
-    archive.then(0)  # nothing was good: all is prefilled
+    archive.then(Fetched(0, 0))  # nothing was good: all is prefilled
     drain(engine)
     assert reading.tokens == expected_tokens(list(range(20)), 2)
 
 
 def test_reading_that_cannot_begin_is_replaced_by_prefill() -> None:
-    engine = with_archive(FetchingArchive(fails=True))
+    archive = FetchingArchive(fails=True)
+    engine = with_archive(archive)
     sink = Collector()
     engine.submit(job(list(range(20)), sink, 2))
     drain(engine)
+    assert archive.under_way == []
     assert sink.tokens == expected_tokens(list(range(20)), 2)
 
 
@@ -689,7 +706,7 @@ def test_a_time_limit_while_pages_are_read_is_told_as_such_once_they_are() -> No
     engine.tick()
     assert sink.done is None  # its pages are still written to
     assert archive.then is not None
-    archive.then(8)
+    archive.then(Fetched(0, 8))
     drain(engine)
     assert sink.done is not None
     assert isinstance(sink.done.error, TimeLimitError)

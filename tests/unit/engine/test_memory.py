@@ -7,11 +7,14 @@ from typing import Any, cast
 
 import pytest
 
+from k2hybrid.cache.host_pages import HostPages
+from k2hybrid.cache.page_keys import page_keys
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.sequence import Sequence
+from k2hybrid.engine.spill import Spill
 from k2hybrid.errors import CapacityError, EngineError
-from tests.unit.engine.fakes import FakePages
+from tests.unit.engine.fakes import FakeMover, FakePages
 
 SIZE = 4
 
@@ -415,6 +418,101 @@ def test_a_pinned_page_that_the_tree_has_elsewhere_is_given_up_only_where_there_
     assert desk.memory.tree.match([1, 2, 3, 4, 5]).pages == own.pages[:1]
     desk.memory.unpin([page])
     desk.memory.check()
+
+
+# --- pages that leave for RAM --------------------------------------------------------------------------
+
+
+class SpillDesk(Desk):
+    """With RAM beside the pool; copies are made when they are waited for."""
+
+    def __init__(self, pages: int, ram_pages: int = 16) -> None:
+        super().__init__(pages)
+        self.mover = FakeMover(self.pool)
+        host = HostPages(self.mover.room(ram_pages))
+        self.spill = Spill(host, self.mover, self.pool, page_tokens=SIZE)
+        self.memory = PageMemory(self.pool, SIZE, self.spill)
+        self.memory.now = lambda: self.clock
+
+
+def test_a_page_is_free_once_it_is_copied_and_promised_before() -> None:
+    desk = SpillDesk(4)
+    desk.done([1, 2, 3, 4, 5, 6, 7, 8])
+    desk.memory.make_room(4)
+    desk.memory.check()
+    assert (desk.pool.free_pages, len(desk.memory.tree), desk.memory.available_pages) == (2, 0, 4)
+    desk.mover.run(1)
+    desk.memory.make_room(0)
+    desk.memory.check()
+    assert desk.pool.free_pages == 4
+    assert desk.spill.host.get(page_keys("", [1, 2, 3, 4], SIZE)[0].key) is not None
+
+
+def test_who_needs_a_page_waits_for_its_copy_and_no_more_leave_than_that() -> None:
+    desk = SpillDesk(4)
+    desk.done([1, 2, 3, 4, 5, 6, 7, 8, 9])
+    desk.memory.make_room(2)
+    assert len(desk.memory.tree) == 2
+    sequence = desk.run(desk.admit([7, 7, 7, 7, 7, 7, 7]))
+    assert desk.mover.copied == 1
+    assert len(desk.memory.tree) == 2
+    assert desk.reads(sequence) == [7] * 7
+    assert next(iter(desk.spill.host._pages.values())).buffer[0] == 9
+
+
+def test_pages_that_are_still_copied_can_be_held_without_waiting() -> None:
+    desk = SpillDesk(2)
+    desk.done([1, 2, 3, 4, 5, 6, 7])
+    sequence = desk.admit([9] * 7)
+    sequence.fetching = True
+    desk.memory.grow(sequence, 7, ready=False)
+    desk.memory.check()
+    assert desk.mover.copied == 0
+    assert len(sequence.pages) == 2
+    (copy,) = desk.memory.leaving(sequence.pages)
+    assert desk.memory.available_pages == 0
+    sequence.fetching = False
+    with pytest.raises(EngineError, match="written while it is copied"):
+        desk.memory.check()
+    assert copy.exception() is None
+    desk.memory.check()
+    desk.run(sequence)
+    assert sorted(page.buffer for page in desk.spill.host._pages.values()) == [[1, 2, 3, 4], [5, 6, 7, -1]]
+
+
+def test_what_ram_has_already_leaves_without_a_copy() -> None:
+    desk = SpillDesk(2)
+    for _ in range(3):
+        desk.done([1, 2, 3, 4, 5])
+        desk.memory.make_room(2)
+        desk.mover.run(9)
+        desk.memory.make_room(2)
+        assert desk.pool.free_pages == 2
+    assert desk.mover.copied == 1
+
+
+def test_where_ram_is_small_the_beginning_of_what_leaves_at_once_is_kept() -> None:
+    desk = SpillDesk(5, 2)
+    desk.done(list(range(14)))
+    desk.memory.make_room(5)
+    while desk.spill.wait():
+        pass
+    kept = [page_keys("", list(range(14)), SIZE)[n].key for n in (0, 1)]
+    assert [desk.spill.host.get(key) is not None for key in kept] == [True, True]
+
+
+def test_no_page_leaves_ahead_of_need_that_ram_does_not_take() -> None:
+    desk = SpillDesk(4, 1)
+    desk.done([1, 2])
+    desk.memory.lease("", [1, 2], 60.0)
+    desk.memory.make_room(4)
+    desk.mover.run(9)
+    desk.done([3, 4])
+    desk.memory.make_room(4)
+    desk.memory.check()
+    assert desk.memory.tree.match([3, 4]).tokens == 2
+    desk.run(desk.admit([9] * 15))  # need is another matter
+    assert desk.memory.tree.match([3, 4]).tokens == 0
 
 
 # --- check --------------------------------------------------------------------------------------------

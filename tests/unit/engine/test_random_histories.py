@@ -13,20 +13,29 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from k2hybrid.cache.host_pages import HostPages
+from k2hybrid.cache.page_keys import common_tokens, next_key, pack_ids, page_keys, root_key
 from k2hybrid.cache.prefix import _Node
 from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine import archive, spill
+from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.engine import Engine, JobHandle
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.sequence import Sequence
+from k2hybrid.engine.spill import Spill
 from k2hybrid.errors import CapacityError
 from tests.unit.engine.fakes import (
     SIZES,
     VOCAB,
     Collector,
+    Deferred,
+    FakeJournal,
     FakeModel,
+    FakeMover,
     FakePages,
     FakeState,
+    archive_for,
     expected_tokens,
     job,
 )
@@ -34,6 +43,13 @@ from tests.unit.engine.fakes import (
 Row = tuple[str, tuple[int, ...]]  # scope, and the tokens up to the row's own
 SIZE = 4
 POOL = 7
+HOST = 6
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(archive, "BATCH", 2)
+    monkeypatch.setattr(spill, "BATCH", 2)
 
 
 class RowPages(FakePages):
@@ -49,6 +65,9 @@ class RowPages(FakePages):
             self.rows[page] = [None] * SIZE
         return pages
 
+    def contents(self, page: int) -> list[Any]:
+        return self.rows[page]
+
     def copy_rows(self, src: int, dst: int, rows: int) -> None:
         assert min(self.refcount(src), self.refcount(dst)) >= 1
         assert None not in self.rows[src][:rows]
@@ -61,12 +80,16 @@ class MemoryHistories(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = RowPages(POOL)
-        self.memory = PageMemory(self.pool, SIZE)
+        self.archive = self.make_archive()
+        self.memory = PageMemory(self.pool, SIZE, self.archive.spill if self.archive else None)
         self.clock = 0.0
         self.memory.now = lambda: self.clock
         self.running: list[Sequence] = []
         self.histories: list[list[int]] = [[]]  # of all that were ever run
         self.pinned: list[tuple[int, list[Row | None]]] = []  # page, and the rows claimed when it was pinned
+
+    def make_archive(self) -> Archive | None:
+        return None
 
     @rule(
         data=st.data(),
@@ -109,6 +132,10 @@ class MemoryHistories(RuleBasedStateMachine):
         if drops:
             self.memory.drop_partial(sequence)
             assert len(sequence.pages) * SIZE == sequence.computed
+        self.admitted(sequence)
+
+    def admitted(self, sequence: Sequence) -> None:
+        pass
 
     @precondition(lambda self: self.running)
     @rule(data=st.data(), tokens=st.integers(1, 9), fails=st.sampled_from([False, False, False, True]))
@@ -209,6 +236,7 @@ class MemoryHistories(RuleBasedStateMachine):
                 assert above is None or above.page < 0 or above.page in sequence.pages
 
     def teardown(self) -> None:
+        self.settle()
         # The promise: all can run to the end of what they reserved, pins or not.
         for sequence in self.running:
             self.memory.grow(sequence, sequence.reserved_pages * SIZE)
@@ -219,6 +247,9 @@ class MemoryHistories(RuleBasedStateMachine):
         self.memory.check()
         self.memory.tree.clear()
         assert self.pool.free_pages == POOL
+
+    def settle(self) -> None:
+        pass
 
     def _draw(self, data: st.DataObject) -> Sequence:
         return data.draw(st.sampled_from(self.running))
@@ -248,6 +279,143 @@ class MemoryHistories(RuleBasedStateMachine):
         return self.pool.rows[page][: self.memory.tree.rows(page)]
 
 
+class SpillingHistories(MemoryHistories):
+    """The same with RAM beside the pool: what left comes back to whoever is admitted, as copies are made."""
+
+    def make_archive(self) -> Archive:
+        self.mover = FakeMover(self.pool)
+        self.worker = Deferred()
+        self.coming: dict[Sequence, Fetch] = {}
+        self.failing = False
+        made = archive_for(self.pool, HOST, None, self.mover)
+        made._worker.shutdown()
+        made._worker = self.worker  # type: ignore[assignment]
+        return made
+
+    @property
+    def outside(self) -> Archive:
+        return cast(Archive, self.archive)
+
+    @property
+    def spill(self) -> Spill:
+        return cast(Spill, self.outside.spill)
+
+    @property
+    def host(self) -> HostPages[Any]:
+        return self.spill.host
+
+    def admitted(self, sequence: Sequence) -> None:
+        """As the engine does it."""
+        if not sequence.job.reuse:
+            return
+        tokens = sequence.computed
+        longest = self._longest(sequence)
+        fetch = self.outside.find(sequence)
+        assert (fetch.tokens if fetch else tokens) == max(longest, tokens)
+        if fetch is None:
+            return
+        self.memory.drop_partial(sequence)
+        self.memory.grow(sequence, fetch.tokens, ready=False)
+        sequence.fetching = True
+        self.running.remove(sequence)
+        self.coming[sequence] = fetch
+        self.outside.read(
+            sequence, fetch, self.memory, lambda fetched: self._fetched(sequence, fetch, fetched)
+        )
+
+    def _longest(self, sequence: Sequence) -> int:
+        """How many tokens go on from what `sequence` has, in RAM alone."""
+        ids, at = sequence.ids[:-1], sequence.computed // SIZE * SIZE
+        while at < len(ids):
+            key = page_keys(sequence.job.scope, ids[:at] or [0], SIZE)[-1].key if at else root_key(
+                sequence.job.scope
+            )  # fmt: skip
+            chunk = ids[at : at + SIZE]
+            rows = max(
+                (
+                    common_tokens(page.ids, tuple(chunk))
+                    for page in self.host._pages.values()
+                    if page.parent == key
+                ),
+                default=0,
+            )
+            at += rows
+            if rows < SIZE:
+                break
+        return at
+
+    def _fetched(self, sequence: Sequence, fetch: Fetch, fetched: Fetched) -> None:
+        self.outside.end(fetch, fetched)
+        del self.coming[sequence]
+        self.running.append(sequence)
+        sequence.fetching = False
+        assert fetched.tokens == fetch.tokens or self.failing or sequence.cancelled
+        sequence.computed = sequence.cached_tokens = fetched.tokens
+        self._publish(sequence)
+
+    @rule(copies=st.integers(1, 6), ways=st.sampled_from([("in", "out"), ("out", "in"), ("in",), ("out",)]))
+    def copy(self, copies: int, ways: tuple[str, ...]) -> None:
+        self.mover.run(copies, ways)
+
+    @rule()
+    def bring_back(self) -> None:
+        self.worker.run()
+
+    @rule(way=st.sampled_from(["in", "out"]))
+    def fail_a_copy(self, way: str) -> None:
+        if self.mover.waiting:
+            self.mover.fails = lambda copy: True
+            self.mover.run(1, [way])
+            self.mover.fails = lambda copy: False
+            self.failing = True
+
+    @precondition(lambda self: self.coming)
+    @rule(data=st.data())
+    def give_up_what_comes(self, data: st.DataObject) -> None:
+        data.draw(st.sampled_from(list(self.coming))).cancelled = True
+
+    @rule(pages=st.integers(0, 4))
+    def make_room(self, pages: int) -> None:
+        before = {row for page in self.memory.tree.pages() for row in self._claimed(page)}
+        lost, ready = self.host.lost, self.pool.free_pages + len(self.memory._leaving())
+        self.memory.make_room(pages)
+        assert self.pool.free_pages + len(self.memory._leaving()) >= ready
+        if self.host.lost == lost:  # what is no longer in the pool is in RAM, to the row
+            after = {row for page in self.memory.tree.pages() for row in self._claimed(page)}
+            chain = {
+                next_key(page.parent, pack_ids(page.ids[: rows + 1]))
+                for page in self.host._pages.values()
+                for rows in range(len(page.ids))
+            }
+            for scope, tokens in cast(set[tuple[str, tuple[int, ...]]], before - after):
+                assert page_keys(scope, tokens, SIZE)[-1].key in chain
+
+    @invariant()
+    def copies_add_up(self) -> None:
+        self.outside.check()
+
+    @invariant()
+    def every_row_in_ram_belongs_to_its_prefix(self) -> None:
+        being_filled = {page for copy in self.spill._copies for page in copy.to}
+        for page in {*self.host._pages.values()} - being_filled:
+            scope, tokens = page.buffer[len(page.ids) - 1]
+            keys = page_keys(scope, tokens, SIZE)
+            assert (keys[-1].key, keys[-1].parent) == (page.key, page.parent)
+            first = len(tokens) - len(page.ids)
+            for row in range(len(page.ids)):
+                assert page.buffer[row] == (scope, tokens[: first + row + 1])
+
+    def settle(self) -> None:
+        self.worker.run()
+        assert not self.coming
+        while self.spill.wait():
+            pass
+        assert not self.spill.leaving
+
+
+TestSpillingHistories = SpillingHistories.TestCase
+TestSpillingHistories.settings = settings(max_examples=120, stateful_step_count=50, deadline=None)
+
 TestMemoryHistories = MemoryHistories.TestCase
 TestMemoryHistories.settings = settings(max_examples=150, stateful_step_count=50, deadline=None)
 
@@ -260,10 +428,22 @@ class Histories(RuleBasedStateMachine):
         self.model = FakeModel(FakePages(14))
         config = RuntimeConfig(max_step_tokens=6, max_running=3, max_queue=8)
         self.engine = Engine(
-            self.model, self.model.pages, sizes=SIZES, vocab_size=VOCAB, context_tokens=64, config=config
+            self.model,
+            self.model.pages,
+            sizes=SIZES,
+            vocab_size=VOCAB,
+            context_tokens=64,
+            config=config,
+            archive=self.make_archive(),
         )
         self.engine._cost.observe = lambda *_: None  # type: ignore[method-assign]  # plans depend on no clock
         self.jobs: list[tuple[list[int], int, Collector, JobHandle]] = []
+
+    def make_archive(self) -> Archive | None:
+        return None
+
+    def bring_back(self) -> bool:
+        return False
 
     @rule(ids=st.lists(st.integers(0, 1), min_size=1, max_size=24), max_tokens=st.integers(1, 16))
     def submit(self, ids: list[int], max_tokens: int) -> None:
@@ -330,15 +510,66 @@ class Histories(RuleBasedStateMachine):
                 assert len(sink.tokens) == max_tokens
 
     def teardown(self) -> None:
-        while self.engine.tick():
+        while self.engine.tick() or self.bring_back():
             pass
         assert all(sink.done is not None for _, _, sink, _ in self.jobs)
         self.tokens_are_right()
         self.engine.check()
         # Only the tree holds pages now, and it gives all of them back.
         self.engine._memory.tree.clear()
+        self.engine.stop()
         assert self.model.pages.free_pages == 14
 
+
+class ArchivedHistories(Histories):
+    """The same with RAM and a journal beside the pool, all of which may fail."""
+
+    def make_archive(self) -> Archive:
+        self.journal = FakeJournal()
+        self.mover = FakeMover(self.model.pages)
+        self.worker = Deferred()
+        made = archive_for(self.model.pages, 10, self.journal, self.mover)
+        made._worker.shutdown()
+        made._worker = self.worker  # type: ignore[assignment]
+        return made
+
+    def bring_back(self) -> bool:
+        """Whether there was something to do; the journal's thanks count too."""
+        work = bool(self.worker.tasks)
+        self.worker.run()
+        return work or bool(self.engine._inbox._calls)
+
+    @rule()
+    def read(self) -> None:
+        self.bring_back()
+
+    @rule(copies=st.integers(1, 9))
+    def copy(self, copies: int) -> None:
+        self.mover.run(copies)
+
+    @rule(copies=st.integers(1, 3))
+    def fail_copies(self, copies: int) -> None:
+        self.mover.fails = lambda way: True
+        self.mover.run(copies)
+        self.mover.fails = lambda way: False
+
+    @precondition(lambda self: self.journal.files)
+    @rule(data=st.data(), breaks=st.booleans())
+    def lose_a_file(self, data: st.DataObject, breaks: bool) -> None:
+        key = data.draw(st.sampled_from(list(self.journal.files)))
+        if breaks:
+            self.journal.broken.add(key)
+        elif not self.worker.tasks:
+            del self.journal.files[key]
+
+    @precondition(lambda self: self.jobs)
+    @rule(data=st.data(), seconds=st.integers(0, 9))
+    def lease(self, data: st.DataObject, seconds: int) -> None:
+        data.draw(st.sampled_from(self.jobs))[3].lease(seconds)
+
+
+TestArchivedHistories = ArchivedHistories.TestCase
+TestArchivedHistories.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 TestHistories = Histories.TestCase
 TestHistories.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
