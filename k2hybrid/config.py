@@ -37,6 +37,7 @@ class RuntimeConfig:
     context_tokens: int | None = None  # None: the checkpoint's max_position_embeddings
     latent_rows: LatentRows = "bf16"  # how a token's latent is stored; see `cache.rows`
     latent_bytes: int | None = None  # None: one whole context, 1 GiB at least, a quarter of RAM at most
+    cache_ram: int | None = None  # bytes of RAM for latents that leave the pool; None: they are lost
     max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
     max_running: int = 16  # sequences that decode together
     max_queue: int = 256
@@ -67,8 +68,10 @@ class RuntimeConfig:
             )
         if self.expert_reader not in (None, "uring", "threads"):
             raise ConfigError(f"expert_reader must be uring or threads, not {self.expert_reader!r}")
-        if self.expert_ram is not None and type(self.expert_ram) is not int:
-            raise ConfigError(f"expert_ram is a number of bytes, not {self.expert_ram!r}")
+        for name in ("expert_ram", "cache_ram"):
+            value = getattr(self, name)
+            if value is not None and type(value) is not int:
+                raise ConfigError(f"{name} is a number of bytes, not {value!r}")
         placed = self.expert_place not in ("auto", "mapped") or self.expert_ram or self.expert_arena
         if self.experts == "portable" and placed:
             raise ConfigError(
@@ -77,7 +80,7 @@ class RuntimeConfig:
         for name in ("max_step_tokens", "max_running", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("threads", "context_tokens", "latent_bytes", "journal_bytes", "expert_ram"):
+        for name in ("threads", "context_tokens", "latent_bytes", "journal_bytes", "expert_ram", "cache_ram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
@@ -108,6 +111,7 @@ class RuntimeConfig:
             "trace": "none",
             "context_tokens": "the model's",
             "latent_bytes": "one context",
+            "cache_ram": "none",
             "request_seconds": "no limit",
             "journal": "none",
             "journal_bytes": "64 GiB, a quarter of the free disk at most",

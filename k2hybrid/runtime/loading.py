@@ -18,7 +18,6 @@ from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.checkpoint.hub import model_name
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import RuntimeConfig
-from k2hybrid.engine.archive import Archive
 from k2hybrid.engine.engine import Engine
 from k2hybrid.engine.metrics import ByteMeter
 from k2hybrid.engine.step import StepModel
@@ -26,6 +25,7 @@ from k2hybrid.errors import TokenizerError
 from k2hybrid.experts.recorder import TraceRecorder
 from k2hybrid.hardware.topology import read_topology
 from k2hybrid.native import ALLOWED_CPUS, Machine
+from k2hybrid.runtime.archive import make_archive
 from k2hybrid.runtime.assembly import Parts, assemble
 from k2hybrid.runtime.experts import make_experts, trace_writer
 from k2hybrid.runtime.fingerprint import fingerprint
@@ -79,9 +79,10 @@ def open_runtime(
         meter, handoffs = ByteMeter(), Handoffs()
         context_tokens = context_tokens_of(spec, config)
         pages = latent_pages(spec, config, context_tokens)
-        experts = make_experts(config, spec, machine, topology, pages.pages * pages.page_bytes)
+        latent_bytes = pages.pages * pages.page_bytes + (config.cache_ram or 0)
+        experts = make_experts(config, spec, machine, topology, latent_bytes)
         placement = experts.store.placement if experts.store is not None else None
-        log_needs(start_needs(spec, pages, placement, config.dense_weights))
+        log_needs(start_needs(spec, pages, placement, config))
         # From here on it says what runs, not what was left open: it is printed.
         config = replace(
             config,
@@ -116,11 +117,13 @@ def open_runtime(
         if experts.store is not None:
             opened.callback(experts.store.close)
         journal, writer = _journal(config, pages, template.source)
-        archive = None
         if journal is not None and writer is not None:
             opened.callback(journal.close)
             opened.callback(writer.close)
-            archive = Archive(journal, writer, pages, pages.PAGE_TOKENS)
+        archive = make_archive(config, pages, journal, writer)
+        if archive is not None:
+            opened.callback(archive.mover.close)
+            opened.callback(archive.close)
         exchanges = Exchanges(Markers.from_specials(tokenizer.specials), tokenizer)
         sessions = Sessions(exchanges, pages.PAGE_TOKENS, journal, writer)
         watch = checkpoint.watch()
@@ -140,6 +143,8 @@ def open_runtime(
         def release() -> None:
             if tracing is not None:
                 tracing.close()
+            if archive is not None:
+                archive.mover.close()
             checkpoint.close()
 
         runtime = Runtime(

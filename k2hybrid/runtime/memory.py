@@ -6,7 +6,7 @@ import logging
 
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.config import DenseWeights
+from k2hybrid.config import RuntimeConfig
 from k2hybrid.experts.placement import Placement
 from k2hybrid.experts.plan import Need, ram_needs
 from k2hybrid.experts.prediction import ModelSizes
@@ -15,12 +15,20 @@ log = logging.getLogger(__name__)
 
 
 def start_needs(
-    spec: ModelSpec, pages: LatentPages, placement: Placement | None, dense_weights: DenseWeights = "bf16"
+    spec: ModelSpec, pages: LatentPages, placement: Placement | None, config: RuntimeConfig
 ) -> list[Need]:
     """The rows: as `plan` has them, with the latents that were reserved. `placement`: of experts."""
     tokens = f"{pages.pages * pages.PAGE_TOKENS:,} tokens in {pages.format.name}"
-    sizes = ModelSizes.of(spec, pages.format.row_bytes, dense_weights=dense_weights)
-    return list(ram_needs(sizes, tokens, pages.pages * pages.page_bytes, placement))
+    sizes = ModelSizes.of(spec, pages.format.row_bytes, dense_weights=config.dense_weights)
+    needs = list(ram_needs(sizes, tokens, pages.pages * pages.page_bytes, placement))
+    if beside := (config.cache_ram or 0) // pages.page_bytes:
+        tokens = f"{beside * pages.PAGE_TOKENS:,} tokens"
+        needs.append(
+            Need(
+                f"latents that left, {tokens}", beside * pages.page_bytes, "RAM, at most; taken as they leave"
+            )
+        )
+    return needs
 
 
 def log_needs(needs: list[Need]) -> None:

@@ -20,10 +20,18 @@ _ENGINE_COUNTERS = {
     "prompt_tokens": "Tokens of prompts",
     "cached_tokens": "Tokens of prompts that were not computed again",
     "completion_tokens": "Tokens generated",
+    "cached_ram_tokens": "Tokens whose latents came back from RAM (--cache-ram)",
+    "cached_journal_tokens": "Tokens whose latents came back from the journal",
+    "pages_to_ram": "Latent pages copied to RAM",
+    "pages_from_ram": "Latent pages copied back from RAM",
+    "bytes_to_ram": "Bytes of latent pages copied to RAM",
+    "bytes_from_ram": "Bytes of latent pages copied back from RAM",
+    "page_copy_errors": "Copies of latent pages that failed",
 }
 _ENGINE_GAUGES = {
     "running": "Requests at work",
     "waiting": "Requests in the queue",
+    "ram_pages": "Latent pages that lie in RAM",
     "recent_tokens_per_s": "Tokens a second over recent passes",
     "recent_gb_s": "Bytes of weights read a second over recent passes, in 10^9",
 }

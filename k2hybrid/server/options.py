@@ -99,6 +99,10 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     group.add_argument("--latent-gb", type=float, default=None, metavar="GB", help="memory for the KV cache")
     group.add_argument(
+        "--cache-ram", type=size, default=None, metavar="SIZE",
+        help="RAM for what does not stay in the KV cache, as 32GiB; otherwise it is computed again",
+    )  # fmt: skip
+    group.add_argument(
         "--max-step-tokens", type=int, default=None, metavar="N", help="rows of one step at most"
     )
     group.add_argument(
@@ -124,6 +128,7 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
         "context_tokens": args.ctx,
         "latent_rows": args.latent_rows,
         "latent_bytes": latent_bytes,
+        "cache_ram": args.cache_ram,
         "max_step_tokens": args.max_step_tokens,
         "max_running": args.max_running,
         "max_queue": args.max_queue,

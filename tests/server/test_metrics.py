@@ -50,6 +50,8 @@ def test_figures_of_a_model(real: Served) -> None:
     assert after["k2hybrid_experts_place", "mapped"] == 1
     assert after["k2hybrid_latent_rows", "bf16"] == 1
     assert after["k2hybrid_running",] == 0
+    for name in ("cached_ram_tokens_total", "cached_journal_tokens_total", "pages_to_ram_total", "ram_pages"):
+        assert after[f"k2hybrid_{name}",] == 0
 
 
 def test_it_needs_the_key(locked: Served) -> None:
