@@ -93,9 +93,10 @@ def test_it_is_given_as_a_size() -> None:
 def test_it_is_a_row_of_the_memory_table() -> None:
     spec = read_spec(MINI_MODEL)
     pages = LatentPages(5, 2, Bf16Rows(128))
-    *_, row = start_needs(spec, pages, None, 3 * PAGE_BYTES + 5)
+    *_, row = start_needs(spec, pages, None, RuntimeConfig(cache_ram=3 * PAGE_BYTES + 5))
     assert (row.name, row.nbytes) == ("latents that left, 192 tokens", 3 * PAGE_BYTES)
-    assert len(start_needs(spec, pages, None)) == len(start_needs(spec, pages, None, PAGE_BYTES)) - 1
+    without = start_needs(spec, pages, None, RuntimeConfig())
+    assert len(without) == len(start_needs(spec, pages, None, RuntimeConfig(cache_ram=PAGE_BYTES))) - 1
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,8 @@ def test_bytes_are_those_that_are_read_and_operations_stay(checkpoint: Path, kin
         opened.close()
         sizes = ModelSizes.of(spec, dense_weights=dense_weights)
         assert meter.step_bytes == sizes.dense_bytes + sizes.head_bytes
-        told = {need.name: need.nbytes for need in start_needs(spec, pages, None, dense_weights)}
+        options = RuntimeConfig(dense_weights=dense_weights)
+        told = {need.name: need.nbytes for need in start_needs(spec, pages, None, options)}
         assert dense_weights == "bf16" or told[f"dense weights, {kind}"] == meter.step_bytes
         found[dense_weights] = network_sizes(spec, meter.step_bytes, pages.format.row_bytes)
         assert network.embedding.dtype == torch.bfloat16

@@ -16,6 +16,7 @@ import k2hybrid
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import Fp8Rows
 from k2hybrid.checkpoint.spec import read_spec
+from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import ConfigError, EngineError, TensorError, TokenizerError
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.runtime import Runtime, latents, load, loading
@@ -77,7 +78,7 @@ def test_the_table_counts_what_was_reserved(checkpoint: Path) -> None:
         for name, tensor in load_file(shard).items()
         if ".experts." not in name
     )
-    dense, latents, _, experts = start_needs(spec, pages, None)
+    dense, latents, _, experts = start_needs(spec, pages, None, RuntimeConfig())
     assert dense.nbytes == weights
     assert latents.nbytes == pages.pages * pages.page_bytes == 5 * 64 * 2 * (32 + 4 + 2 * 16)
     assert "320 tokens in fp8" in latents.name
