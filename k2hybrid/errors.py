@@ -20,6 +20,10 @@ class NativeError(K2Error):
     """The C++ extension is missing, was built from other sources, or rejected its arguments."""
 
 
+class KernelError(K2Error):
+    """A kernel of the device cannot run: Triton is not there, or a tensor is not what it takes."""
+
+
 # --- checkpoint -----------------------------------------------------------------------------------
 
 

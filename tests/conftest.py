@@ -1,10 +1,27 @@
-"""What all tests share: the markers ``gpu`` and ``slow``, skipped aloud where they cannot run."""
+"""What all tests share: the markers ``gpu`` and ``slow``, skipped aloud elsewhere; Triton's mode."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
+import os
 
 import pytest
+
+
+def driver_sees_a_device() -> bool:
+    """Asked of the driver, as torch takes seconds to import."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return False
+    count = ctypes.c_int()
+    return driver.cuInit(0) == 0 and driver.cuDeviceGetCount(ctypes.byref(count)) == 0 and count.value > 0
+
+
+# Triton reads it when it is first imported, by whatever test: without a device its kernels are interpreted.
+if not driver_sees_a_device():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

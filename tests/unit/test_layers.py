@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
     ("errors", "types", "config", "native"),
-    ("checkpoint", "hardware"),
+    ("checkpoint", "hardware", "kernels"),
     ("experts", "cache"),
     ("model",),
     ("engine",),

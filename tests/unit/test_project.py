@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib.metadata import distribution, version
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,14 @@ def test_a_requirement_is_a_range_and_the_lock_pins_a_version_inside_it(text: st
 def test_the_lock_has_exact_versions_and_nothing_of_cuda() -> None:
     assert all(re.fullmatch(r"[0-9][0-9a-z.]*", version) for version in LOCK.values())
     assert LOCK["torch"] == "2.13.0"
-    assert [name for name in LOCK if re.match(r"nvidia|cuda|triton", name)] == []
+    assert [name for name in LOCK if re.match(r"nvidia|cuda", name)] == []
+
+
+def test_the_locked_triton_is_the_one_that_torch_accepts() -> None:
+    named = [r for r in distribution("torch").requires or [] if r.startswith("triton")]
+    if not named or version("torch").partition("+")[0] != LOCK["torch"]:
+        pytest.skip(f"torch {version('torch')} is no CUDA build of the locked version")
+    assert all(packaging_requirements.Requirement(r).specifier.contains(LOCK["triton"]) for r in named)
 
 
 def test_the_package_imports_what_it_depends_on_and_nothing_else() -> None:

@@ -1,0 +1,126 @@
+"""Random inputs of the device kernels, their float64 results, and the bounds of docs/numerics.md.
+
+What a kernel reads as bytes is decoded here by torch's own types and by `checkpoint.int4`, so that nothing of
+the kernels is used to judge them. Benches and tests draw from it, on any device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from k2hybrid.kernels.mla import GROUP, PAGE_TOKENS, RowFormatName, mla_decode
+
+U = 2.0**-8  # the largest relative error of a rounding to bf16
+
+
+def fp8_bytes(shape: Sequence[int], g: torch.Generator) -> torch.Tensor:
+    """uint8: codes of e4m3 but for the two of NaN, each equally often, so that one in 16 is subnormal."""
+    codes = torch.randint(0, 254, tuple(shape), generator=g, device=g.device, dtype=torch.uint8)
+    return codes + (codes >= 127).to(torch.uint8)
+
+
+@dataclass(frozen=True)
+class LatentCase:
+    """One call of `mla_decode`, and what its rows mean: latent and rotary values [rows, …] in fp32."""
+
+    q_latent: torch.Tensor
+    q_rope: torch.Tensor
+    rows: torch.Tensor
+    tables: torch.Tensor
+    lengths: torch.Tensor
+    scale: float
+    row_format: RowFormatName
+    latent: torch.Tensor
+    rope: torch.Tensor
+
+    def run(self) -> torch.Tensor:
+        return mla_decode(
+            self.q_latent,
+            self.q_rope,
+            self.rows,
+            self.tables,
+            self.lengths,
+            scale=self.scale,
+            row_format=self.row_format,
+        )
+
+    def rows_of(self, b: int) -> torch.Tensor:
+        """Numbers of the rows of sequence b, in order."""
+        token = torch.arange(int(self.lengths[b]), device=self.rows.device)
+        return self.tables[b].long()[token // PAGE_TOKENS] * PAGE_TOKENS + token % PAGE_TOKENS
+
+    def errors(self, got: torch.Tensor) -> tuple[float, float]:
+        """Of `got` against float64: the largest error in units of its bound, and the norm's in its own.
+
+        A weight is rounded to bf16, with its group's scale in fp8, and a score is a sum of fp32. So an output
+        errs by at most (U + 2^-10) Σ w |v|; and since roundings are independent, of a root mean square of
+        less than U/2, by a norm of no more than U √Σ w² v² but for scores' errors.
+        """
+        worst, error, sigma = 0.0, 0.0, 0.0
+        for b in range(len(self.lengths)):
+            if int(self.lengths[b]) == 0:
+                worst = max(worst, math.inf if got[b].count_nonzero() else 0.0)
+                continue
+            at = self.rows_of(b)
+            keys, rotary = self.latent[at].double(), self.rope[at].double()
+            scores = self.q_latent[b].double() @ keys.T + self.q_rope[b].double() @ rotary.T
+            weights = (scores * self.scale).softmax(-1)
+            off = got[b].double() - weights @ keys
+            magnitudes = weights @ keys.abs()
+            worst = max(worst, float((off.abs() / ((U + 2**-10) * magnitudes)).max()))
+            error += float(off.square().sum())
+            sigma += float((weights.square() @ keys.square()).sum()) * U**2
+            sigma += float(magnitudes.square().sum()) * 2.0**-26
+        return worst, math.sqrt(error / sigma) if sigma else 0.0
+
+
+def latent_case(
+    row_format: RowFormatName,
+    lengths: Sequence[int],
+    *,
+    heads: int,
+    latent: int,
+    rope: int,
+    pages: int,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> LatentCase:
+    """Sequences of these lengths over pages in no order; what no sequence reads is NaN."""
+    batch = len(lengths)
+    g = torch.Generator(device).manual_seed(seed)
+    count = batch * pages + 2
+    n = count * PAGE_TOKENS
+    rotary = torch.randn(n, rope, generator=g, device=device).bfloat16()
+    if row_format == "bf16":
+        values = torch.randn(n, latent, generator=g, device=device).bfloat16()
+        parts = [values, rotary]
+        decoded = values.float()
+    else:
+        codes = fp8_bytes((n, latent), g)
+        groups = -(-latent // GROUP)
+        # Of magnitudes that differ from group to group: a mixed-up scale is seen.
+        scales = torch.exp2(torch.randn(n, groups, generator=g, device=device) - 9)
+        parts = [codes, scales, rotary]
+        each = scales.repeat_interleave(GROUP, 1)[:, :latent]
+        decoded = codes.view(torch.float8_e4m3fn).float() * each
+    tables = torch.randperm(count, generator=g, device=device)[: batch * pages].view(batch, pages).int()
+    read = torch.zeros(n, dtype=torch.bool, device=device)
+    case = LatentCase(
+        q_latent=torch.randn(batch, heads, latent, generator=g, device=device).bfloat16(),
+        q_rope=torch.randn(batch, heads, rope, generator=g, device=device).bfloat16(),
+        rows=torch.cat([part.view(torch.uint8) for part in parts], dim=1),
+        tables=tables,
+        lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
+        scale=1 / math.sqrt(latent + rope),
+        row_format=row_format,
+        latent=decoded,
+        rope=rotary.float(),
+    )
+    for b in range(batch):
+        read[case.rows_of(b)] = True
+    case.rows[~read] = 0xFF  # NaN in bf16, fp32 and e4m3
+    return case

@@ -1,0 +1,113 @@
+"""Compiles device kernels for cards that are not there, and prints what they take of one, as JSON.
+
+A process of its own, without TRITON_INTERPRET: python -m tests.kernels_device.compile
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from k2hybrid.kernels import mla
+from k2hybrid.kernels.card import Card
+from k2hybrid.kernels.jit import mla as mla_jit
+
+# Shared memory that a block may have, by compute capability: CUDA programming guide, table of specifications.
+CARDS = {
+    80: Card(108, 8, 166_912),
+    86: Card(82, 8, 101_376),
+    89: Card(128, 8, 101_376),
+    90: Card(132, 9, 232_448),
+    100: Card(148, 10, 232_448),
+    120: Card(170, 12, 101_376),
+}
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+
+
+class Build(NamedTuple):
+    """One kernel with its compile-time sizes; `types` are those of its other arguments, in order."""
+
+    kernel: Any
+    types: str
+    sizes: dict[str, Any]
+    warps: int
+    stages: int
+
+
+def builds(card: Card) -> Iterator[tuple[str, Build]]:
+    """All that Kimi-K2 launches on such a card."""
+    for row_format in ("bf16", "fp8"):
+        tile = mla.choose_tile(card, row_format, 64)
+        fp8 = row_format == "fp8"
+        words, floats = ("*i32", "*fp32") if fp8 else ("*bf16", "*bf16")
+        yield (
+            f"attend {row_format}",
+            Build(
+                mla_jit.attend,
+                f"*bf16 *bf16 {words} *bf16 {floats} *i32 *i32 *fp32 *fp32 fp32 i32 i32 i32 i32",
+                {
+                    "LATENT": 512,
+                    "ROPE": 64,
+                    "ROW_BYTES": mla.row_bytes(row_format, 512, 64),
+                    "FP8": fp8,
+                    "GROUP": 128,
+                    "GROUPS": 4,
+                    "ROPE_TILE": 64,
+                    "HEADS": tile.heads,
+                    "TOKENS": tile.tokens,
+                    "PAGE": mla.PAGE_TOKENS,
+                    "BATCH": 8,
+                    "MIN_PART": mla.MIN_PART,
+                },
+                tile.warps,
+                tile.stages,
+            ),
+        )
+    sizes = {"LATENT": 512, "COLUMNS": mla.MERGE_COLUMNS, "PARTS": mla.MERGE_PARTS, "BATCH": 8}
+    sizes["MIN_PART"] = mla.MIN_PART
+    yield "merge", Build(mla_jit.merge, "*fp32 *fp32 *i32 *fp32 i32 i32 i32", sizes, 4, 2)
+
+
+def compile_for(capability: int, build: Build) -> dict[str, int]:
+    """Shared memory, registers of a thread and bytes of its stack, that is what did not fit registers."""
+    names = build.kernel.arg_names
+    types = dict(zip([name for name in names if name not in build.sizes], build.types.split(), strict=True))
+    source = ASTSource(
+        build.kernel,
+        {name: types.get(name, "constexpr") for name in names},
+        {(names.index(name),): size for name, size in build.sizes.items()},
+        # As at run time: torch's memory is aligned.
+        {(names.index(n),): [["tt.divisibility", 16]] for n, kind in types.items() if kind[0] == "*"},
+    )
+    options = {"num_warps": build.warps, "num_stages": build.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [str(TOOLS / "cuobjdump"), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    return {"shared": compiled.metadata.shared, "registers": int(found[1]), "stack": int(found[2])}
+
+
+def main() -> None:
+    rows = [
+        {"capability": capability, "kernel": name, **compile_for(capability, build)}
+        for capability, card in CARDS.items()
+        for name, build in builds(card)
+    ]
+    print(json.dumps(rows))
+
+
+if __name__ == "__main__":
+    main()
