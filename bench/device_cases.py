@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from k2hybrid.kernels.linear8 import Kind, linear8
 from k2hybrid.kernels.mla import GROUP, PAGE_TOKENS, RowFormatName, mla_decode
 
 U = 2.0**-8  # the largest relative error of a rounding to bf16
@@ -124,3 +125,39 @@ def latent_case(
         read[case.rows_of(b)] = True
     case.rows[~read] = 0xFF  # NaN in bf16, fp32 and e4m3
     return case
+
+
+@dataclass(frozen=True)
+class LinearCase:
+    """One call of `linear8`."""
+
+    x: torch.Tensor
+    values: torch.Tensor
+    scale: torch.Tensor
+    kind: Kind
+
+    def run(self) -> torch.Tensor:
+        return linear8(self.x, self.values, self.scale, self.kind)
+
+    def error(self, got: torch.Tensor) -> float:
+        """Of `got` against float64: the norm, relative."""
+        values = self.values if self.kind == "int8" else self.values.view(torch.float8_e4m3fn).float()
+        want = self.x.double() @ (values.double() * self.scale.double()[:, None]).T
+        return float((got.double() - want).norm() / want.norm())
+
+
+def linear_case(
+    kind: Kind, rows: int, outputs: int, inner: int, *, device: torch.device | str = "cpu", seed: int = 0
+) -> LinearCase:
+    """All codes of the kind, with scales that differ."""
+    g = torch.Generator(device).manual_seed(seed)
+    if kind == "int8":
+        values = torch.randint(-128, 128, (outputs, inner), generator=g, device=device, dtype=torch.int8)
+    else:
+        values = fp8_bytes((outputs, inner), g)
+    return LinearCase(
+        x=torch.randn(rows, inner, generator=g, device=device).bfloat16(),
+        values=values,
+        scale=torch.exp2(torch.randn(outputs, generator=g, device=device) - 8),
+        kind=kind,
+    )

@@ -17,15 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from k2hybrid.kernels import mla
+from k2hybrid.kernels import linear8, mla
 from k2hybrid.kernels.card import Card
+from k2hybrid.kernels.jit import linear8 as linear8_jit
 from k2hybrid.kernels.jit import mla as mla_jit
 
 # Shared memory that a block may have, by compute capability: CUDA programming guide, table of specifications.
+# 8.9 has 8.6's, and the same code.
 CARDS = {
     80: Card(108, 8, 166_912),
     86: Card(82, 8, 101_376),
-    89: Card(128, 8, 101_376),
     90: Card(132, 9, 232_448),
     100: Card(148, 10, 232_448),
     120: Card(170, 12, 101_376),
@@ -34,7 +35,10 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 class Build(NamedTuple):
-    """One kernel with its compile-time sizes; `types` are those of its other arguments, in order."""
+    """One kernel with its compile-time sizes; `types` are those of its other arguments, in order.
+
+    `:16` says of an integer that it is a multiple of 16, as the launcher sees by itself.
+    """
 
     kernel: Any
     types: str
@@ -75,6 +79,18 @@ def builds(card: Card) -> Iterator[tuple[str, Build]]:
     sizes = {"LATENT": 512, "COLUMNS": mla.MERGE_COLUMNS, "PARTS": mla.MERGE_PARTS, "BATCH": 8}
     sizes["MIN_PART"] = mla.MIN_PART
     yield "merge", Build(mla_jit.merge, "*fp32 *fp32 *i32 *fp32 i32 i32 i32", sizes, 4, 2)
+    for name, few in (("few", linear8.FEW), ("many", linear8.MANY)):
+        for kind in ("int8", "fp8"):
+            yield (
+                f"linear {kind} {name}",
+                Build(
+                    linear8_jit.linear,
+                    "*bf16 *i32 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32:16",
+                    {"FP8": kind == "fp8", "ROWS": few.rows, "COLUMNS": few.columns, "INNER": few.inner},
+                    few.warps,
+                    few.stages,
+                ),
+            )
 
 
 def compile_for(capability: int, build: Build) -> dict[str, int]:
@@ -83,10 +99,10 @@ def compile_for(capability: int, build: Build) -> dict[str, int]:
     types = dict(zip([name for name in names if name not in build.sizes], build.types.split(), strict=True))
     source = ASTSource(
         build.kernel,
-        {name: types.get(name, "constexpr") for name in names},
+        {name: types.get(name, "constexpr").removesuffix(":16") for name in names},
         {(names.index(name),): size for name, size in build.sizes.items()},
-        # As at run time: torch's memory is aligned.
-        {(names.index(n),): [["tt.divisibility", 16]] for n, kind in types.items() if kind[0] == "*"},
+        # Torch's memory is aligned.
+        {(names.index(n),): [["tt.divisibility", 16]] for n, t in types.items() if t[0] == "*" or ":" in t},
     )
     options = {"num_warps": build.warps, "num_stages": build.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

@@ -71,3 +71,31 @@ def in_order(a, b, c, d):
     """Four [rows, n] -> [rows, 4 * n]: a's first, b's first, c's first, d's first, a's second, …"""
     both = tl.permute(tl.join(tl.join(a, b), tl.join(c, d)), (0, 1, 3, 2))
     return tl.reshape(both, (a.shape[0], 4 * a.shape[1]))
+
+
+@triton.jit
+def int8(words):
+    """int32 [rows, n] -> bf16 [rows, 4 * n]: the values of four int8 bytes a word, exactly."""
+    return in_order(_int8(words), _int8(words >> 8), _int8(words >> 16), _int8(words >> 24))
+
+
+@triton.jit
+def _int8(words):
+    # The low byte plus 128 as the last bits of a mantissa of 2^23: conversions proper are slow on some cards.
+    shifted = ((words & 0xFF) ^ 0x80) | 0x4B000000
+    return to_bf16(shifted.to(tl.float32, bitcast=True) - (2.0**23 + 128))
+
+
+@triton.jit
+def int4(words):
+    """int32 [rows, n] -> bf16 [rows, 8 * n]: nibble - 8 of eight nibbles a word, least significant first."""
+    # Nibbles 0, 2, 4, 6 and 1, 3, 5, 7 are four a word each, like bytes; then every even before its odd.
+    even = in_order(_int4(words), _int4(words >> 8), _int4(words >> 16), _int4(words >> 24))
+    odd = in_order(_int4(words >> 4), _int4(words >> 12), _int4(words >> 20), _int4(words >> 28))
+    return tl.reshape(tl.join(even, odd), (words.shape[0], 8 * words.shape[1]))
+
+
+@triton.jit
+def _int4(words):
+    shifted = (words & 0xF) | 0x4B000000
+    return to_bf16(shifted.to(tl.float32, bitcast=True) - (2.0**23 + 8))
