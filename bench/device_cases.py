@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from k2hybrid.checkpoint import int4
+from k2hybrid.kernels.experts import int4_experts
 from k2hybrid.kernels.linear8 import Kind, linear8
 from k2hybrid.kernels.mla import GROUP, PAGE_TOKENS, RowFormatName, mla_decode
 
@@ -160,4 +162,79 @@ def linear_case(
         values=values,
         scale=torch.exp2(torch.randn(outputs, generator=g, device=device) - 8),
         kind=kind,
+    )
+
+
+@dataclass(frozen=True)
+class ExpertCase:
+    """One call of `int4_experts`; `matrices` are the gate, up and down of each slot in fp32."""
+
+    x: torch.Tensor
+    slots: torch.Tensor
+    chosen: torch.Tensor
+    weights: torch.Tensor
+    hidden: int
+    inter: int
+    matrices: tuple[tuple[torch.Tensor, torch.Tensor, torch.Tensor], ...]
+
+    def run(self, choices: int | None = None) -> torch.Tensor:
+        return int4_experts(
+            self.x,
+            self.slots,
+            self.chosen,
+            self.weights,
+            hidden=self.hidden,
+            inter=self.inter,
+            choices=choices,
+        )
+
+    def error(self, got: torch.Tensor) -> float:
+        """Of `got` against float64 without a rounding: the norm, relative."""
+        want = torch.zeros(got.shape, dtype=torch.float64, device=got.device)
+        for slot, (gate, up, down) in enumerate(self.matrices):
+            row, column = (self.chosen == slot).nonzero(as_tuple=True)
+            x = self.x[row].double()
+            h = torch.nn.functional.silu(x @ gate.double().T) * (x @ up.double().T)
+            y = (h @ down.double().T) * self.weights[row, column, None].double()
+            want.index_add_(0, row, y)
+        return float((got.double() - want).norm() / want.norm())
+
+
+def expert_case(
+    rows: int,
+    top_k: int,
+    slots: int,
+    hidden: int,
+    inter: int,
+    *,
+    absent: float = 0.3,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> ExpertCase:
+    """Random experts; each row chooses distinct ones, and a share of the choices is not here (-1)."""
+    g = torch.Generator(device).manual_seed(seed)
+
+    def matrix(out: int, inner: int) -> tuple[torch.Tensor, torch.Tensor]:
+        q = torch.randint(-8, 8, (out, inner), generator=g, device=device, dtype=torch.int8)
+        scale = (torch.rand(out, inner // 32, generator=g, device=device) + 0.1) / (4.6 * math.sqrt(inner))
+        return int4.pack(q), scale.bfloat16()
+
+    held, matrices = [], []
+    for _ in range(slots):
+        pairs = matrix(inter, hidden), matrix(inter, hidden), matrix(hidden, inter)
+        parts = [packed for packed, _ in pairs] + [scale for _, scale in pairs]
+        held.append(torch.cat([part.view(torch.uint8).flatten() for part in parts]))
+        gate, up, down = (int4.dequantize(packed, scale) for packed, scale in pairs)
+        matrices.append((gate, up, down))
+    draws = torch.rand(rows, max(slots, top_k), generator=g, device=device)
+    chosen = draws.argsort(1)[:, :top_k]
+    gone = torch.rand(rows, top_k, generator=g, device=device) < absent
+    return ExpertCase(
+        x=torch.randn(rows, hidden, generator=g, device=device).bfloat16(),
+        slots=torch.stack(held),
+        chosen=torch.where(gone | (chosen >= slots), -1, chosen).int(),
+        weights=torch.rand(rows, top_k, generator=g, device=device),
+        hidden=hidden,
+        inter=inter,
+        matrices=tuple(matrices),
     )

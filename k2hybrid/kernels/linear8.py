@@ -1,8 +1,9 @@
 """A linear over 8-bit weights: bf16 activations times int8 or e4m3 values, one fp32 scale an output.
 
-Few rows read every weight once and the memory's rate decides: small column tiles, and K in parts so that every
-multiprocessor reads. Many rows share a weight and the tensor cores decide: large tiles, which also share the
-work of making bf16 of bytes. Values are exact in bf16, so products are too; the scale multiplies the sum.
+Few rows read every weight once and the memory's rate decides: small column tiles, and K in parts so that
+every multiprocessor reads. Many rows share a weight and the tensor cores decide: large tiles, which also
+share the work of making bf16 of bytes. Values are exact in bf16, so products are too; the scale multiplies
+the sum.
 """
 
 from __future__ import annotations

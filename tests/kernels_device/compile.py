@@ -17,8 +17,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from k2hybrid.kernels import linear8, mla
+from k2hybrid.kernels import experts, linear8, mla
 from k2hybrid.kernels.card import Card
+from k2hybrid.kernels.jit import experts as experts_jit
 from k2hybrid.kernels.jit import linear8 as linear8_jit
 from k2hybrid.kernels.jit import mla as mla_jit
 
@@ -79,18 +80,47 @@ def builds(card: Card) -> Iterator[tuple[str, Build]]:
     sizes = {"LATENT": 512, "COLUMNS": mla.MERGE_COLUMNS, "PARTS": mla.MERGE_PARTS, "BATCH": 8}
     sizes["MIN_PART"] = mla.MIN_PART
     yield "merge", Build(mla_jit.merge, "*fp32 *fp32 *i32 *fp32 i32 i32 i32", sizes, 4, 2)
-    for name, few in (("few", linear8.FEW), ("many", linear8.MANY)):
+    for name, form in (("few", linear8.FEW), ("many", linear8.MANY)):
         for kind in ("int8", "fp8"):
             yield (
                 f"linear {kind} {name}",
                 Build(
                     linear8_jit.linear,
                     "*bf16 *i32 *fp32 *fp32 i32 i32:16 i32:16 i32:16 i32:16",
-                    {"FP8": kind == "fp8", "ROWS": few.rows, "COLUMNS": few.columns, "INNER": few.inner},
-                    few.warps,
-                    few.stages,
+                    {"FP8": kind == "fp8", "ROWS": form.rows, "COLUMNS": form.columns, "INNER": form.inner},
+                    form.warps,
+                    form.stages,
                 ),
             )
+
+    for name, shape in (("few", experts.FEW), ("many", experts.MANY)):
+        sizes = {"ROWS": shape.rows, "COLUMNS": shape.columns, "GROUPS": shape.groups}
+        tables = "*bf16 *i32 *bf16 *i32 *i32 *i32 *i32"
+        last = "i32:16 i32:16 i32:16"
+        yield (
+            f"gate_up {name}",
+            Build(
+                experts_jit.gate_up,
+                f"{tables} *i32 *bf16 i32:16 i32 {last}",
+                sizes,
+                shape.warps,
+                shape.stages,
+            ),
+        )
+        yield (
+            f"down {name}",
+            Build(experts_jit.down, f"{tables} *fp32 i32:16 {last}", sizes, shape.warps, shape.stages),
+        )
+    yield (
+        "combine",
+        Build(
+            experts_jit.combine,
+            "*fp32 *i32 *i32 *fp32 *fp32 i32 i32:16 i32:16",
+            {"COLUMNS": experts.COMBINE_COLUMNS},
+            4,
+            3,
+        ),
+    )
 
 
 def compile_for(capability: int, build: Build) -> dict[str, int]:

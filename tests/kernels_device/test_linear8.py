@@ -15,7 +15,7 @@ from k2hybrid.kernels.linear8 import FEW, FEW_ROWS, MANY, Kind, choose_parts, ch
 # fp32 sums of exact products; docs/numerics.md, "Kernels of the device".
 BOUND = 3e-6
 KINDS: tuple[Kind, ...] = ("int8", "fp8")
-# (rows, outputs, columns): one of each; ends within and at tiles; both tiles; columns in one part and in more.
+# (rows, outputs, columns): one each; ends within and at tiles; both tiles; columns in one part and in more.
 SHAPES = [
     (1, 1, 4),
     (1, 7, 36),
