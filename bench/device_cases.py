@@ -74,11 +74,32 @@ class LatentCase:
             weights = (scores * self.scale).softmax(-1)
             off = got[b].double() - weights @ keys
             magnitudes = weights @ keys.abs()
-            worst = max(worst, float((off.abs() / ((U + 2**-10) * magnitudes)).max()))
+            largest = float((off.abs() / ((U + 2**-10) * magnitudes)).max())
+            worst = worst if largest <= worst else largest  # NaN stays
             error += float(off.square().sum())
             sigma += float((weights.square() @ keys.square()).sum()) * U**2
             sigma += float(magnitudes.square().sum()) * 2.0**-26
         return worst, math.sqrt(error / sigma) if sigma else 0.0
+
+
+def random_rows(
+    row_format: RowFormatName, n: int, latent: int, rope: int, g: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """n rows as they are stored, uint8 [n, row_bytes]; their latent and rotary values in fp32."""
+    device = g.device
+    rotary = torch.randn(n, rope, generator=g, device=device).bfloat16()
+    if row_format == "bf16":
+        values = torch.randn(n, latent, generator=g, device=device).bfloat16()
+        parts = [values, rotary]
+        decoded = values.float()
+    else:
+        codes = fp8_bytes((n, latent), g)
+        groups = -(-latent // GROUP)
+        # Of magnitudes that differ from group to group: a mixed-up scale is seen.
+        scales = torch.exp2(torch.randn(n, groups, generator=g, device=device) - 9)
+        parts = [codes, scales, rotary]
+        decoded = codes.view(torch.float8_e4m3fn).float() * scales.repeat_interleave(GROUP, 1)[:, :latent]
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=1), decoded, rotary.float()
 
 
 def latent_case(
@@ -97,31 +118,19 @@ def latent_case(
     g = torch.Generator(device).manual_seed(seed)
     count = batch * pages + 2
     n = count * PAGE_TOKENS
-    rotary = torch.randn(n, rope, generator=g, device=device).bfloat16()
-    if row_format == "bf16":
-        values = torch.randn(n, latent, generator=g, device=device).bfloat16()
-        parts = [values, rotary]
-        decoded = values.float()
-    else:
-        codes = fp8_bytes((n, latent), g)
-        groups = -(-latent // GROUP)
-        # Of magnitudes that differ from group to group: a mixed-up scale is seen.
-        scales = torch.exp2(torch.randn(n, groups, generator=g, device=device) - 9)
-        parts = [codes, scales, rotary]
-        each = scales.repeat_interleave(GROUP, 1)[:, :latent]
-        decoded = codes.view(torch.float8_e4m3fn).float() * each
+    rows, decoded, rotary = random_rows(row_format, n, latent, rope, g)
     tables = torch.randperm(count, generator=g, device=device)[: batch * pages].view(batch, pages).int()
     read = torch.zeros(n, dtype=torch.bool, device=device)
     case = LatentCase(
         q_latent=torch.randn(batch, heads, latent, generator=g, device=device).bfloat16(),
         q_rope=torch.randn(batch, heads, rope, generator=g, device=device).bfloat16(),
-        rows=torch.cat([part.view(torch.uint8) for part in parts], dim=1),
+        rows=rows,
         tables=tables,
         lengths=torch.tensor(lengths, dtype=torch.int32, device=device),
         scale=1 / math.sqrt(latent + rope),
         row_format=row_format,
         latent=decoded,
-        rope=rotary.float(),
+        rope=rotary,
     )
     for b in range(batch):
         read[case.rows_of(b)] = True

@@ -1,10 +1,10 @@
 """Routed experts whose INT4 bytes lie on the device: the chosen experts of each row, weighted and summed.
 
 Rows are dealt to their slots on the device, without a wait of the CPU: choices are sorted by slot, cut into
-tiles of rows of one slot, and as many tiles are launched as there could be; what is left over exits at once. A
-choice's output is written for itself and a row's are summed in one fixed order, so no result depends on which
-tile was done first. A slot holds an expert's matrices one after the other, as published: gate, up and down
-packed (int32, eight weights a word), then their scales (bf16, one for 32 weights).
+tiles of rows of one slot, and as many tiles are launched as there could be; what is left over exits at once.
+A choice's output is written for itself and a row's are summed in one fixed order, so no result depends on
+which tile was done first. A slot holds an expert's matrices one after the other, as published: gate, up and
+down packed (int32, eight weights a word), then their scales (bf16, one for 32 weights).
 """
 
 from __future__ import annotations
