@@ -15,7 +15,7 @@ import torch
 from k2hybrid.checkpoint import int4
 from k2hybrid.kernels.experts import int4_experts
 from k2hybrid.kernels.linear8 import Kind, linear8
-from k2hybrid.kernels.mla import GROUP, PAGE_TOKENS, RowFormatName, mla_decode
+from k2hybrid.kernels.mla import GROUP, PAGE_TOKENS, mla_decode
 
 U = 2.0**-8  # the largest relative error of a rounding to bf16
 
@@ -36,7 +36,7 @@ class LatentCase:
     tables: torch.Tensor
     lengths: torch.Tensor
     scale: float
-    row_format: RowFormatName
+    row_format: str
     latent: torch.Tensor
     rope: torch.Tensor
 
@@ -83,7 +83,7 @@ class LatentCase:
 
 
 def random_rows(
-    row_format: RowFormatName, n: int, latent: int, rope: int, g: torch.Generator
+    row_format: str, n: int, latent: int, rope: int, g: torch.Generator
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """n rows as they are stored, uint8 [n, row_bytes]; their latent and rotary values in fp32."""
     device = g.device
@@ -103,7 +103,7 @@ def random_rows(
 
 
 def latent_case(
-    row_format: RowFormatName,
+    row_format: str,
     lengths: Sequence[int],
     *,
     heads: int,

@@ -20,11 +20,11 @@ from bench.device_cases import latent_case, random_rows
 from bench.device_rates import Rates, command, measured_rates, report, rotation, us_per_call
 from bench.gpu_doorbell import conditions
 from k2hybrid.errors import KernelError
-from k2hybrid.kernels.mla import PAGE_TOKENS, RowFormatName, Tile, mla_decode, row_bytes
+from k2hybrid.kernels.mla import PAGE_TOKENS, Tile, mla_decode, row_bytes
 
 HEADS, LATENT, ROPE = 64, 512, 64
 FLOP_PER_TOKEN = 2 * HEADS * (LATENT + ROPE + LATENT)
-FORMATS: tuple[RowFormatName, ...] = ("bf16", "fp8")
+FORMATS = ("bf16", "fp8")
 BAR = 0.6
 CONTEXTS = [(1, 131_072), (8, 32_768)]
 MORE_CONTEXTS = [(1, 2_048), (1, 16_384), (4, 16_384)]  # without a bar
@@ -48,12 +48,12 @@ def check(device: torch.device | str, lengths: Sequence[int], heads: int, latent
             raise KernelError(f"latent attention over {row_format} rows errs by {errors} of its bounds")
 
 
-def work(row_format: RowFormatName, batch: int, tokens: int) -> tuple[int, int]:
+def work(row_format: str, batch: int, tokens: int) -> tuple[int, int]:
     """Cache bytes and operations of one layer."""
     return batch * tokens * row_bytes(row_format, LATENT, ROPE), batch * tokens * FLOP_PER_TOKEN
 
 
-def measure(row_format: RowFormatName, batch: int, tokens: int, tile: Tile | None = None) -> float:
+def measure(row_format: str, batch: int, tokens: int, tile: Tile | None = None) -> float:
     """Microseconds a layer, over as many layers as exceed the cache."""
     g = torch.Generator("cuda").manual_seed(0)
     nbytes, _ = work(row_format, batch, tokens)

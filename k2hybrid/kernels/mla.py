@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
@@ -30,8 +29,6 @@ LATENT_MAX = 512
 MERGE_COLUMNS = 128
 MERGE_PARTS = 16
 
-RowFormatName = Literal["bf16", "fp8"]
-
 
 @dataclass(frozen=True, slots=True)
 class Tile:
@@ -43,7 +40,7 @@ class Tile:
     stages: int
 
 
-def choose_tile(card: Card, row_format: RowFormatName, heads: int) -> Tile:
+def choose_tile(card: Card, row_format: str, heads: int) -> Tile:
     """The largest tile that the card's shared memory and registers hold; `tokens` divides a page."""
     if card.major == 9 and heads >= 64:
         # Its tensor cores take 64 rows at once; queries lie in shared memory.
@@ -71,16 +68,14 @@ def choose_split(batch: int, pages: int, head_tiles: int, multiprocessors: int) 
     return Split(spread, min(spread + batch, batch * -(-longest // MIN_PART)))
 
 
-def row_bytes(row_format: RowFormatName, latent: int, rope: int) -> int:
+def row_bytes(row_format: str, latent: int, rope: int) -> int:
     """Bytes of a row: bf16 values; or e4m3 latent, an fp32 scale a group of 128, and a bf16 rotary part."""
     if row_format == "bf16":
         return 2 * (latent + rope)
     return latent + 4 * -(-latent // GROUP) + 2 * rope
 
 
-def scratch_bytes(
-    card: Card, row_format: RowFormatName, batch: int, pages: int, heads: int, latent: int
-) -> int:
+def scratch_bytes(card: Card, row_format: str, batch: int, pages: int, heads: int, latent: int) -> int:
     """What one call takes for the parts of all contexts, beside its output."""
     tiles = -(-heads // choose_tile(card, row_format, heads).heads)
     return choose_split(batch, pages, tiles, card.multiprocessors).parts * heads * (latent + 1) * 4
@@ -94,15 +89,15 @@ def mla_decode(
     lengths: torch.Tensor,
     *,
     scale: float,
-    row_format: RowFormatName,
+    row_format: str,
     tile: Tile | None = None,
 ) -> torch.Tensor:
     """softmax(scale · (q_latent · latent + q_rope · k_rope)) · latent for one new token a sequence.
 
     Args:
         q_latent: bf16 [B, H, L], L a multiple of 4, at most 512.
-        q_rope: bf16 [B, H, R].
-        rows: uint8 [pages · 64, row_bytes], one layer's rows, 16-byte aligned.
+        q_rope: bf16 [B, H, R], R even; of both, the heads of a sequence adjoin.
+        rows: uint8 [pages · 64, row_bytes], one layer's rows as stored, 16-byte aligned.
         tables: int32 [B, P], page numbers; token t of sequence b lies in page tables[b, t // 64] at t % 64.
         lengths: int32 [B], rows that count, at most 64 · P each; 0 gives zeros. What lies behind is not read.
         scale: of the scores.
@@ -125,8 +120,15 @@ def mla_decode(
         raise KernelError(
             f"latent attention takes a latent of 4, 8, … {LATENT_MAX}, rope even; not {latent}, {rope}"
         )
-    expect(q_latent, "q_latent", torch.bfloat16, (batch, heads, latent))
-    expect(q_rope, "q_rope", torch.bfloat16, (batch, heads, rope))
+    for name, q, size in (("q_latent", q_latent, latent), ("q_rope", q_rope, rope)):
+        adjoin = q.shape == (batch, heads, size) and q.stride()[1:] == (size, 1)
+        if q.dtype != torch.bfloat16 or not (adjoin or batch == 0):
+            raise KernelError(
+                f"{name} must be bf16 [{batch}, {heads}, {size}] with adjoining heads; "
+                f"it is {q.dtype} {list(q.shape)}, strides {q.stride()}"
+            )
+    if row_format not in ("bf16", "fp8"):
+        raise KernelError(f"latent attention reads rows in bf16 or fp8, not {row_format!r}")
     expect(rows, "rows", torch.uint8, (rows.shape[0], width))
     expect(tables, "tables", torch.int32, (batch, pages))
     expect(lengths, "lengths", torch.int32, (batch,))
@@ -157,6 +159,8 @@ def mla_decode(
         heads,
         pages,
         split.spread,
+        q_latent.stride(0),
+        q_rope.stride(0),
         LATENT=latent,
         ROPE=rope,
         ROW_BYTES=width,

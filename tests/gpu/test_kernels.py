@@ -9,11 +9,10 @@ import torch
 
 from bench.device_cases import expert_case, latent_case, linear_case
 from k2hybrid.kernels.linear8 import Kind
-from k2hybrid.kernels.mla import RowFormatName
 
 pytestmark = pytest.mark.gpu
 
-FORMATS: tuple[RowFormatName, ...] = ("bf16", "fp8")
+FORMATS = ("bf16", "fp8")
 KINDS: tuple[Kind, ...] = ("int8", "fp8")
 
 
@@ -40,7 +39,7 @@ def captured(record: object) -> tuple[torch.cuda.CUDAGraph, torch.Tensor]:
     ],
 )
 def test_latent_attention(
-    row_format: RowFormatName, lengths: list[int], pages: int, heads: int, latent: int, rope: int
+    row_format: str, lengths: list[int], pages: int, heads: int, latent: int, rope: int
 ) -> None:
     case = latent_case(row_format, lengths, heads=heads, latent=latent, rope=rope, pages=pages, device="cuda")
     worst, norm = case.errors(case.run())
@@ -62,7 +61,7 @@ def test_every_code_of_fp8_is_exact_in_a_tensor_core() -> None:
 
 
 @pytest.mark.parametrize("row_format", FORMATS)
-def test_a_captured_graph_reads_tables_and_lengths_anew(row_format: RowFormatName) -> None:
+def test_a_captured_graph_reads_tables_and_lengths_anew(row_format: str) -> None:
     case = latent_case(row_format, [500, 70], heads=64, latent=512, rope=64, pages=8, device="cuda")
     graph, out = captured(case.run)
     for lengths in ([500, 70], [70, 500], [69, 13]):

@@ -58,7 +58,8 @@ def builds(card: Card) -> Iterator[tuple[str, Build]]:
             f"attend {row_format}",
             Build(
                 mla_jit.attend,
-                f"*bf16 *bf16 {words} *bf16 {floats} *i32 *i32 *fp32 *fp32 fp32 i32 i32 i32 i32",
+                f"*bf16 *bf16 {words} *bf16 {floats} *i32 *i32 *fp32 *fp32 fp32 "
+                "i32 i32 i32 i32 i32:16 i32:16",
                 {
                     "LATENT": 512,
                     "ROPE": 64,

@@ -7,18 +7,22 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench.device_cases import latent_case
-from k2hybrid.cache.pages import Bf16Rows, LatentPages
+from bench.device_cases import U, latent_case
+from k2hybrid.cache import row_sizes
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Bf16Rows, Fp8Rows
 from k2hybrid.errors import KernelError
 from k2hybrid.kernels import mla
 from k2hybrid.kernels.card import EMULATED, Card
-from k2hybrid.kernels.mla import RowFormatName, choose_split, choose_tile, mla_decode
+from k2hybrid.kernels.mla import choose_split, choose_tile, mla_decode
 from k2hybrid.model import attention
 from k2hybrid.model.attention import AttentionSizes, Context
 from k2hybrid.model.batch import Span
 from k2hybrid.model.layers import TorchLinears
+from k2hybrid.model.paged import PagedDecode, TorchDecode, paged_spans
+from k2hybrid.model.scratch import IN_RAM
 
-FORMATS: tuple[RowFormatName, ...] = ("bf16", "fp8")
+FORMATS = ("bf16", "fp8")
 # (lengths, pages of a table, heads, latent, rope): ends within, at and beyond blocks, pages and parts; heads
 # below a tile, a tile, and one more; latents below a group, a group, and a bit more.
 CASES = [
@@ -34,7 +38,7 @@ CASES = [
 @pytest.mark.parametrize("row_format", FORMATS)
 @pytest.mark.parametrize(("lengths", "pages", "heads", "latent", "rope"), CASES)
 def test_against_float64(
-    row_format: RowFormatName, lengths: list[int], pages: int, heads: int, latent: int, rope: int
+    row_format: str, lengths: list[int], pages: int, heads: int, latent: int, rope: int
 ) -> None:
     case = latent_case(row_format, lengths, heads=heads, latent=latent, rope=rope, pages=pages)
     worst, norm = case.errors(case.run())
@@ -43,7 +47,7 @@ def test_against_float64(
 
 
 @pytest.mark.parametrize("row_format", FORMATS)
-def test_the_widths_of_kimi_k2(row_format: RowFormatName) -> None:
+def test_the_widths_of_kimi_k2(row_format: str) -> None:
     case = latent_case(row_format, [200], heads=64, latent=512, rope=64, pages=5)
     worst, norm = case.errors(case.run())
     assert worst <= 1
@@ -51,7 +55,7 @@ def test_the_widths_of_kimi_k2(row_format: RowFormatName) -> None:
 
 
 @pytest.mark.parametrize("row_format", FORMATS)
-def test_the_bounds_see_a_token_that_is_missing(row_format: RowFormatName) -> None:
+def test_the_bounds_see_a_token_that_is_missing(row_format: str) -> None:
     case = latent_case(row_format, [150, 90], heads=4, latent=160, rope=16, pages=3)
     shorter = replace(case, lengths=case.lengths - 1)
     assert case.errors(shorter.run())[1] > 2
@@ -71,7 +75,7 @@ def test_every_code_of_fp8_is_exact() -> None:
 
 
 @pytest.mark.parametrize("row_format", FORMATS)
-def test_a_sequence_alone_or_among_others(row_format: RowFormatName) -> None:
+def test_a_sequence_alone_or_among_others(row_format: str) -> None:
     """How a context is split depends on the others, what comes out only within the bound."""
     case = latent_case(row_format, [700, 40, 130], heads=4, latent=32, rope=16, pages=11)
     for b in range(3):
@@ -99,33 +103,39 @@ def test_large_scores_do_not_overflow() -> None:
     assert (got[0] - best).abs().max() <= 0.05 * best.abs().max()
 
 
-def test_against_the_cpu_path() -> None:
-    """`attention.absorbed` over the same pages: both lie within the bound of float64, so within twice it."""
-    sizes = AttentionSizes(heads=6, nope=16, rope=16, value=16, latent=64, scale=0.11)
-    pages = LatentPages(2, 9, Bf16Rows(80))
+@pytest.mark.parametrize("row_format", FORMATS)
+def test_against_the_model_on_the_cpu(row_format: str) -> None:
+    """The same pages, written by the cache's own row formats; strided queries, as the network has them."""
+    fmt = Fp8Rows(192, 16) if row_format == "fp8" else Bf16Rows(208)
+    pages = LatentPages(2, 9, fmt)
     g = torch.Generator().manual_seed(5)
     spans = [
         Span(start=n - 1, count=1, page_table=torch.tensor(t)) for n, t in ((200, [7, 1, 4, 2]), (33, [5]))
     ]
     for span in spans:
         where = pages.slots(span.page_table, 0, span.start + 1)
-        pages.put(1, where, torch.randn(span.start + 1, 80, generator=g).bfloat16())
-    q_latent = torch.randn(2, 6, 64, generator=g).bfloat16()
-    q_rope = torch.randn(2, 6, 16, generator=g).bfloat16()
-    tables = torch.tensor([[7, 1, 4, 2], [5, 0, 0, 0]], dtype=torch.int32)
-    got = mla_decode(
-        q_latent,
-        q_rope,
-        pages._rows[1],
-        tables,
-        torch.tensor([200, 33], dtype=torch.int32),
-        scale=sizes.scale,
-        row_format="bf16",
-    )
+        pages.put(1, where, torch.randn(span.start + 1, 208, generator=g).bfloat16())
+    paged = paged_spans(spans, None, torch.device("cpu"))
+    q_latent = torch.randn(2, 6, 192, generator=g).bfloat16()
+    q_rope = torch.randn(2, 7, 16, generator=g).bfloat16()[:, :6]
+    sizes = AttentionSizes(heads=6, nope=16, rope=16, value=16, latent=192, scale=0.11)
+    call = (q_latent, q_rope, pages.rows(1), paged.tables, paged.lengths)
+    decode: PagedDecode = mla_decode
+    got = decode(*call, scale=sizes.scale, row_format=row_format)
+    want = TorchDecode(pages)(*call, scale=sizes.scale, row_format=row_format)
+    # fp32 throughout there: what is left is the rounding of weights, whose bound is that of `errors`.
+    assert ((got - want).norm() / want.norm()).item() <= U
     for b, span in enumerate(spans):
         one = slice(b, b + 1)
-        want = attention.absorbed(q_latent[one], q_rope[one], Context(pages, 1, span), sizes, TorchLinears())
-        assert ((got[one] - want).norm() / want.norm()).item() <= 2**-8
+        context = Context(pages, 1, span, IN_RAM)
+        want = attention.absorbed(q_latent[one], q_rope[one], context, sizes, TorchLinears())
+        assert ((got[one] - want).norm() / want.norm()).item() <= U
+
+
+def test_rows_have_the_sizes_of_the_cache() -> None:
+    for latent, rope in ((512, 64), (160, 16), (32, 8), (128, 64)):
+        for row_format in FORMATS:
+            assert mla.row_bytes(row_format, latent, rope) == row_sizes.row_bytes(row_format, latent, rope)
 
 
 def test_splits_fill_the_card_and_never_exceed_the_grid() -> None:
@@ -154,14 +164,16 @@ def test_tiles_divide_a_page_and_fit_few_heads() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"q_latent": torch.zeros(1, 4, 32)}, "q_latent must be contiguous torch.bfloat16"),
+        ({"q_latent": torch.zeros(1, 4, 32)}, "q_latent must be bf16"),
         ({"rows": torch.zeros(64, 95, dtype=torch.uint8)}, r"rows must be .*\[64, 96\]"),
+        ({"q_rope": torch.zeros(1, 16, 4).bfloat16().mT}, "q_rope must be .* adjoining heads"),
+        ({"row_format": "fp32"}, "bf16 or fp8, not 'fp32'"),
         ({"lengths": torch.zeros(1, dtype=torch.int64)}, "lengths must be contiguous torch.int32"),
         ({"q_latent": torch.zeros(1, 4, 1024).bfloat16()}, "a latent of 4, 8"),
         ({"rows": torch.zeros(64, 192, dtype=torch.uint8)[:, ::2]}, "rows must be .* it is strided"),
     ],
 )
-def test_what_it_does_not_take(change: dict[str, torch.Tensor], message: str) -> None:
+def test_what_it_does_not_take(change: dict[str, torch.Tensor | str], message: str) -> None:
     case = latent_case("bf16", [5], heads=4, latent=32, rope=16, pages=1)
     case = replace(case, rows=case.rows[:64])
     with pytest.raises(KernelError, match=message):

@@ -79,6 +79,8 @@ def attend(
     heads,
     pages,
     spread,
+    latent_stride,
+    rope_stride,
     LATENT: tl.constexpr,
     ROPE: tl.constexpr,
     ROW_BYTES: tl.constexpr,
@@ -108,21 +110,22 @@ def attend(
     head = tl.program_id(0) * HEADS + tl.arange(0, HEADS)
     is_head = (head < heads)[:, None]
     column = tl.arange(0, GROUP)
-    of_query = (b * heads + head).to(tl.int64)[:, None]
+    of_latent = q_latent + b.to(tl.int64) * latent_stride + head[:, None] * LATENT
+    of_rope = q_rope + b.to(tl.int64) * rope_stride + head[:, None] * ROPE
     queries = ()
     outs = ()
     for g in tl.static_range(GROUPS):
         mask = is_head
         if LATENT % GROUP:
             mask = mask & (g * GROUP + column < LATENT)[None, :]
-        q = tl.load(q_latent + of_query * LATENT + g * GROUP + column[None, :], mask=mask, other=0.0)
+        q = tl.load(of_latent + g * GROUP + column[None, :], mask=mask, other=0.0)
         if FP8:
             q = to_bf16(to_fp32(q) * CARRIED)
         queries = queries + (q,)
         outs = outs + (tl.zeros((HEADS, GROUP), tl.float32),)
     rope = tl.arange(0, ROPE_TILE)
     is_rope = (rope < ROPE)[None, :]
-    q_r = tl.load(q_rope + of_query * ROPE + rope[None, :], mask=is_head & is_rope, other=0.0)
+    q_r = tl.load(of_rope + rope[None, :], mask=is_head & is_rope, other=0.0)
 
     peak = tl.full((HEADS,), float("-inf"), tl.float32)
     total = tl.zeros((HEADS,), tl.float32)
