@@ -14,7 +14,7 @@ import torch
 
 from k2hybrid.checkpoint import int4
 from k2hybrid.kernels.experts import int4_experts
-from k2hybrid.kernels.linear8 import Kind, linear8
+from k2hybrid.kernels.linear8 import linear8
 from k2hybrid.kernels.mla import GROUP, PAGE_TOKENS, mla_decode
 
 U = 2.0**-8  # the largest relative error of a rounding to bf16
@@ -140,15 +140,15 @@ def latent_case(
 
 @dataclass(frozen=True)
 class LinearCase:
-    """One call of `linear8`."""
+    """One call of `linear8`; a weight itself."""
 
     x: torch.Tensor
     values: torch.Tensor
     scale: torch.Tensor
-    kind: Kind
+    kind: str
 
     def run(self) -> torch.Tensor:
-        return linear8(self.x, self.values, self.scale, self.kind)
+        return linear8(self.x, self)
 
     def error(self, got: torch.Tensor) -> float:
         """Of `got` against float64: the norm, relative."""
@@ -158,7 +158,7 @@ class LinearCase:
 
 
 def linear_case(
-    kind: Kind, rows: int, outputs: int, inner: int, *, device: torch.device | str = "cpu", seed: int = 0
+    kind: str, rows: int, outputs: int, inner: int, *, device: torch.device | str = "cpu", seed: int = 0
 ) -> LinearCase:
     """All codes of the kind, with scales that differ."""
     g = torch.Generator(device).manual_seed(seed)

@@ -14,10 +14,11 @@ from dataclasses import dataclass
 import torch
 
 from k2hybrid.errors import KernelError
-from k2hybrid.kernels.card import card_of, expect
+from k2hybrid.kernels.card import card_of, expect, power_of_two
 
 GROUP = 32
 COMBINE_COLUMNS = 512
+DEAL_CHOICES = 128  # of a decode step: dealt by comparing each with every other
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,26 +53,56 @@ def scratch_bytes(choices: int, hidden: int, inter: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Deal:
-    """Choices sorted by slot, and the tiles they make; all int32 on the device.
+    """Choices sorted by slot, equal ones in their order, and the tiles they make; all int32 on the device.
 
-    `order` [T · k]: a choice's number, by place. `places` [T · k]: its inverse. `first`, `counts` [slots]:
-    a slot's first place and its rows. `tile_slots`, `tile_rows` [tiles]: a tile's slot (−1: none) and its
-    first row there.
+    `order` [T · k]: a choice's number, by place. `places` [T · k]: its inverse. `tile_slots` [tiles]: −1
+    where there is no tile; `tile_first`, `tile_counts` [tiles]: a tile's first place and its rows elsewhere.
     """
 
     order: torch.Tensor
     places: torch.Tensor
-    first: torch.Tensor
-    counts: torch.Tensor
     tile_slots: torch.Tensor
-    tile_rows: torch.Tensor
+    tile_first: torch.Tensor
+    tile_counts: torch.Tensor
 
 
 def deal(chosen: torch.Tensor, slots: int, rows: int, choices: int) -> Deal:
     """Sort `chosen` [T, k] by slot, for tiles of `rows`; `choices` bounds how many of them are a slot.
 
-    Shapes depend on shapes alone: it can be captured.
+    Few choices, those of a decode step, are one launch; many are a dozen of torch's. Shapes depend on shapes
+    alone: it can be captured.
     """
+    tiles = choices // rows + min(slots, choices)
+    if chosen.numel() <= DEAL_CHOICES:
+        return _deal_few(chosen, slots, rows, tiles)
+    return _deal_many(chosen, slots, rows, tiles)
+
+
+def _deal_few(chosen: torch.Tensor, slots: int, rows: int, tiles: int) -> Deal:
+    from k2hybrid.kernels.jit import experts as jit
+
+    count = chosen.numel()
+    whole = torch.empty(2 * count + 3 * tiles, dtype=torch.int32, device=chosen.device)
+    dealt = Deal(*torch.split(whole, [count, count, tiles, tiles, tiles]))
+    jit.deal[(1,)](
+        chosen,
+        dealt.order,
+        dealt.places,
+        dealt.tile_slots,
+        dealt.tile_first,
+        dealt.tile_counts,
+        count,
+        tiles,
+        slots,
+        ROWS=rows,
+        CHOICES=DEAL_CHOICES,
+        TILES=power_of_two(tiles),
+        num_warps=8,
+    )
+    return dealt
+
+
+def _deal_many(chosen: torch.Tensor, slots: int, rows: int, tiles: int) -> Deal:
     device = chosen.device
     flat = chosen.reshape(-1).long()
     key = torch.where(flat < 0, slots, flat)
@@ -80,18 +111,18 @@ def deal(chosen: torch.Tensor, slots: int, rows: int, choices: int) -> Deal:
     places = torch.empty_like(numbers).scatter_(0, order, numbers)
     counts = torch.zeros(slots + 1, dtype=torch.int64, device=device)
     counts = counts.scatter_add_(0, key, torch.ones_like(key))[:slots]
-    tiles = (counts + rows - 1) // rows
-    ends = tiles.cumsum(0)
-    tile = torch.arange(choices // rows + min(slots, choices), device=device)
+    of_slot = (counts + rows - 1) // rows
+    ends = of_slot.cumsum(0)
+    tile = torch.arange(tiles, device=device)
     slot = torch.searchsorted(ends, tile, right=True)
-    tile_rows = (tile - (ends - tiles)[slot.clamp(max=slots - 1)]) * rows
+    known = slot.clamp(max=slots - 1)
+    row = (tile - (ends - of_slot)[known]) * rows
     return Deal(
         order=order.int(),
         places=places.int(),
-        first=(counts.cumsum(0) - counts).int(),
-        counts=counts.int(),
         tile_slots=torch.where(slot < slots, slot, -1).int(),
-        tile_rows=tile_rows.int(),
+        tile_first=((counts.cumsum(0) - counts)[known] + row).int(),
+        tile_counts=(counts[known] - row).clamp(max=rows).int(),
     )
 
 
@@ -147,7 +178,7 @@ def int4_experts(
     tile = choose_tile(rows, top_k, count)
     dealt = deal(chosen, count, tile.rows, choices)
     words, scales = slots.view(torch.int32), slots.view(torch.bfloat16)
-    tiles = (dealt.tile_slots, dealt.tile_rows, dealt.first, dealt.counts)
+    tiles = (dealt.tile_slots, dealt.tile_first, dealt.tile_counts)
     how = {
         "ROWS": tile.rows,
         "COLUMNS": tile.columns,

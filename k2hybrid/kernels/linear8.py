@@ -9,15 +9,30 @@ the sum.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import torch
 
 from k2hybrid.errors import KernelError
 from k2hybrid.kernels.card import Card, card_of, expect
 
-Kind = Literal["int8", "fp8"]
-VALUE_TYPES: dict[Kind, torch.dtype] = {"int8": torch.int8, "fp8": torch.uint8}
+VALUE_TYPES = {"int8": torch.int8, "fp8": torch.uint8}
+
+
+class Weight(Protocol):
+    """W[n, k] = scale[n] · value[n, k]."""
+
+    @property
+    def values(self) -> torch.Tensor:
+        """int8 [N, K], or uint8 [N, K] with the codes of e4m3 (those of NaN read as ±480)."""
+
+    @property
+    def scale(self) -> torch.Tensor:
+        """fp32 [N]."""
+
+    @property
+    def kind(self) -> str:
+        """ "int8" or "fp8"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +64,12 @@ def choose_parts(tile: Tile, rows: int, outputs: int, inner: int, card: Card) ->
     return max(min(4 * card.multiprocessors // blocks, inner // (2 * tile.inner)), 1)
 
 
-def linear8(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, kind: Kind) -> torch.Tensor:
+def linear8(x: torch.Tensor, weight: Weight) -> torch.Tensor:
     """y[t, n] = scale[n] · Σ x[t, k] · value[n, k].
 
     Args:
         x: bf16 [T, K], K a multiple of 4; rows may be strided.
-        values: int8 [N, K], or uint8 [N, K] with the codes of e4m3 (those of NaN read as ±480).
-        scale: fp32 [N].
-        kind: "int8" or "fp8".
+        weight: [N, K].
 
     Returns:
         fp32 [T, N].
@@ -68,11 +81,14 @@ def linear8(x: torch.Tensor, values: torch.Tensor, scale: torch.Tensor, kind: Ki
         KernelError: a tensor of another type or shape, or no Triton.
     """
     rows, inner = x.shape
+    values, scale, kind = weight.values, weight.scale, weight.kind
     outputs = values.shape[0]
     if inner % 4 or x.dtype != torch.bfloat16 or (rows and x.stride(1) != 1):
         raise KernelError(
             f"x must be bf16 [rows, a multiple of 4] with adjoining columns; it is {x.dtype} {list(x.shape)}"
         )
+    if kind not in VALUE_TYPES:
+        raise KernelError(f"8-bit weights are int8 or fp8, not {kind!r}")
     expect(values, "values", VALUE_TYPES[kind], (outputs, inner))
     expect(scale, "scale", torch.float32, (outputs,))
     card = card_of(x, values, scale)

@@ -96,7 +96,7 @@ def builds(card: Card) -> Iterator[tuple[str, Build]]:
 
     for name, shape in (("few", experts.FEW), ("many", experts.MANY)):
         sizes = {"ROWS": shape.rows, "COLUMNS": shape.columns, "GROUPS": shape.groups}
-        tables = "*bf16 *i32 *bf16 *i32 *i32 *i32 *i32"
+        tables = "*bf16 *i32 *bf16 *i32 *i32 *i32"
         last = "i32:16 i32:16 i32:16"
         yield (
             f"gate_up {name}",
@@ -112,6 +112,8 @@ def builds(card: Card) -> Iterator[tuple[str, Build]]:
             f"down {name}",
             Build(experts_jit.down, f"{tables} *fp32 i32:16 {last}", sizes, shape.warps, shape.stages),
         )
+    sizes = {"ROWS": experts.FEW.rows, "CHOICES": experts.DEAL_CHOICES, "TILES": 32}
+    yield "deal", Build(experts_jit.deal, "*i32 *i32 *i32 *i32 *i32 *i32 i32 i32 i32", sizes, 8, 3)
     yield (
         "combine",
         Build(

@@ -102,7 +102,10 @@ def test_a_bound_on_the_choices_saves_memory_and_is_seen_when_wrong() -> None:
     assert case.run(choices=0).isnan().any(1).tolist() == (case.chosen >= 0).any(1).tolist()
 
 
-@pytest.mark.parametrize(("rows", "top_k", "slots", "tile"), [(1, 1, 1, 16), (40, 3, 5, 4), (64, 2, 1, 16)])
+@pytest.mark.parametrize(
+    ("rows", "top_k", "slots", "tile"),
+    [(1, 1, 1, 16), (40, 3, 5, 4), (64, 2, 1, 16), (65, 2, 1, 16), (100, 3, 7, 8)],
+)
 def test_every_choice_has_one_place_in_a_tile_of_its_slot(
     rows: int, top_k: int, slots: int, tile: int
 ) -> None:
@@ -111,16 +114,18 @@ def test_every_choice_has_one_place_in_a_tile_of_its_slot(
     dealt = deal(chosen, slots, tile, rows * top_k)
     flat = chosen.flatten()
     seen = []
-    for slot, row in zip(dealt.tile_slots.tolist(), dealt.tile_rows.tolist(), strict=True):
+    tables = (dealt.tile_slots, dealt.tile_first, dealt.tile_counts)
+    for slot, first, count in zip(*(table.tolist() for table in tables), strict=True):
         if slot < 0:
             continue
-        first, count = int(dealt.first[slot]), int(dealt.counts[slot])
-        for place in range(first + row, first + min(row + tile, count)):
+        assert 1 <= count <= tile
+        for place in range(first, first + count):
             choice = int(dealt.order[place])
             assert int(flat[choice]) == slot
             assert int(dealt.places[choice]) == place
             seen.append(choice)
     assert sorted(seen) == (flat >= 0).nonzero().flatten().tolist()
+    assert sorted(dealt.places.tolist()) == list(range(rows * top_k))
 
 
 def test_sizes_and_tiles() -> None:

@@ -62,14 +62,58 @@ def _multiply(
 
 
 @triton.jit
+def deal(
+    chosen,
+    order,
+    places,
+    tile_slots,
+    tile_first,
+    tile_counts,
+    choices,
+    tiles,
+    slots,
+    ROWS: tl.constexpr,
+    CHOICES: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """One program: what `experts.deal` makes of few choices, each compared with every other."""
+    i = tl.arange(0, CHOICES)[:, None]
+    j = tl.arange(0, CHOICES)[None, :]
+    key_i = tl.load(chosen + i, mask=i < choices, other=-1)
+    key_j = tl.load(chosen + j, mask=j < choices, other=-1)
+    key_i = tl.where(key_i < 0, slots, key_i)
+    key_j = tl.where(key_j < 0, slots, key_j)
+    same = key_i == key_j
+    # A choice's place, its rank in its slot and its slot's rows, down and across.
+    place_i = tl.sum(((key_j < key_i) | (same & (j < i))).to(tl.int32), 1)
+    place_j = tl.sum(((key_i < key_j) | (same & (i < j))).to(tl.int32), 0)
+    rank_i = tl.sum((same & (j < i)).to(tl.int32), 1)
+    rank_j = tl.sum((same & (i < j)).to(tl.int32), 0)
+    rows = tl.sum(same.to(tl.int32), 1)
+    begins_j = (key_j < slots) & (rank_j[None, :] % ROWS == 0)
+    tile = tl.sum((begins_j & (place_j[None, :] < place_i[:, None])).to(tl.int32), 1)
+
+    number = tl.arange(0, CHOICES)
+    tl.store(places + number, place_i, mask=number < choices)
+    tl.store(order + place_i, number, mask=number < choices)
+    slot = tl.sum(tl.where(i == j, key_j, 0), 1)
+    begins = (slot < slots) & (rank_i % ROWS == 0)
+    stored = begins & (tile < tiles)
+    tl.store(tile_slots + tile, slot, mask=stored)
+    tl.store(tile_first + tile, place_i, mask=stored)
+    tl.store(tile_counts + tile, tl.minimum(rows - rank_i, ROWS), mask=stored)
+    left = tl.arange(0, TILES)
+    tl.store(tile_slots + left, -1, mask=(left >= tl.sum(begins.to(tl.int32), 0)) & (left < tiles))
+
+
+@triton.jit
 def gate_up(
     x,
     words,
     scales,
     tile_slots,
-    tile_rows,
-    first,
-    counts,
+    tile_first,
+    tile_counts,
     order,
     out,
     slot_bytes,
@@ -88,9 +132,9 @@ def gate_up(
     slot = tl.load(tile_slots + tl.program_id(1)).to(tl.int64)
     if slot < 0:
         return
-    row = tl.load(tile_rows + tl.program_id(1)) + tl.arange(0, ROWS)
-    place = (tl.load(first + slot) + row).to(tl.int64)
-    is_row = (row < tl.load(counts + slot)) & (place < choices)
+    row = tl.arange(0, ROWS)
+    place = (tl.load(tile_first + tl.program_id(1)) + row).to(tl.int64)
+    is_row = (row < tl.load(tile_counts + tl.program_id(1))) & (place < choices)
     token = (tl.load(order + place, mask=is_row, other=0) // top_k).to(tl.int64)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     a = x + token * hidden
@@ -113,9 +157,8 @@ def down(
     words,
     scales,
     tile_slots,
-    tile_rows,
-    first,
-    counts,
+    tile_first,
+    tile_counts,
     out,
     slot_bytes,
     hidden,
@@ -129,9 +172,9 @@ def down(
     slot = tl.load(tile_slots + tl.program_id(1)).to(tl.int64)
     if slot < 0:
         return
-    row = tl.load(tile_rows + tl.program_id(1)) + tl.arange(0, ROWS)
-    place = (tl.load(first + slot) + row).to(tl.int64)
-    is_row = (row < tl.load(counts + slot)) & (place < choices)
+    row = tl.arange(0, ROWS)
+    place = (tl.load(tile_first + tl.program_id(1)) + row).to(tl.int64)
+    is_row = (row < tl.load(tile_counts + tl.program_id(1))) & (place < choices)
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     size = inter * hidden
     words += slot * (slot_bytes // 4) + size // 8 * 2
