@@ -18,7 +18,7 @@ from k2hybrid.kernels.card import card_of, expect, power_of_two
 
 GROUP = 32
 COMBINE_COLUMNS = 512
-DEAL_CHOICES = 128  # of a decode step: dealt by comparing each with every other
+DEAL_CHOICES = 64  # eight rows of eight; more do not fit the registers that compare each with every other
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +95,7 @@ def _deal_few(chosen: torch.Tensor, slots: int, rows: int, tiles: int) -> Deal:
         tiles,
         slots,
         ROWS=rows,
-        CHOICES=DEAL_CHOICES,
+        CHOICES=power_of_two(count),
         TILES=power_of_two(tiles),
         num_warps=8,
     )

@@ -104,7 +104,7 @@ def test_a_bound_on_the_choices_saves_memory_and_is_seen_when_wrong() -> None:
 
 @pytest.mark.parametrize(
     ("rows", "top_k", "slots", "tile"),
-    [(1, 1, 1, 16), (40, 3, 5, 4), (64, 2, 1, 16), (65, 2, 1, 16), (100, 3, 7, 8)],
+    [(1, 1, 1, 16), (40, 3, 5, 4), (32, 2, 1, 16), (33, 2, 1, 16), (64, 1, 9, 4), (100, 3, 7, 8)],
 )
 def test_every_choice_has_one_place_in_a_tile_of_its_slot(
     rows: int, top_k: int, slots: int, tile: int
