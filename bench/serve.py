@@ -23,7 +23,7 @@ from typing import Any
 
 from bench.stub import Silent
 from k2hybrid.checkpoint.spec import read_spec
-from k2hybrid.config import MINI_MODEL, RuntimeConfig
+from k2hybrid.config import MINI_MODEL, STEP_TOKENS, RuntimeConfig
 from k2hybrid.engine.cost import Rows
 from k2hybrid.runtime.generate import StopTokens
 from k2hybrid.runtime.loading import open_runtime
@@ -112,7 +112,7 @@ def disturbed(runtime: Runtime, length: int, rounds: int) -> dict[str, Any]:
         for s in decodes:
             s.join()
         step = statistics.median(calm)
-        chunk = min(length, runtime.config.max_step_tokens)
+        chunk = min(length, runtime.config.max_step_tokens or STEP_TOKENS)
         layer_s = runtime.engine.predicted_layer_us([Rows(chunk, length)]) / 1e6
         speeds.append(statistics.mean(calm) / statistics.mean(beside))
         gaps.append(statistics.quantiles(beside, n=100)[98])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -14,6 +15,7 @@ ExpertPlace = Literal["auto", "mapped", "resident", "streamed"]
 LatentRows = Literal["bf16", "fp8"]
 DenseWeights = Literal["bf16", "fp8", "int8"]
 
+STEP_TOKENS = 512  # rows of one step at most, unless said otherwise
 MINI_MODEL = Path(__file__).parent / "mini"
 
 
@@ -22,7 +24,9 @@ class RuntimeConfig:
     """Options that shape a loaded model. Sizes in tokens or bytes as their names say."""
 
     model: Path = MINI_MODEL
-    device: str = "cpu"
+    device: str = "cpu"  # of the dense half: "cuda", "cuda:1", …; "emulated": the card's code on the CPU
+    vram: int | None = None  # bytes of the card that may be taken; None: what is free
+    hot_experts: int | None = None  # bytes of the card for the most used experts; None: what is left over
     dense_weights: DenseWeights = "bf16"  # as published; or 8 bits, made at load: `checkpoint.dense8`
     threads: int | None = None  # None: physical cores this process may use
     isa: str | None = None  # may only lower what the CPU offers
@@ -38,7 +42,7 @@ class RuntimeConfig:
     latent_rows: LatentRows = "bf16"  # how a token's latent is stored; see `cache.rows`
     latent_bytes: int | None = None  # None: one whole context, 1 GiB at least, a quarter of RAM at most
     cache_ram: int | None = None  # bytes of RAM for latents that leave the pool; None: they are lost
-    max_step_tokens: int = 512  # rows of one step at most: a prefill chunk, or a decode batch
+    max_step_tokens: int | None = None  # rows of one step at most; None: 512, on a card what fits
     max_running: int = 16  # sequences that decode together
     max_queue: int = 256
     request_seconds: float | None = None  # None: a request may take as long as it takes
@@ -51,8 +55,14 @@ class RuntimeConfig:
     latent_norm_eps: float = 1e-6  # q_a/kv_a norms: as in the published code, whatever the config says
 
     def __post_init__(self) -> None:
-        if self.device != "cpu":
-            raise ConfigError(f"device {self.device!r} is not supported in this version; use --device cpu")
+        if not re.fullmatch(r"cpu|emulated|cuda(:\d+)?", self.device):
+            raise ConfigError(f"device must be cpu, cuda or cuda:N, not {self.device!r}")
+        if self.device == "cpu" and (self.vram is not None or self.hot_experts is not None):
+            raise ConfigError("vram and hot_experts are for a card: give --device cuda as well")
+        if self.device != "cpu" and self.experts == "portable":
+            raise ConfigError("portable experts cannot be handed off by a device; use --device cpu")
+        if self.device != "cpu" and self.trace is not None:
+            raise ConfigError("the router's choices stay on the card there; record a trace with --device cpu")
         if self.dense_weights not in get_args(DenseWeights):
             kinds = ", ".join(get_args(DenseWeights))
             raise ConfigError(f"dense_weights must be one of {kinds}, not {self.dense_weights!r}")
@@ -68,7 +78,7 @@ class RuntimeConfig:
             )
         if self.expert_reader not in (None, "uring", "threads"):
             raise ConfigError(f"expert_reader must be uring or threads, not {self.expert_reader!r}")
-        for name in ("expert_ram", "cache_ram"):
+        for name in ("expert_ram", "cache_ram", "vram", "hot_experts"):
             value = getattr(self, name)
             if value is not None and type(value) is not int:
                 raise ConfigError(f"{name} is a number of bytes, not {value!r}")
@@ -77,13 +87,23 @@ class RuntimeConfig:
             raise ConfigError(
                 "portable experts are read mapped: leave expert_place, expert_ram and expert_arena out"
             )
-        for name in ("max_step_tokens", "max_running", "max_queue"):
+        for name in ("max_running", "max_queue"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}")
-        for name in ("threads", "context_tokens", "latent_bytes", "journal_bytes", "expert_ram", "cache_ram"):
+        at_least_one = (
+            "threads",
+            "context_tokens",
+            "latent_bytes",
+            "journal_bytes",
+            "expert_ram",
+            "cache_ram",
+        )
+        for name in (*at_least_one, "max_step_tokens", "vram"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1, not {value}")
+        if self.hot_experts is not None and self.hot_experts < 0:
+            raise ConfigError(f"hot_experts cannot be {self.hot_experts}; give bytes, or 0 for none")
         for name in ("request_seconds", "lease_seconds", "retry_seconds", "journal_days"):
             value = getattr(self, name)
             if value is not None and not (value >= 0 if name != "request_seconds" else value > 0):
@@ -112,6 +132,9 @@ class RuntimeConfig:
             "context_tokens": "the model's",
             "latent_bytes": "one context",
             "cache_ram": "none",
+            "vram": "what is free" if self.device != "cpu" else "none",
+            "hot_experts": "what is left over" if self.device != "cpu" else "none",
+            "max_step_tokens": str(STEP_TOKENS),
             "request_seconds": "no limit",
             "journal": "none",
             "journal_bytes": "64 GiB, a quarter of the free disk at most",

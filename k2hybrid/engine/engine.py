@@ -12,7 +12,7 @@ from collections.abc import Sequence as Seq
 from dataclasses import replace
 from typing import Protocol
 
-from k2hybrid.config import RuntimeConfig
+from k2hybrid.config import STEP_TOKENS, RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.cost import CostModel, NetworkSizes, Rows
@@ -133,14 +133,15 @@ class Engine:
         self._memory = PageMemory(pages, pages.PAGE_TOKENS, archive.spill if archive else None)
         self._waiting = WaitingLine(self._memory, config.max_running)
         self._cost = CostModel(sizes)
-        self._scheduler = Scheduler(config.max_step_tokens, sizes.layers, self._cost.pass_us)
+        step_tokens = config.max_step_tokens or STEP_TOKENS
+        self._scheduler = Scheduler(step_tokens, sizes.layers, self._cost.pass_us)
         self._runner = StepRunner(model, sizes.layers, torch_threads)
         self._meter = meter or ByteMeter()
         self._archive = archive
         if archive is not None:
             self.metrics.traffic = archive.traffic
         # Free ahead of need: what two of the largest steps take, but not much of a small pool.
-        step_pages = pages_for(config.max_step_tokens, pages.PAGE_TOKENS) + config.max_running
+        step_pages = pages_for(step_tokens, pages.PAGE_TOKENS) + config.max_running
         self._spare_pages = min(2 * step_pages, self._memory.total_pages // 8)
         self._on_start = on_start
         self._numbers = itertools.count()

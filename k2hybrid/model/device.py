@@ -101,7 +101,7 @@ class DeviceModel:
         begun = state.state
         layers = [layer for layer in self._moe_layers if begun.layer <= layer < until]
         lost = self._run(layers, len(state.batch.ids), lambda: self.network.forward(begun, until))
-        state.failed_rows.update(lost)
+        state.failed_rows.update(lost, begun.failed_rows)
         return state
 
     @torch.no_grad()

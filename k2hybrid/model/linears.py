@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import torch
 
+from k2hybrid.checkpoint.dense8 import dequantize
+from k2hybrid.kernels.linear8 import linear8
+from k2hybrid.types import LinearWeight, Weight8
+
 
 class DeviceLinears:
     """`LinearKernels` of a device. Sums are fp32, in the order that the device's libraries choose.
@@ -12,10 +16,12 @@ class DeviceLinears:
     result there.
     """
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         """See `LinearKernels.linear`."""
         if x.device.type == "cpu":
-            return x.float() @ weight.float().T
+            return x.float() @ (dequantize(weight) if isinstance(weight, Weight8) else weight.float()).T
+        if isinstance(weight, Weight8):
+            return linear8(x, weight)
         return torch.mm(x, weight.T, out_dtype=torch.float32)
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

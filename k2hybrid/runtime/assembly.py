@@ -7,13 +7,17 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.loader import Checkpoint, open_checkpoint
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import DenseWeights
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import LinearKernels
+from k2hybrid.model.paged import PagedDecode
 from k2hybrid.runtime.dense8 import Dense8Weights
+from k2hybrid.runtime.device_weights import DeviceWeights
 from k2hybrid.runtime.experts import Experts
 from k2hybrid.types import RoutedExperts, WeightSource
 
@@ -35,6 +39,8 @@ def assemble(
     *,
     latent_norm_eps: float,
     dense_weights: DenseWeights = "bf16",
+    device: torch.device | None = None,
+    decode: PagedDecode | None = None,
     metered: Callable[[Parts], Parts],
 ) -> tuple[Checkpoint, Kimi]:
     """Map the checkpoint and build the network over it. The caller closes the checkpoint, the network first.
@@ -42,6 +48,8 @@ def assemble(
     Args:
         experts: takes the routed experts, and is opened when it has them all.
         dense_weights: all but bf16 are made here, one at a time.
+        device: where dense weights go, the embedding apart; None: they stay where they are.
+        decode: see `Kimi`.
         metered: is given the parts, and returns those that the network is to use.
 
     Raises:
@@ -51,10 +59,20 @@ def assemble(
     """
     with ExitStack() as opened:  # closes the checkpoint if a later part fails
         checkpoint = opened.enter_context(open_checkpoint(folder, experts.sink))
-        weights = checkpoint if dense_weights == "bf16" else Dense8Weights(checkpoint, dense_weights)
+        weights: WeightSource = checkpoint
+        if dense_weights != "bf16":
+            weights = Dense8Weights(checkpoint, dense_weights)
+        if device is not None:
+            weights = DeviceWeights(weights, device, checkpoint.let_go)
         parts = metered(Parts(weights, experts.routed, kernels))
         network = Kimi(
-            spec, parts.weights, parts.experts, parts.kernels, pages, latent_norm_eps=latent_norm_eps
+            spec,
+            parts.weights,
+            parts.experts,
+            parts.kernels,
+            pages,
+            latent_norm_eps=latent_norm_eps,
+            decode=decode,
         )
         checkpoint.close_ledger()
         experts.open(checkpoint)

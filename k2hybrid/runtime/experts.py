@@ -116,20 +116,24 @@ def _require_room(folder: Path, nbytes: int) -> None:
 
 
 def make_experts(
-    config: RuntimeConfig, spec: ModelSpec, machine: Machine, topology: Topology, latent_bytes: int
+    config: RuntimeConfig,
+    spec: ModelSpec,
+    machine: Machine,
+    topology: Topology,
+    latent_bytes: int,
+    *,
+    max_rows: int,
 ) -> Experts:
-    """Experts as the options ask for them.
+    """Experts as the options ask for them, for passes of up to `max_rows` rows.
 
     Raises:
         ConfigError: they do not fit, or numba is asked for and not installed.
     """
     if config.experts == "portable":
-        return portable_experts(spec, machine, max_rows=config.max_step_tokens)
+        return portable_experts(spec, machine, max_rows=max_rows)
     placement = placement_for(config, spec, topology, latent_bytes)
     log.info("experts are %s: %s", placement.place, placement.reason)
-    return native_experts(
-        config, spec, machine, max_rows=config.max_step_tokens, placement=placement, topology=topology
-    )
+    return native_experts(config, spec, machine, max_rows=max_rows, placement=placement, topology=topology)
 
 
 def native_experts(

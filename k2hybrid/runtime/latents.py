@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 
+import torch
+
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import row_format
 from k2hybrid.checkpoint.spec import ModelSpec
@@ -32,8 +34,13 @@ def context_tokens_of(spec: ModelSpec, config: RuntimeConfig) -> int:
     return wanted
 
 
-def latent_pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) -> LatentPages:
+def latent_pages(
+    spec: ModelSpec, config: RuntimeConfig, context_tokens: int, device: torch.device | None = None
+) -> LatentPages:
     """As many pages as the options ask for, or as one whole context takes.
+
+    Args:
+        device: where they lie; None: in RAM.
 
     Raises:
         ConfigError: too little memory for a page, or more than can be had.
@@ -43,9 +50,10 @@ def latent_pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) ->
     latent_bytes = config.latent_bytes
     if latent_bytes is None:
         # Reserved, not touched: pages that no request has needed yet cost nothing.
-        context_bytes = pages_for(context_tokens, LatentPages.PAGE_TOKENS) * page_bytes
-        most = max(LEAST_LATENT_BYTES, ram_bytes() // 4)
-        latent_bytes = min(max(LEAST_LATENT_BYTES, context_bytes), most)
+        latent_bytes = pages_for(context_tokens, LatentPages.PAGE_TOKENS) * page_bytes
+        if device is None:  # on a card every byte is counted, see `runtime.card`
+            most = max(LEAST_LATENT_BYTES, ram_bytes() // 4)
+            latent_bytes = min(max(LEAST_LATENT_BYTES, latent_bytes), most)
     pages = latent_bytes // page_bytes
     if pages < 1:
         raise ConfigError(
@@ -53,7 +61,7 @@ def latent_pages(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) ->
             f"model take {page_bytes} bytes"
         )
     try:
-        return LatentPages(spec.num_layers, pages, rows)
+        return LatentPages(spec.num_layers, pages, rows, device or "cpu")
     except RuntimeError as error:  # torch's word for memory that cannot be had
         raise ConfigError(
             f"{latent_bytes} bytes for latent pages cannot be had here; ask for less"

@@ -58,16 +58,16 @@ class WatchedModel:
     """A `StepModel` whose passes fail, or lose rows, where their weights were lost.
 
     Args:
-        model: kept as `model`.
+        model: kept as `model`. Without `handoffs` its states must hold their batch.
         embedding: of `model`, [vocab, hidden], where it is read.
-        handoffs: filled by the experts that `model` asks.
+        handoffs: filled by the experts that `model` asks; None: they do not tell, so any row may be lost.
 
     Raises:
         ShardIndexError: bytes were lost or written already, while the model was built.
     """
 
     def __init__(
-        self, model: StepModel, watch: FileWatch, embedding: torch.Tensor, handoffs: Handoffs
+        self, model: StepModel, watch: FileWatch, embedding: torch.Tensor, handoffs: Handoffs | None
     ) -> None:
         self.model = model
         self._watch = watch
@@ -89,7 +89,8 @@ class WatchedModel:
         Raises:
             WeightReadError: weights are lost that every token needs.
         """
-        self._handoffs.clear()
+        if self._handoffs is not None:
+            self._handoffs.clear()
         try:
             state = self.model.forward(state, until)
         except Exception as problem:  # perhaps for this very reason
@@ -97,8 +98,9 @@ class WatchedModel:
             raise
         silently = self._watch.look()
         self._require_dense(silently)
-        if silently:
-            state.failed_rows.update(self._handoffs.rows_of(self._watch.experts_at(silently)))
+        if silently and (lost := self._watch.experts_at(silently)):
+            everyone = range(len(state.batch.ids))
+            state.failed_rows.update(everyone if self._handoffs is None else self._handoffs.rows_of(lost))
         return state
 
     def logits(self, state: Any, /) -> torch.Tensor:

@@ -58,7 +58,21 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     named = group.add_mutually_exclusive_group()
     named.add_argument("positional_model", nargs="?", type=Path, default=None, metavar="MODEL", help=what)
     named.add_argument("--model", type=Path, default=None, metavar="MODEL", help="the same as an option")
-    group.add_argument("--device", default=None, help="where the dense part runs (default: cpu)")
+    group.add_argument(
+        "--device", default=None, metavar="NAME",
+        help="where all but the routed experts runs: cpu, cuda or cuda:N (default: cpu)",
+    )  # fmt: skip
+    group.add_argument(
+        "--vram",
+        type=size,
+        default=None,
+        metavar="SIZE",
+        help="memory of the card to use (default: what is free)",
+    )
+    group.add_argument(
+        "--hot-experts", type=size, default=None, metavar="SIZE",
+        help="of it, for the most used experts; 0: none (default: what is left over)",
+    )  # fmt: skip
     group.add_argument(
         "--dense-weights", choices=["bf16", "fp8", "int8"], default=None,
         help="of all but routed experts: bf16 as published (default), or half the bytes, made at each start",
@@ -116,6 +130,8 @@ def runtime_options(args: argparse.Namespace) -> dict[str, Any]:
     latent_bytes = None if args.latent_gb is None else _bytes("--latent-gb", args.latent_gb)
     given = {
         "device": args.device,
+        "vram": args.vram,
+        "hot_experts": args.hot_experts,
         "dense_weights": args.dense_weights,
         "threads": args.threads,
         "experts": args.experts,

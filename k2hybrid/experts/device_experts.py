@@ -1,0 +1,137 @@
+"""The routed experts of a device, whichever way a pass takes: handed to the CPU, on the card, streamed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from k2hybrid.experts.handoff import Handoff
+from k2hybrid.experts.hot_keeper import HotKeeper
+from k2hybrid.experts.hybrid import HybridExperts
+from k2hybrid.experts.prefill_stream import StreamedExperts
+from k2hybrid.experts.split import SplitRates, streams
+from k2hybrid.types import Ticket, TicketStats
+
+
+class Closing(Protocol):
+    """What `DeviceExperts` closes behind itself."""
+
+    def close(self) -> None: ...
+
+
+class DeviceExperts:
+    """`SteppedExperts`: steps of few rows are split between card and CPU, larger ones go over the bus.
+
+    Args:
+        handoff: takes steps of up to `handoff.max_rows` rows.
+        hybrid: records on the same stream, with `handoff` as its CPU side.
+        streamed: takes the larger ones; None: there are none.
+        keeper: of the experts that lie on the card.
+        owned: closed too, after the others.
+    """
+
+    def __init__(
+        self,
+        handoff: Handoff,
+        hybrid: HybridExperts,
+        streamed: StreamedExperts | None,
+        keeper: HotKeeper,
+        owned: Sequence[Closing] = (),
+    ) -> None:
+        self.keeper = keeper
+        self._handoff = handoff
+        self._hybrid = hybrid
+        self._streamed = streamed
+        self._owned = owned
+        self._streaming = False
+        self._streamed_stats = TicketStats(0, 0, 0.0, 0.0)
+
+    def begin(self, layers: Sequence[int], rows: int) -> None:
+        """See `SteppedExperts.begin`. Experts come to the card and leave it here, between two steps."""
+        self.keeper.between_steps()
+        self._streaming = self._streamed is not None and rows > self._handoff.max_rows
+        self._streamed_stats = TicketStats(0, 0, 0.0, 0.0)
+        self._handoff.begin(() if self._streaming else layers, rows)
+
+    def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
+        """See `RoutedExperts.submit`. The tickets of a streamed step know by themselves what they lost."""
+        if self._streaming:
+            assert self._streamed is not None
+            return _StreamedTicket(self, self._streamed.submit(layer, x, ids, weights))
+        return self._hybrid.submit(layer, x, ids, weights)
+
+    def end(self) -> set[int]:
+        """See `SteppedExperts.end`."""
+        return self._handoff.end()
+
+    def abort(self) -> None:
+        """See `SteppedExperts.abort`."""
+        self._handoff.abort()
+
+    @property
+    def stats(self) -> TicketStats:
+        """See `SteppedExperts.stats`."""
+        ended, streamed = self._handoff.stats, self._streamed_stats
+        return TicketStats(
+            ended.bytes_read + streamed.bytes_read,
+            ended.misses + streamed.misses,
+            ended.wait_ms + streamed.wait_ms,
+            ended.busy_ms + streamed.busy_ms,
+        )
+
+    def settle(self) -> None:
+        """Until nothing is on its way to the card: what is captured then has the stream to itself."""
+        self.keeper.slots.wait()
+
+    def close(self) -> None:
+        """End threads; no step may be open."""
+        self.keeper.slots.close()
+        if self._streamed is not None:
+            self._streamed.close()
+        self._handoff.close()
+        for part in self._owned:
+            part.close()
+
+    def _count(self, stats: TicketStats) -> None:
+        before = self._streamed_stats
+        self._streamed_stats = TicketStats(
+            before.bytes_read + stats.bytes_read,
+            before.misses + stats.misses,
+            before.wait_ms + stats.wait_ms,
+            before.busy_ms + stats.busy_ms,
+        )
+
+
+class _StreamedTicket:
+    """A ticket whose costs are added to its step's."""
+
+    def __init__(self, experts: DeviceExperts, ticket: Ticket) -> None:
+        self._experts = experts
+        self._ticket = ticket
+
+    def collect(self) -> torch.Tensor:
+        out = self._ticket.collect()
+        self._experts._count(self._ticket.stats)
+        return out
+
+    @property
+    def failed_rows(self) -> tuple[int, ...]:
+        return self._ticket.failed_rows
+
+    @property
+    def stats(self) -> TicketStats:
+        return self._ticket.stats
+
+
+def handed_rows(rates: SplitRates, chunk: int, least: int, top_k: int, experts: int) -> int:
+    """The most rows of a step that are better handed to the CPU than streamed; `least` always are."""
+    low, high = min(least, chunk), chunk
+    while low < high:  # more rows never make streaming worse
+        middle = (low + high + 1) // 2
+        if streams(rates, middle, top_k, experts):
+            high = middle - 1
+        else:
+            low = middle
+    return low

@@ -1,0 +1,84 @@
+"""The routed experts and the network of a model whose dense half runs on a device. Layer 5."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.experts.device_experts import DeviceExperts, handed_rows
+from k2hybrid.experts.device_slots import DeviceSlots
+from k2hybrid.experts.handoff import Handoff
+from k2hybrid.experts.hot_keeper import HotKeeper
+from k2hybrid.experts.hybrid import HybridExperts
+from k2hybrid.experts.prefill_stream import StreamedExperts
+from k2hybrid.experts.store import ExpertStore
+from k2hybrid.model.decode_step import Recorder
+from k2hybrid.native import Machine
+from k2hybrid.runtime.card import CardFit
+from k2hybrid.runtime.device import Device
+from k2hybrid.types import RoutedExperts
+
+COLD_ROWS = 2048  # of a streamed chunk that the CPU takes in one call
+
+
+def device_experts(
+    device: Device,
+    fit: CardFit,
+    spec: ModelSpec,
+    store: ExpertStore,
+    machine: Machine,
+    cold: RoutedExperts,
+    *,
+    max_running: int,
+) -> DeviceExperts:
+    """Experts for passes of up to `fit.chunk` rows.
+
+    Args:
+        cold: takes up to `COLD_ROWS` rows of streamed chunks, on the CPU.
+        max_running: sequences that decode together: never streamed.
+    """
+    rates = device.rates(spec, machine)
+    rows = handed_rows(rates, fit.chunk, max_running, spec.top_k, spec.num_experts)
+    handoff = Handoff(store, machine, device.stream, layers=spec.moe_layers, max_rows=rows, top_k=spec.top_k)
+    slots = DeviceSlots(
+        store,
+        device.copies,
+        device.torch,
+        layers=spec.num_layers,
+        experts=spec.num_experts,
+        hidden=spec.hidden_size,
+        inter=spec.moe_intermediate_size,
+        count=fit.hot,
+    )
+    streamed = None
+    if rows < fit.chunk:
+        streamed = StreamedExperts(
+            cold, slots, store, device.compute, device.copies, rates, cpu_rows=min(COLD_ROWS, fit.chunk)
+        )
+    return DeviceExperts(
+        handoff, HybridExperts(handoff, slots, device.compute, rates), streamed, HotKeeper(slots)
+    )
+
+
+def settled(recorder: Recorder, experts: DeviceExperts) -> Recorder:
+    """A recorder that lets experts that are on their way to the card arrive first."""
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        experts.settle()
+        return recorder(work)
+
+    return record
+
+
+class NoSteps:
+    """`model.device.StepExperts` of a model without routed experts."""
+
+    def begin(self, layers: Sequence[int], rows: int) -> None:
+        """Nothing to open."""
+
+    def end(self) -> set[int]:
+        """Nothing was lost."""
+        return set()
+
+    def abort(self) -> None:
+        """Nobody waits."""
