@@ -8,7 +8,8 @@ bandwidth of the same memory, peak of the dot products, with the same threads) a
 speed of a shared machine drifts; the probes before and after a run make its limit, the longer of (bytes of
 the distinct experts over bandwidth) and (operations over peak). Its share is the limit over the time taken,
 and the medians count. Short cases run several times a round without a pause, as layers follow each other.
-A case is named after its experts × tokens, or the dense matrix and tokens. All of it needs 10 GB of memory, and of disk but for the arena.
+A case is named after its experts × tokens, or after the dense matrix's kind and tokens. All of it needs 10 GB
+of memory, and of disk but for the arena.
 """
 
 from __future__ import annotations
