@@ -229,10 +229,11 @@ void Doorbell::PoisonIdleReplies() {
 
 void Doorbell::WatchLoop() {
   const auto look_again = Milliseconds(std::clamp(timeout_ms_ / 8, 0.5, 20.0));
+  double waited_ms = 0;
+  auto looked = Clock::now();
   uint64_t seen_epoch = 0;
   uint32_t seen_answered = 0;
   uint64_t seen_progress = 0;
-  auto since = Clock::now();
   std::unique_lock lock(mutex_);
   while (!stop_.load(std::memory_order_relaxed)) {
     if (Aborted()) {
@@ -251,8 +252,13 @@ void Doorbell::WatchLoop() {
       seen_epoch = epoch_;
       seen_answered = answered;
       seen_progress = progress;
-      since = Clock::now();
-    } else if (MillisecondsSince(since) > timeout_ms_) {
+      waited_ms = 0;
+    } else {
+      // Time in which this thread did not run either does not count: the machine was suspended, or overloaded.
+      waited_ms += std::min(MillisecondsSince(looked), 2 * look_again.count());
+    }
+    looked = Clock::now();
+    if (waited_ms > timeout_ms_) {
       header_->abort.store(kAbortWatchdog, std::memory_order_release);
       continue;
     }

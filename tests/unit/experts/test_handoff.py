@@ -99,11 +99,14 @@ class Made:
         return self.dispatcher.submit(layer, *rows).collect()
 
     def good_step(self, layers: list[int], count: int) -> None:
+        inputs = [self.random.rows(count) for _ in layers]
         self.handoff.begin(layers, count)
-        for layer in layers:
-            rows = self.random.rows(count)
-            assert torch.equal(self.handoff.submit(layer, *rows).collect(), self.want(layer, rows))
+        got = [
+            self.handoff.submit(layer, *rows).collect() for layer, rows in zip(layers, inputs, strict=True)
+        ]
         assert self.handoff.end() == set()
+        for layer, rows, out in zip(layers, inputs, got, strict=True):
+            assert torch.equal(out, self.want(layer, rows))
 
     def recover(self) -> None:
         """Begin a step once the answering thread is back, which takes it a moment."""
