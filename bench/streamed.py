@@ -49,34 +49,28 @@ TRACES = {"skewed": (1.0, 0.3), "even": (0.0, 0.0)}  # skew and stickiness
 
 
 class TracedExperts:
-    """`RoutedExperts` that asks for what a trace says, and keeps each ticket's misses.
-
-    Args:
-        experts: whose tickets are collected when they are handed out (`bench.roles.RecordingExperts`).
-    """
+    """`RoutedExperts` that asks for what a trace says, and keeps the tickets."""
 
     def __init__(self, experts: RoutedExperts, trace: Iterator[np.ndarray]) -> None:
         self._experts = experts
         self.trace = trace
-        self.misses: list[int] = []
+        self.tickets: list[Ticket] = []
 
     def submit(self, layer: int, x: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor) -> Ticket:
         """See `types.RoutedExperts.submit`; the ids are the trace's."""
         asked = torch.from_numpy(next(self.trace).astype(np.int32)).reshape(ids.shape)
-        ticket = self._experts.submit(layer, x, asked, weights)
-        self.misses.append(ticket.stats.misses)
-        return ticket
+        self.tickets.append(self._experts.submit(layer, x, asked, weights))
+        return self.tickets[-1]
 
 
 class TracedBench(Bench):
-    """A bench whose routing comes from a trace."""
+    """A bench whose routing comes from a trace. Hand-offs are collected where the model does so."""
 
     trace: Iterator[np.ndarray]
 
     def _recorded(self, parts: Parts) -> Parts:
-        recorded = super()._recorded(parts)
-        self.traced = TracedExperts(recorded.experts, self.trace)
-        return recorded._replace(experts=self.traced)
+        self.traced = TracedExperts(parts.experts, self.trace)
+        return super()._recorded(parts)._replace(experts=self.traced)
 
 
 def tickets_of(trace: Trace) -> Iterator[np.ndarray]:
@@ -119,11 +113,11 @@ def run(model: Path, machine: Machine, share: float, kind: str, options: argpars
         steps = []
         for _ in range(options.steps):
             bench.reset()
-            bench.traced.misses.clear()
+            bench.traced.tickets.clear()
             seconds = bench.step(at, 1)
-            roles = bench.roles()
-            dense = sum(tally.nbytes for role, tally in roles.items() if role != "experts")
-            steps.append((seconds, dense, list(bench.traced.misses)))
+            dense = sum(tally.nbytes for tally in bench.roles().values())
+            misses = [ticket.stats.misses for ticket in bench.traced.tickets]
+            steps.append((seconds, dense, misses))
             at += 1
         ends.append((quick_gb_s(machine, probe), direct_read_gb_s(shards, REQUEST_BYTES, DEPTH, 0.4).gb_s))
         ram_rate, disk_rate = (statistics.mean(pair) * 1e9 for pair in zip(*ends, strict=True))

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <numeric>
 
 #include "cpu/fault.h"
 
@@ -21,6 +22,8 @@ constexpr int kDownRows = 896;
 // Weights that several tiles of tokens pass by stay in a core's L2.
 constexpr int kPanelBytes = 448 << 10;
 constexpr int kFewTokens = 4;  // one tile of the kernels
+// Results of down projections that wait for experts on their way: those of a decode step, not of a prefill.
+constexpr int kEarlyResults = kTokenTile;
 // A disk that has not brought an expert by then will not.
 constexpr auto kReadPatience = std::chrono::seconds(30);
 
@@ -85,13 +88,14 @@ struct Dispatcher::Slot {
         first(sizes.experts + 1),
         assignment(static_cast<size_t>(max_rows) * top_k),
         groups(sizes.experts),
-        failed(sizes.experts),
-        claims(static_cast<size_t>(owner.store_.layout().nodes()) * sizes.experts) {}
+        failed(sizes.experts) {}
 
   struct Group {
     int expert = 0;
     int begin = 0;  // in `assignment`
     int end = 0;
+    bool gated = false;  // its SwiGLU outputs are there, or made by the job under way
+    bool early = false;  // so are the results of its down projection, in `early`
     ExpertView view;
   };
 
@@ -107,10 +111,13 @@ struct Dispatcher::Slot {
   std::vector<int> assignment;  // row * top_k + k, grouped by ascending expert
   std::vector<Group> groups;    // the first `group_count`
   int group_count = 0;
-  std::vector<int> order;  // groups as they are computed: those in memory, then those on their way
-  int present = 0;         // so many of `order` were in memory
   std::vector<std::atomic<bool>> failed;  // by group
-  std::vector<std::atomic<int>> claims;   // [node][place in order]: chunks taken of a group that arrives
+  std::vector<int> absent;                // groups on their way, wholly or in part
+  std::vector<float> early;               // [position in `assignment`, hidden], made for the first miss
+  // What the job under way computes.
+  std::vector<int> gates;  // SwiGLU outputs of these groups
+  std::vector<int> downs;  // results of these groups into `early`
+  bool last = false;       // all results that are not in `early`, and the weighted sum
   Job job;
   State state = kFree;
   uint64_t epoch = 0;
@@ -185,6 +192,7 @@ void Dispatcher::Group(Slot& slot, int layer, int rows) {
     group.expert = e;
     group.begin = slot.first[e];
     group.end = slot.first[e + 1];
+    group.gated = group.early = false;
     slot.failed[slot.group_count++].store(false, std::memory_order_relaxed);
   }
   for (int i = 0; i < count; ++i)
@@ -202,16 +210,8 @@ void Dispatcher::Group(Slot& slot, int layer, int rows) {
     slot.group_count = 0;
     throw;
   }
-  slot.order.clear();
-  for (int g = 0; g < slot.group_count; ++g)
-    if (store_.arrival(layer, chosen[g]) == Arrival::kHere) slot.order.push_back(g);
-  slot.present = static_cast<int>(slot.order.size());
-  if (slot.present == slot.group_count) return;
-  std::vector<bool> here(slot.group_count, false);
-  for (const int g : slot.order) here[g] = true;
-  for (int g = 0; g < slot.group_count; ++g)
-    if (!here[g]) slot.order.push_back(g);
-  for (auto& claim : slot.claims) claim.store(0, std::memory_order_relaxed);
+  slot.absent.resize(slot.group_count);
+  std::iota(slot.absent.begin(), slot.absent.end(), 0);
 }
 
 uint64_t Dispatcher::Submit(int index, int layer, int rows) {
@@ -223,22 +223,71 @@ uint64_t Dispatcher::Submit(int index, int layer, int rows) {
   Group(slot, layer, rows);
   slot.rows = rows;
   slot.submitted = Clock::now();
-  const int groups = slot.group_count;
-  slot.gate_rows = std::min(ChunkRows(std::max(1, groups) * most_gate_rows_, node_threads_, 8, kGateRows),
-                            most_gate_rows_);
-  slot.gate_chunks = (most_gate_rows_ + slot.gate_rows - 1) / slot.gate_rows;
-  const int down_chunks = (most_down_rows_ + down_rows_ - 1) / down_rows_;
-  slot.job.Reset(&slot, {{RunPrepare, (rows + kPrepareRows - 1) / kPrepareRows},
-                         {RunGateUp, slot.gate_chunks * groups, nodes()},
-                         {RunDown, rows == 0 ? 0 : down_chunks, nodes()}});
   try {
-    machine_.pool().Submit(&slot.job);
+    Look(slot, false);
+    Start(slot, (rows + kPrepareRows - 1) / kPrepareRows);
   } catch (...) {
     Retire(slot);
     throw;
   }
   slot.state = Slot::kRunning;
   return ++slot.epoch;
+}
+
+bool Dispatcher::Look(Slot& slot, bool late) {
+  slot.gates.clear();
+  slot.downs.clear();
+  const size_t before = slot.absent.size();
+  const auto settled = [&](int g) {
+    Slot::Group& group = slot.groups[g];
+    const Arrival arrival = store_.arrival(slot.layer, group.expert);
+    if (arrival == Arrival::kLost || (late && arrival != Arrival::kHere)) {
+      slot.failed[g].store(true, std::memory_order_relaxed);
+      return true;
+    }
+    if (arrival == Arrival::kOnItsWay) return false;
+    if (!group.gated) slot.gates.push_back(g);
+    group.gated = true;
+    if (arrival == Arrival::kHere) slot.downs.push_back(g);
+    return arrival == Arrival::kHere;
+  };
+  std::erase_if(slot.absent, settled);
+  slot.last = slot.absent.empty();
+  const bool fit = slot.group_count == 0 || slot.groups[slot.group_count - 1].end <= kEarlyResults;
+  if (slot.last || !fit) slot.downs.clear();
+  if (!slot.downs.empty()) slot.early.resize(static_cast<size_t>(kEarlyResults) * store_.sizes().hidden);
+  for (const int g : slot.downs) slot.groups[g].early = true;
+  return slot.absent.size() < before || !slot.gates.empty();
+}
+
+void Dispatcher::Start(Slot& slot, int prepare_chunks) {
+  const int gates = static_cast<int>(slot.gates.size());
+  slot.gate_rows =
+      std::min(ChunkRows(std::max(1, gates) * most_gate_rows_, node_threads_, 8, kGateRows), most_gate_rows_);
+  slot.gate_chunks = (most_gate_rows_ + slot.gate_rows - 1) / slot.gate_rows;
+  const bool down = slot.rows > 0 && (slot.last || !slot.downs.empty());
+  slot.job.Reset(&slot, {{RunPrepare, prepare_chunks},
+                         {RunGateUp, slot.gate_chunks * gates, nodes()},
+                         {RunDown, down ? (most_down_rows_ + down_rows_ - 1) / down_rows_ : 0, nodes()}});
+  machine_.pool().Submit(&slot.job);
+}
+
+bool Dispatcher::Await(Slot& slot) {
+  for (uint32_t seen = store_.arrivals(); !abort_.load(std::memory_order_relaxed);) {
+    // A slow disk is not a stuck one.
+    if (Look(slot, Clock::now() - std::max(slot.submitted, store_.last_arrival()) > kReadPatience))
+      return true;
+    seen = store_.WaitArrival(seen);
+  }
+  return false;
+}
+
+bool Dispatcher::Finish(Slot& slot) {
+  for (;;) {
+    if (!machine_.pool().Wait(&slot.job, kWatchdog)) return false;
+    if (slot.last || slot.job.error() != nullptr || !Await(slot)) return true;
+    Start(slot, 0);
+  }
 }
 
 void Dispatcher::RunPrepare(void* context, int chunk, int) {
@@ -251,47 +300,18 @@ void Dispatcher::RunPrepare(void* context, int chunk, int) {
         slot.prepared.get() + static_cast<ptrdiff_t>(row) * PreparedSize(hidden));
 }
 
-bool Dispatcher::Claim(Slot& slot, int node, int* group, int* piece) {
-  const auto claims = slot.claims.begin() + static_cast<ptrdiff_t>(node) * store_.sizes().experts;
-  for (uint32_t seen = store_.arrivals(); !abort_.load(std::memory_order_relaxed);) {
-    // A slow disk is not a stuck one.
-    const bool late = Clock::now() - std::max(slot.submitted, store_.last_arrival()) > kReadPatience;
-    for (int place = slot.present; place < slot.group_count; ++place) {
-      std::atomic<int>& claim = claims[place];
-      if (claim.load(std::memory_order_relaxed) >= slot.gate_chunks) continue;
-      const int g = slot.order[place];
-      const Arrival arrival = store_.arrival(slot.layer, slot.groups[g].expert);
-      if (arrival == Arrival::kOnItsWay && !late) continue;
-      *piece = claim.fetch_add(1, std::memory_order_relaxed);
-      if (*piece >= slot.gate_chunks) continue;
-      if (arrival != Arrival::kHere) slot.failed[g].store(true, std::memory_order_relaxed);
-      *group = g;
-      return true;
-    }
-    slot.job.Beat();
-    seen = store_.WaitArrival(seen);
-  }
-  return false;
-}
-
 void Dispatcher::RunGateUp(void* context, int chunk, int worker) {
   Slot& slot = *static_cast<Slot*>(context);
   Dispatcher& self = slot.dispatcher;
   if (self.abort_.load(std::memory_order_relaxed)) return;
   const ExpertSizes& sizes = self.store_.sizes();
   const KernelTable& kernels = self.machine_.kernels();
-  const int chunks = slot.gate_chunks * slot.group_count;
+  const int chunks = slot.gate_chunks * static_cast<int>(slot.gates.size());
   const int node = chunk / chunks;
-  const int place = chunk % chunks / slot.gate_chunks;
-  int g = 0, piece = chunk % slot.gate_chunks;
-  if (place < slot.present) {
-    g = slot.order[place];
-  } else if (!self.Claim(slot, node, &g, &piece) || slot.failed[g].load(std::memory_order_relaxed)) {
-    return;
-  }
+  const int g = slot.gates[chunk % chunks / slot.gate_chunks];
   const Slot::Group& group = slot.groups[g];
   const Int4Matrix &gate_rows = group.view.gate[node], &up_rows = group.view.up[node];
-  const int begin_row = piece * slot.gate_rows;
+  const int begin_row = chunk % slot.gate_chunks * slot.gate_rows;
   const int rows = std::min(slot.gate_rows, gate_rows.out - begin_row);
   if (rows <= 0) return;
   const int row = self.store_.layout().shards().gate[node] + begin_row;  // of all nodes' rows
@@ -337,36 +357,51 @@ void Dispatcher::RunDown(void* context, int chunk, int worker) {
   const int rows = std::min(self.down_rows_, shards.down[node + 1] - row);
   if (rows <= 0) return;
   const KernelTable& kernels = self.machine_.kernels();
-  float* y = self.scratch_[worker].data();
+  const auto compute = [&](const Slot::Group& group, int begin, int tokens, float* y, int ldy) {
+    const Int4Matrix& down_rows = group.view.down[node];
+    const bf16* h[kTokenTile];
+    for (int t = 0; t < tokens; ++t)
+      h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
+    slot.job.Beat();
+    const int panel = PanelRows(sizes.inter, tokens, rows);
+    for (int top = 0; top < rows; top += panel)
+      kernels.int4_rows(down_rows, begin_row + top, std::min(panel, rows - top), h, tokens, y + top, ldy);
+  };
+  const auto check = [&](int g) {
+    if (Unreadable(slot.groups[g].view.down[node])) slot.failed[g].store(true, std::memory_order_relaxed);
+  };
+  const auto early = [&](int position) {
+    return slot.early.data() + static_cast<ptrdiff_t>(position) * sizes.hidden + row;
+  };
+  for (const int g : slot.downs) {
+    const Slot::Group& group = slot.groups[g];
+    compute(group, group.begin, group.end - group.begin, early(group.begin), sizes.hidden);
+    check(g);
+  }
+  if (!slot.last) return;
   for (int t = 0; t < slot.rows; ++t)
     std::memset(slot.out.get() + static_cast<ptrdiff_t>(t) * sizes.hidden + row, 0, rows * sizeof(float));
   for (int g = 0; g < slot.group_count; ++g) {
     if (slot.failed[g].load(std::memory_order_relaxed)) continue;
     const Slot::Group& group = slot.groups[g];
-    const Int4Matrix& down_rows = group.view.down[node];
     for (int begin = group.begin; begin < group.end; begin += kTokenTile) {
       const int tokens = std::min(kTokenTile, group.end - begin);
-      const bf16* h[kTokenTile];
-      for (int t = 0; t < tokens; ++t) {
-        h[t] = slot.hidden.get() + static_cast<ptrdiff_t>(begin + t) * PreparedSize(sizes.inter);
-        const float* out = slot.out.get() +
-                           static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * sizes.hidden +
-                           row;
-        for (int r = 0; r < rows; r += 16) __builtin_prefetch(out + r, 1);
+      const auto out = [&](int t) {
+        return slot.out.get() +
+               static_cast<ptrdiff_t>(slot.assignment[begin + t] / self.top_k_) * sizes.hidden + row;
+      };
+      const float* y = group.early ? early(begin) : self.scratch_[worker].data();
+      const int ldy = group.early ? sizes.hidden : kDownRows;
+      if (!group.early) {
+        for (int t = 0; t < tokens; ++t)
+          for (int r = 0; r < rows; r += 16) __builtin_prefetch(out(t) + r, 1);
+        compute(group, begin, tokens, self.scratch_[worker].data(), kDownRows);
       }
-      slot.job.Beat();
-      const int panel = PanelRows(sizes.inter, tokens, rows);
-      for (int top = 0; top < rows; top += panel)
-        kernels.int4_rows(down_rows, begin_row + top, std::min(panel, rows - top), h, tokens, y + top,
-                          kDownRows);
-      for (int t = 0; t < tokens; ++t) {
-        const int a = slot.assignment[begin + t];
-        const float weight = slot.weights.get()[a];
-        float* out = slot.out.get() + static_cast<ptrdiff_t>(a / self.top_k_) * sizes.hidden + row;
-        kernels.add_scaled(weight, y + t * kDownRows, rows, out);
-      }
+      for (int t = 0; t < tokens; ++t)
+        kernels.add_scaled(slot.weights.get()[slot.assignment[begin + t]],
+                           y + static_cast<ptrdiff_t>(t) * ldy, rows, out(t));
     }
-    if (Unreadable(down_rows)) slot.failed[g].store(true, std::memory_order_relaxed);
+    if (!group.early) check(g);
   }
 }
 
@@ -381,7 +416,13 @@ TicketReport Dispatcher::Collect(int index, uint64_t epoch, int rows, uint8_t* s
   Require(slot.state == Slot::kRunning && slot.epoch == epoch && slot.rows == rows,
           "this ticket is not outstanding");
   const Clock::time_point start = Clock::now();
-  const bool finished = machine_.pool().Wait(&slot.job, kWatchdog);
+  bool finished;
+  try {
+    finished = Finish(slot);
+  } catch (...) {
+    Retire(slot);
+    throw;
+  }
   const Clock::time_point end = Clock::now();
   const bool poisoned = !finished || abort_.load();
   std::memset(status, static_cast<int>(poisoned ? RowStatus::kPoisoned : RowStatus::kOk), slot.rows);

@@ -27,8 +27,9 @@
 //  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the
 //  nanoseconds from
 //     submit to collect and those spent waiting in collect.
-// 10. Absent experts. Those that are in memory are computed while the others arrive, in the order in which they do. One
-//     that cannot be read, or does not arrive within half a minute, is a read error of its rows.
+// 10. Absent experts. Those that are in memory are computed from Submit on, the others while Collect waits for
+//     them: gate and up of an expert as soon as these are there, and down projections ahead of the sum where they
+//     are few. One that cannot be read, or does not arrive within half a minute, is a read error of its rows.
 // 11. Nodes. Output rows of gate, up and down belong to nodes; a node's rows are computed by its workers. Between the
 //     halves all nodes meet once, and read each other's SwiGLU outputs.
 // 12. Threads. One thread at a time acquires, submits, collects and resumes; Abort and Progress are anyone's.
@@ -93,8 +94,13 @@ class Dispatcher {
   static void RunDown(void* context, int chunk, int worker);
   int nodes() const { return store_.layout().nodes(); }
   void Group(Slot& slot, int layer, int rows);
-  // A chunk of whichever absent expert has arrived; waits for one. False: aborted.
-  bool Claim(Slot& slot, int node, int* group, int* piece);
+  // Sets what the next job computes of the absent groups; false: nothing more arrived. `late`: nothing will.
+  bool Look(Slot& slot, bool late);
+  void Start(Slot& slot, int prepare_chunks);
+  // Until something arrives; false: aborted.
+  bool Await(Slot& slot);
+  // Works until all is computed, or nothing more will be. False: a worker is stuck.
+  bool Finish(Slot& slot);
   void Retire(Slot& slot);
 
   ExpertStore& store_;

@@ -65,22 +65,20 @@ void SlotLayout::ViewSlot(const ExpertSpans& spans, uint8_t* const* base, Expert
     }
 }
 
-std::vector<Read> SlotLayout::Reads(const ExpertSpans& spans, const ExpertBytes& bytes,
-                                    const std::vector<std::unique_ptr<Source>>& sources, int node,
-                                    uint8_t* base) const {
-  std::vector<Read> reads;
-  for (int part = 0; part < 6; ++part) {
-    const ExpertSpans::Span& span = part < 3 ? spans.packed[part] : spans.scale[part - 3];
-    const Segment& segment = segments_[node][part];
+void SlotLayout::AddReads(const ExpertSpans& spans, const ExpertBytes& bytes,
+                          const std::vector<std::unique_ptr<Source>>& sources, int node, uint8_t* base,
+                          std::initializer_list<int> matrices, std::vector<Read>* to) const {
+  const auto add = [&](const ExpertSpans::Span& span, const void* mapped, const Segment& segment) {
+    if (segment.bytes == 0) return;
     const uint64_t begin = span.offset + segment.skip, first = BlockFloor(begin);
-    if (segment.bytes == 0) continue;
-    const auto* start =
-        part < 3 ? bytes.packed[part] : reinterpret_cast<const uint8_t*>(bytes.scale[part - 3]);
-    reads.push_back({sources[span.source].get(), first, BlockCeil(begin + segment.bytes) - first,
-                     begin + segment.bytes - first, base + segment.at,
-                     start + segment.skip - (begin - first)});
+    to->push_back({sources[span.source].get(), first, BlockCeil(begin + segment.bytes) - first,
+                   begin + segment.bytes - first, base + segment.at,
+                   static_cast<const uint8_t*>(mapped) + segment.skip - (begin - first)});
+  };
+  for (const int m : matrices) {
+    add(spans.packed[m], bytes.packed[m], segments_[node][m]);
+    add(spans.scale[m], bytes.scale[m], segments_[node][m + 3]);
   }
-  return reads;
 }
 
 SlotMemory::SlotMemory(const SlotLayout& layout, const Options& options)

@@ -67,9 +67,10 @@ class SlotLayout {
   void ViewWhole(const ExpertBytes& bytes, ExpertView* view) const;
   // In a slot; `base` is its first byte on each node.
   void ViewSlot(const ExpertSpans& spans, uint8_t* const* base, ExpertView* view) const;
-  // What fills a slot on one node. Six reads.
-  std::vector<Read> Reads(const ExpertSpans& spans, const ExpertBytes& bytes,
-                          const std::vector<std::unique_ptr<Source>>& sources, int node, uint8_t* base) const;
+  // What fills the given matrices of a slot on one node (0: gate, 1: up, 2: down): two reads each.
+  void AddReads(const ExpertSpans& spans, const ExpertBytes& bytes,
+                const std::vector<std::unique_ptr<Source>>& sources, int node, uint8_t* base,
+                std::initializer_list<int> matrices, std::vector<Read>* to) const;
 
  private:
   struct Segment {

@@ -100,10 +100,14 @@ void ExpertStore::OpenSlots(const SlotMemory::Options& memory, const ReaderOptio
   slots_ = std::vector<Slot>(static_cast<size_t>(memory.count));
   for (Slot& slot : slots_) {
     slot.store = this;
-    slot.fetch.context = &slot;
-    slot.fetch.done = [](void* context, bool whole) {
+    slot.gate_up.context = slot.down.context = &slot;
+    slot.gate_up.done = [](void* context, bool whole) {
       auto* own = static_cast<Slot*>(context);
-      own->store->Arrived(*own, whole);
+      own->store->Arrived(*own, true, whole);
+    };
+    slot.down.done = [](void* context, bool whole) {
+      auto* own = static_cast<Slot*>(context);
+      own->store->Arrived(*own, false, whole);
     };
   }
   if (!memory_->lasting()) return;
@@ -215,7 +219,7 @@ bool ExpertStore::Victims(size_t count, std::vector<int>* victims) const {
       continue;
     }
     if (entry.state.load() == kIn) found.emplace_back(entry.score, static_cast<int>(i));
-    filling = filling || entry.state.load() == kFilling;
+    filling = filling || OnItsWay(entry.state.load());
   }
   const size_t taken = std::min(count, found.size());
   std::partial_sort(found.begin(), found.begin() + static_cast<ptrdiff_t>(taken), found.end());
@@ -230,11 +234,16 @@ void ExpertStore::BeginFetch(int index, int to) {
   slot.entry = to;
   entry.slot = index;
   entry.state.store(kFilling, std::memory_order_release);
-  std::vector<Read> reads;
-  for (int node = 0; node < layout_.nodes(); ++node)
-    for (const Read& read : layout_.Reads(entry.spans, entry.bytes, sources_, node, memory_->at(index, node)))
-      reads.push_back(read);
-  reader_->Submit(&slot.fetch, reads, Urgency::kDemand);
+  slot.parts = 2;
+  slot.whole = true;
+  std::vector<Read> gate_up, down;
+  for (int node = 0; node < layout_.nodes(); ++node) {
+    uint8_t* base = memory_->at(index, node);
+    layout_.AddReads(entry.spans, entry.bytes, sources_, node, base, {0, 1}, &gate_up);
+    layout_.AddReads(entry.spans, entry.bytes, sources_, node, base, {2}, &down);
+  }
+  reader_->Submit(&slot.gate_up, gate_up, Urgency::kDemand);
+  reader_->Submit(&slot.down, down, Urgency::kDemand);
 }
 
 void ExpertStore::Free(Entry& entry) {
@@ -244,12 +253,24 @@ void ExpertStore::Free(Entry& entry) {
   entry.state.store(kOut, std::memory_order_release);
 }
 
-void ExpertStore::Arrived(Slot& slot, bool whole) {
+void ExpertStore::Arrived(Slot& slot, bool gate_up, bool whole) {
   {
     const std::lock_guard lock(mutex_);
-    Settle(entries_[slot.entry], whole);
+    Entry& entry = entries_[slot.entry];
+    slot.whole = slot.whole && whole;
+    if (--slot.parts == 0) {
+      Settle(entry, slot.whole);
+    } else if (gate_up && whole) {
+      entry.state.store(kGateUp, std::memory_order_release);
+      Tell();
+    }
   }
   arrived_.notify_all();
+}
+
+void ExpertStore::Tell() {
+  last_arrival_ns_.store(NowNs(), std::memory_order_relaxed);
+  arrivals_.fetch_add(1, std::memory_order_release);
 }
 
 void ExpertStore::Settle(Entry& entry, bool whole) {
@@ -261,8 +282,7 @@ void ExpertStore::Settle(Entry& entry, bool whole) {
   }
   entry.state.store(whole ? kIn : kLost, std::memory_order_release);
   if (!whole && entry.pins.load() == 0) Free(entry);
-  last_arrival_ns_.store(NowNs(), std::memory_order_relaxed);
-  arrivals_.fetch_add(1, std::memory_order_release);
+  Tell();
 }
 
 void ExpertStore::Unpin(int layer, int expert) {
@@ -281,6 +301,7 @@ int ExpertStore::pins(int layer, int expert) const { return At(layer, expert).pi
 Arrival ExpertStore::arrival(int layer, int expert) const {
   const uint8_t state = At(layer, expert).state.load(std::memory_order_acquire);
   if (!streamed_ || state == kIn) return Arrival::kHere;
+  if (state == kGateUp) return Arrival::kGateUp;
   return state == kFilling ? Arrival::kOnItsWay : Arrival::kLost;  // out: late reads hold the slots
 }
 
@@ -337,7 +358,9 @@ void ExpertStore::EndFill(int layer, int expert, bool whole) {
 
 std::vector<Read> ExpertStore::Reads(int layer, int expert, int slot, int node) const {
   const Entry& entry = At(layer, expert);
-  return layout_.Reads(entry.spans, entry.bytes, sources_, node, memory_->at(slot, node));
+  std::vector<Read> reads;
+  layout_.AddReads(entry.spans, entry.bytes, sources_, node, memory_->at(slot, node), {0, 1, 2}, &reads);
+  return reads;
 }
 
 bool ExpertStore::Release(int layer, int expert) {

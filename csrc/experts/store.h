@@ -22,7 +22,8 @@
 
 namespace k2 {
 
-enum class Arrival : uint8_t { kOnItsWay, kHere, kLost };
+// An expert is read in two parts, gate and up before down.
+enum class Arrival : uint8_t { kOnItsWay, kGateUp, kHere, kLost };
 
 struct StoreStats {
   int64_t slots = 0;
@@ -108,7 +109,7 @@ class ExpertStore {
   StoreStats stats() const;
 
  private:
-  enum State : uint8_t { kOut, kFilling, kIn, kLost };
+  enum State : uint8_t { kOut, kFilling, kGateUp, kIn, kLost };
   struct Entry {
     ExpertBytes bytes;
     ExpertSpans spans;
@@ -121,18 +122,22 @@ class ExpertStore {
   struct Slot {
     ExpertStore* store;
     int entry = -1;  // -1: free
-    Fetch fetch;
+    Fetch gate_up, down;
+    int parts = 0;      // on their way
+    bool whole = true;  // so far
   };
 
+  static bool OnItsWay(uint8_t state) { return state == kFilling || state == kGateUp; }
   int Index(int layer, int expert) const;
   Entry& At(int layer, int expert) const { return entries_[Index(layer, expert)]; }
   void View(const Entry& entry, ExpertView* view) const;
   // The slots that `count` experts may take, worst first, as far as there are; whether others will be.
   bool Victims(size_t count, std::vector<int>* victims) const;
   void BeginFetch(int slot, int entry);
-  void Arrived(Slot& slot, bool whole);
-  // What was on its way is here, or lost; the caller holds mutex_ and tells those who wait.
+  void Arrived(Slot& slot, bool gate_up, bool whole);
+  // What was on its way is here, or lost; the caller holds mutex_ and wakes those who wait.
   void Settle(Entry& entry, bool whole);
+  void Tell();
   void Free(Entry& entry);
   // Part of a file; `map` is the address of the file's first byte.
   struct Stretch {

@@ -25,7 +25,7 @@ from k2hybrid.native import Machine, NativeFiller
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 4  # the first layer is dense
 HIDDEN, INTER = 224, 96
-ROWS = 9
+ROWS = 25  # more results than wait for experts on their way
 SIZES = ExpertSizes(LAYERS - 1, EXPERTS, HIDDEN, INTER)
 READERS = ["uring", "threads"]
 
@@ -197,6 +197,34 @@ def test_streamed_is_lossless(
     assert stats.filled <= slots
     assert stats.misses > 0
     assert stats.lost == 0
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_two_tickets_that_miss_the_same_experts(
+    folder: Path, expected: list[torch.Tensor], reader: str
+) -> None:
+    made = Placed(folder, placed("streamed", 1, 3 * EXPERTS), fill=False, reader=reader)
+    submit = made.dispatcher.submit
+    pairs = [(x, ids, weights, layer) for layer, ids, x, weights in steps(5, 60)]
+    for i, (x, ids, weights, layer) in enumerate(pairs):
+        early = submit(layer, x, ids, weights)
+        late = submit(layer, x, ids, weights)
+        for ticket in (late, early) if i % 2 else (early, late):
+            assert torch.equal(ticket.collect(), expected[i])
+        assert late.report.misses == 0
+    assert made.store.stats.misses > 0
+
+
+def test_an_abort_while_experts_are_on_their_way(folder: Path, expected: list[torch.Tensor]) -> None:
+    made = Placed(folder, placed("streamed", 1, EXPERTS), fill=False)
+    for layer, ids, x, weights in list(steps(5, 60))[:6]:
+        ticket = made.dispatcher.submit(layer, x, ids, weights)
+        made.dispatcher.abort()
+        ticket.collect()
+        assert ticket.failed_rows == tuple(range(len(ids)))
+        assert all(made.store.native.pins(layer, e) == 0 for e in range(EXPERTS))
+        made.dispatcher = Dispatcher(made.store, Machine(2), max_rows=ROWS, top_k=TOP_K)
+    check(made, expected)
 
 
 def test_a_cold_start_misses_each_expert_once_if_all_fit(folder: Path, expected: list[torch.Tensor]) -> None:
