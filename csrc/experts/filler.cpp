@@ -61,14 +61,16 @@ Filler::Filler(ExpertStore& store, std::vector<std::pair<int, int>> order, std::
   Require(threads >= 1 && threads <= 64, "a node is filled by 1 to 64 threads");
   for (Work& work : work_) work.nodes_left.store(store.layout().nodes());
   for (const auto& [layer, expert] : order_) store.pins(layer, expert);  // throws if there is no such expert
-  running_.store(static_cast<int>(cpus_.size()) * threads);
-  left_.store(running_.load());
+  left_ = static_cast<int>(cpus_.size()) * threads;
+  running_.store(left_ + 1);
   std::unique_lock lock(mutex_);  // no thread begins before all are there
   try {
     for (int node = 0; node < static_cast<int>(cpus_.size()); ++node)
       for (int i = 0; i < threads; ++i) threads_.emplace_back([this, node] { Loop(node); });
+    threads_.emplace_back([this] { Forget(); });
   } catch (const std::system_error&) {
     stop_.store(true);
+    left_ = static_cast<int>(threads_.size());
     lock.unlock();
     Stop();
     throw Error("the system refuses threads that fill slots; let this process have more");
@@ -113,7 +115,27 @@ void Filler::Loop(int node) {
     Begin(i, node, &read);
   }
   for (Coming& read : reads) settle(read);
-  if (left_.fetch_sub(1) == 1) store_.DropCached();
+  {
+    const std::lock_guard lock(mutex_);
+    --left_;
+    changed_.notify_all();
+  }
+  running_.fetch_sub(1);
+}
+
+void Filler::Forget() {
+  setpriority(PRIO_PROCESS, static_cast<id_t>(syscall(SYS_gettid)), kNice);
+  for (bool last = false; !last;) {
+    std::vector<int> items;
+    {
+      std::unique_lock lock(mutex_);
+      changed_.wait(lock, [&] { return !filled_.empty() || left_ == 0; });
+      items.swap(filled_);
+      last = left_ == 0;
+    }
+    for (const int i : items) store_.DropCached(order_[i].first, order_[i].second);
+  }
+  store_.DropCached();  // with the pages that neighbours share
   running_.fetch_sub(1);
 }
 
@@ -179,6 +201,11 @@ void Filler::Finished(int i, bool whole) {
   const bool good = !work.failed.load();
   if (!good) failed_.fetch_add(1);
   store_.EndFill(order_[i].first, order_[i].second, good);
+  if (good) {
+    const std::lock_guard lock(mutex_);
+    filled_.push_back(i);
+    changed_.notify_all();
+  }
   done_.fetch_add(1);
 }
 

@@ -1,8 +1,8 @@
 // Brings experts into free slots behind the scenes, while the store serves from the map.
 //
 // Each node has threads of its own, bound to it: they make its pages and read its rows, the next expert while the last
-// one is on its way. What the page cache holds is copied, the rest is read past it. While tickets are at work the
-// threads step back, but never stop for good.
+// one is on its way. What the page cache holds is copied, the rest is read past it, and one more thread
+// lets the cache forget what is filled. While tickets are at work the threads step back, but never stop for good.
 #pragma once
 
 #include <atomic>
@@ -53,6 +53,8 @@ class Filler {
   // Begins item `i` on `node`: pages, what is cached, and the reads of the rest.
   void Begin(int i, int node, Coming* read);
   void Finished(int i, bool whole);
+  // Drops the page cache's copies, on a thread of its own: it takes the kernel as long as copying them took.
+  void Forget();
 
   ExpertStore& store_;
   const std::vector<std::pair<int, int>> order_;
@@ -60,11 +62,12 @@ class Filler {
   std::vector<Work> work_;
   std::vector<std::atomic<int>> next_;  // by node
   std::atomic<int> running_{0};
-  std::atomic<int> left_{0};  // threads that may still bring experts
   std::atomic<int64_t> done_{0}, failed_{0};
   std::atomic<bool> stop_{false};
   std::mutex mutex_;
   std::condition_variable changed_;
+  int left_ = 0;             // threads that may still bring experts
+  std::vector<int> filled_;  // items that the page cache may forget
   std::vector<std::thread> threads_;
 };
 

@@ -350,10 +350,6 @@ void ExpertStore::EndFill(int layer, int expert, bool whole) {
     Settle(entry, whole);
   }
   arrived_.notify_all();
-  if (!whole) return;
-  std::vector<Stretch> stretches;
-  Stretches(entry, &stretches);
-  Drop(stretches);
 }
 
 std::vector<Read> ExpertStore::Reads(int layer, int expert, int slot, int node) const {
@@ -445,6 +441,12 @@ void ExpertStore::Drop(const std::vector<Stretch>& stretches) const {
     posix_fadvise(sources_[stretch.source]->file()->cached, static_cast<off_t>(from),
                   static_cast<off_t>(to - from), POSIX_FADV_DONTNEED);
   }
+}
+
+void ExpertStore::DropCached(int layer, int expert) const {
+  std::vector<Stretch> stretches;
+  Stretches(At(layer, expert), &stretches);
+  Drop(stretches);
 }
 
 void ExpertStore::DropCached() const {

@@ -97,8 +97,9 @@ class ExpertStore {
   // What fills `node`'s part of it.
   std::vector<Read> Reads(int layer, int expert, int slot, int node) const;
   bool Ensure(int slot, int node) { return memory_->Ensure(slot, node); }
-  // One copy in all: lets the page cache forget what is in slots. `EndFill` does so for one expert, as far as pages
-  // that it shares with neighbours allow.
+  // One copy in all: lets the page cache forget one expert, as far as pages that it shares with neighbours allow, or
+  // all that are in slots.
+  void DropCached(int layer, int expert) const;
   void DropCached() const;
   // Back to the map, its slot free again. False if it is pinned or being copied, in no slot, or streamed.
   bool Release(int layer, int expert);
