@@ -8,9 +8,12 @@ import pytest
 import torch
 
 from bench.device_cases import LinearCase, linear_case
+from k2hybrid.checkpoint.dense8 import quantize
 from k2hybrid.errors import KernelError
 from k2hybrid.kernels.card import EMULATED
 from k2hybrid.kernels.linear8 import FEW, FEW_ROWS, MANY, choose_parts, choose_tile, linear8
+from k2hybrid.native import Machine
+from k2hybrid.types import Weight8Kind
 
 # fp32 sums of exact products; docs/numerics.md, "Kernels of the device".
 BOUND = 3e-6
@@ -54,6 +57,16 @@ def test_every_code_is_exact(kind: str) -> None:
     )
     decoded = case.values.float() if kind == "int8" else values.view(torch.float8_e4m3fn).float()
     assert torch.equal(case.run(), (decoded * case.scale[:, None]).T)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_against_the_kernels_of_the_cpu(kind: Weight8Kind) -> None:
+    """The weights that loading makes, and both ways to multiply by them."""
+    g = torch.Generator().manual_seed(3)
+    weight = quantize(torch.randn(48, 160, generator=g).bfloat16(), kind, "a weight")
+    x = torch.randn(5, 160, generator=g).bfloat16()
+    want = Machine(1).linear(x, weight)
+    assert ((linear8(x, weight) - want).norm() / want.norm()).item() < 2 * BOUND
 
 
 def test_strided_rows_and_none() -> None:
