@@ -4,6 +4,7 @@
 
 #include <optional>
 #include <string_view>
+#include <tuple>
 
 #include "cpu/bind_fault.h"
 #include "cpu/machine.h"
@@ -58,6 +59,17 @@ void BindMachine(py::module_& m) {
                                   Pointer<float>(y));
           },
           py::call_guard<py::gil_scoped_release>())
+      .def("attend",
+           [](k2::Machine& self, uintptr_t rows, int64_t pages, ptrdiff_t row_bytes, int latent, int rope,
+              bool fp8, const std::vector<std::tuple<uintptr_t, int, int>>& spans, uintptr_t q, int heads,
+              float scale, uintptr_t out) {
+             std::vector<k2::AttendSpan> given;
+             for (const auto& [table, start, count] : spans)
+               given.push_back({Pointer<int64_t>(table), start, count});
+             py::gil_scoped_release release;
+             self.Attend({Pointer<uint8_t>(rows), pages, row_bytes, latent, rope, fp8}, given,
+                         Pointer<k2::bf16>(q), heads, scale, Pointer<float>(out));
+           })
       .def(
           "probe_read_seconds",
           [](k2::Machine& self, uintptr_t data, size_t bytes, size_t stripe_bytes, int ahead_bytes,

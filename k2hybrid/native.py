@@ -36,6 +36,8 @@ wait_reply = _native.wait_reply
 doorbell_layout = _native.doorbell_layout
 doorbell_bytes = _native.doorbell_bytes
 
+_PAGE_ROWS = 64  # of `cache.pages`
+
 INSTRUCTION_SETS: tuple[str, ...] = tuple(_native.instruction_sets())  # what this CPU offers, best first
 
 
@@ -153,6 +155,67 @@ class Machine:
             getattr(self.handle, kernel)(
                 x.data_ptr(), tokens, x.stride(0), x.stride(1), weight.data_ptr(), heads, rows, columns,
                 weight.stride(0), weight.stride(1), out.data_ptr(),
+            )  # fmt: skip
+        return out
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        spans: Sequence[tuple[torch.Tensor, int, int]],
+        *,
+        latent: int,
+        row_format: str,
+        scale: float,
+    ) -> torch.Tensor:
+        """fp32 [T, H, latent]: of each query the mean of the latents that it sees, weighed by softmax.
+
+        A query's bits depend on its own context alone.
+
+        Args:
+            q: bf16 [T, H, latent + rope], the spans' queries one after the other.
+            rows: of one layer as stored, uint8 [pages · 64, row_bytes].
+            spans: (page table int64 [P], tokens before, queries) of each sequence; query i sees the rows up
+                to its own, tokens before + i.
+            latent: a multiple of 16.
+            row_format: "bf16" or "fp8", see `cache.rows`.
+            scale: of the scores, above 0.
+
+        Raises:
+            NativeError: shapes or types do not fit, or a table names a page that is not there.
+        """
+        _require_bf16("q", q, 3)
+        tokens, heads, width = q.shape
+        fits = q.is_contiguous() and rows.is_contiguous() and rows.dtype == torch.uint8
+        if (
+            not fits
+            or rows.device.type != "cpu"
+            or row_format not in ("bf16", "fp8")
+            or not 0 < latent <= width
+        ):
+            raise NativeError(
+                f"attend takes contiguous q {list(q.shape)} and uint8 rows on the CPU in bf16 or fp8, not "
+                f"{rows.dtype} {list(rows.shape)} on {rows.device} in {row_format}"
+            )
+        given = []
+        for table, start, count in spans:
+            if table.dtype != torch.int64 or not table.is_contiguous() or table.device.type != "cpu":
+                raise NativeError(f"a page table must be contiguous int64 on the CPU, not {table.dtype}")
+            if min(start, count) < 0 or start + count > _PAGE_ROWS * table.numel():
+                raise NativeError(f"a page table of {table.numel()} pages lacks rows {start} + {count}")
+            given.append((table.data_ptr(), start, count))
+        rope, row_bytes = width - latent, rows.shape[1]
+        least = 2 * width if row_format == "bf16" else latent + 4 * -(-latent // 128) + 2 * rope
+        if row_bytes != least or sum(count for *_, count in given) != tokens:
+            raise NativeError(
+                f"attend: rows of {row_bytes} bytes do not hold {width} values in {row_format}, or {tokens} "
+                "queries are not the spans'"
+            )
+        out = torch.empty(tokens, heads, latent, dtype=torch.float32)
+        with _errors():
+            self.handle.attend(
+                rows.data_ptr(), rows.shape[0] // _PAGE_ROWS, row_bytes, latent, rope, row_format == "fp8",
+                given, q.data_ptr(), heads, scale, out.data_ptr(),
             )  # fmt: skip
         return out
 

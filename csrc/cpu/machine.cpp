@@ -1,6 +1,9 @@
 #include "cpu/machine.h"
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
+#include <utility>
 
 #include "cpu/fault.h"
 
@@ -74,11 +77,105 @@ void RequireReadable(const Weights& w) {
           "place");
 }
 
+// A query's context is cut into stretches that threads take one by one: whole pages, as many as blocks of a cache's
+// size make, but no more than kMostStretches, whose sums must be kept until they meet.
+constexpr int kMostStretches = 64;
+constexpr int kHeadGroup = 32;    // heads that one thread takes at a time
+constexpr int kSumsAtOnce = 512;  // stretches of one job: 67 MB of sums at 64 heads of 512 values
+
+int StretchRows(int context) {
+  const int even = (context + kMostStretches - 1) / kMostStretches;
+  return std::max(kAttendRows, (even + kAttendPage - 1) / kAttendPage * kAttendPage);
+}
+
+struct Stretch {
+  const int64_t* table;
+  int query;
+  int begin;  // rows
+  int end;
+};
+
+struct AttendCall {
+  const KernelTable& kernels;
+  const LatentRows& rows;
+  const bf16* q;
+  int heads;
+  float scale;
+  float* out;
+  std::vector<Stretch> stretches;
+  std::vector<std::pair<int, int>> queries;  // the first stretch of each, and one past the last
+  float* sums;                               // of each stretch: peaks, totals [heads], out [heads][latent]
+  std::vector<std::vector<float>>& scratch;
+
+  int groups() const { return (heads + kHeadGroup - 1) / kHeadGroup; }
+  ptrdiff_t sum_floats() const { return static_cast<ptrdiff_t>(heads) * (2 + rows.latent); }
+  AttendSums SumsOf(int stretch, int head) const {
+    float* base = sums + stretch * sum_floats();
+    return {base + head, base + heads + head, base + 2 * heads + static_cast<ptrdiff_t>(head) * rows.latent};
+  }
+};
+
+void RunStretch(void* context, int chunk, int worker) {
+  auto& call = *static_cast<AttendCall*>(context);
+  const int number = chunk / call.groups(), head = chunk % call.groups() * kHeadGroup;
+  const Stretch& stretch = call.stretches[number];
+  const LatentRows& rows = call.rows;
+  const int width = rows.latent + rows.rope, heads = std::min(kHeadGroup, call.heads - head);
+  const bf16* q[kHeadGroup];
+  for (int h = 0; h < heads; ++h)
+    q[h] = call.q + (static_cast<ptrdiff_t>(stretch.query) * call.heads + head + h) * width;
+  const AttendSums sums = call.SumsOf(number, head);
+  std::fill(sums.peak, sums.peak + heads, -std::numeric_limits<float>::infinity());
+  std::fill(sums.total, sums.total + heads, 0.0f);
+  std::fill(sums.out, sums.out + static_cast<ptrdiff_t>(heads) * rows.latent, 0.0f);
+  float* scores = call.scratch[worker].data();
+  auto* decoded = reinterpret_cast<bf16*>(scores + kHeadGroup * kAttendRows);
+  for (int begin = stretch.begin; begin < stretch.end; begin += kAttendRows) {
+    const int count = std::min(kAttendRows, stretch.end - begin);
+    const bf16* pages[kAttendRows / kAttendPage];
+    for (int at = 0; at < count; at += kAttendPage) {
+      const int64_t page = stretch.table[(begin + at) / kAttendPage];
+      const uint8_t* stored = rows.base + page * kAttendPage * rows.row_bytes;
+      if (rows.fp8) {
+        bf16* here = decoded + static_cast<ptrdiff_t>(at) * width;
+        call.kernels.decode_rows(stored, rows.row_bytes, std::min(kAttendPage, count - at), rows.latent,
+                                 rows.rope, here);
+        pages[at / kAttendPage] = here;
+      } else {
+        pages[at / kAttendPage] = reinterpret_cast<const bf16*>(stored);
+      }
+    }
+    call.kernels.attend({q, heads, pages, count, rows.latent, rows.rope, call.scale}, scores, sums);
+  }
+}
+
+// Brings the sums of a query's stretches together, in their order.
+void RunMeet(void* context, int chunk, int) {
+  auto& call = *static_cast<AttendCall*>(context);
+  const auto [first, last] = call.queries[chunk / call.groups()];
+  const int latent = call.rows.latent;
+  const int begin = chunk % call.groups() * kHeadGroup, end = std::min(call.heads, begin + kHeadGroup);
+  for (int head = begin; head < end; ++head) {
+    float peak = *call.SumsOf(first, head).peak, total = 0.0f;
+    for (int s = first + 1; s < last; ++s) peak = std::max(peak, *call.SumsOf(s, head).peak);
+    float* out =
+        call.out + (static_cast<ptrdiff_t>(call.stretches[first].query) * call.heads + head) * latent;
+    std::fill(out, out + latent, 0.0f);
+    for (int s = first; s < last; ++s) {
+      const AttendSums sums = call.SumsOf(s, head);
+      const float fade = std::exp(*sums.peak - peak);
+      total += *sums.total * fade;
+      for (int i = 0; i < latent; ++i) out[i] += sums.out[i] * fade;
+    }
+    for (int i = 0; i < latent; ++i) out[i] /= total;
+  }
+}
+
 }  // namespace
 
 Machine::Machine(int threads, const std::string& isa, const std::vector<int>& cpus,
                  const std::vector<int>& groups)
-    : kernels_(PickKernels(isa)), pool_(threads, cpus, groups) {}
+    : kernels_(PickKernels(isa)), pool_(threads, cpus, groups), attend_scratch_(pool_.threads()) {}
 
 void Machine::Linear(const Activations& x, const Weights& w, float* y) {
   if (x.tokens == 0 || w.rows == 0) return;
@@ -100,6 +197,43 @@ void Machine::LinearTransposed(const Activations& x, const Weights& w, float* y)
   job.Reset(&call, {{RunTransposed, x.tokens == 0 ? 0 : w.heads}});
   pool_.Run(&job);
   RequireReadable(w);
+}
+
+void Machine::Attend(const LatentRows& rows, const std::vector<AttendSpan>& spans, const bf16* q, int heads,
+                     float scale, float* out) {
+  Require(rows.latent % 16 == 0 && rows.latent > 0 && rows.rope >= 0 && heads > 0,
+          "attention takes a latent of a multiple of 16 values");
+  const size_t scratch =
+      kHeadGroup * kAttendRows + (rows.fp8 ? kAttendRows * (rows.latent + rows.rope) / 2 + 1 : 0);
+  for (auto& each : attend_scratch_)
+    if (each.size() < scratch) each.resize(scratch);
+  AttendCall call{kernels_, rows, q, heads, scale, out, {}, {}, nullptr, attend_scratch_};
+  const auto run = [&] {
+    const size_t floats = call.stretches.size() * static_cast<size_t>(call.sum_floats());
+    if (attend_sums_.size() < floats) attend_sums_.resize(floats);
+    call.sums = attend_sums_.data();
+    Job job;
+    job.Reset(&call, {{RunStretch, static_cast<int>(call.stretches.size()) * call.groups()},
+                      {RunMeet, static_cast<int>(call.queries.size()) * call.groups()}});
+    pool_.Run(&job);
+    call.stretches.clear();
+    call.queries.clear();
+  };
+  int query = 0;
+  for (const AttendSpan& span : spans) {
+    for (int i = 0; i < (span.start + span.count + kAttendPage - 1) / kAttendPage; ++i)
+      Require(span.table[i] >= 0 && span.table[i] < rows.pages,
+              "a page table names a page that is not there");
+    for (int i = 0; i < span.count; ++i, ++query) {
+      const int context = span.start + i + 1, step = StretchRows(context);
+      const int first = static_cast<int>(call.stretches.size());
+      for (int begin = 0; begin < context; begin += step)
+        call.stretches.push_back({span.table, query, begin, std::min(context, begin + step)});
+      call.queries.emplace_back(first, static_cast<int>(call.stretches.size()));
+      if (call.stretches.size() >= kSumsAtOnce) run();
+    }
+  }
+  if (!call.stretches.empty()) run();
 }
 
 }  // namespace k2

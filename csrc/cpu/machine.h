@@ -34,6 +34,23 @@ struct Weights {
   ptrdiff_t ElementBytes() const { return kind == WeightKind::kBf16 ? 2 : 1; }
 };
 
+// Latent rows in pages of kAttendPage: row t of a sequence lies in page table[t / kAttendPage].
+struct LatentRows {
+  const uint8_t* base;
+  int64_t pages;
+  ptrdiff_t row_bytes;
+  int latent;
+  int rope;
+  bool fp8;  // else bf16
+};
+
+// `count` queries of one sequence; query i sees the rows 0 .. start + i.
+struct AttendSpan {
+  const int64_t* table;
+  int start;
+  int count;
+};
+
 class Machine {
  public:
   // Worker i runs on cpus[i] and belongs to groups[i]; see Pool.
@@ -50,9 +67,17 @@ class Machine {
   // y[t, h, c] = sum_r x[t, h, r] * w[h, r, c], fp32, y contiguous, of bf16 weights.
   void LinearTransposed(const Activations& x, const Weights& w, float* y);
 
+  // out[i, h, :] = softmax over the rows that query i sees of (scale * q[i, h, :] . row) . its latent part, fp32;
+  // q bf16 [queries, heads, latent + rope], the spans' queries one after the other. What a query gets depends on its
+  // own context alone.
+  void Attend(const LatentRows& rows, const std::vector<AttendSpan>& spans, const bf16* q, int heads,
+              float scale, float* out);
+
  private:
   const KernelTable& kernels_;
   Pool pool_;
+  std::vector<float> attend_sums_;                  // of stretches, kept for the next call
+  std::vector<std::vector<float>> attend_scratch_;  // one per worker
 };
 
 }  // namespace k2

@@ -213,13 +213,15 @@ struct Simd {
 #include "kernels/dense.inl.h"
 //
 #include "kernels/ffn.inl.h"
+//
+#include "kernels/attend.inl.h"
 
 }  // namespace
 }  // namespace avx2
 
 const KernelTable kAvx2Kernels = {
-    "avx2",          avx2::Prepare,  avx2::Int4Rows, avx2::SwiGlu,       avx2::AddScaled,
-    avx2::DenseRows, avx2::Int8Rows, avx2::E4m3Rows, avx2::DenseColumns, nullptr};
+    "avx2",         avx2::Prepare,  avx2::Int4Rows,     avx2::SwiGlu, avx2::AddScaled,  avx2::DenseRows,
+    avx2::Int8Rows, avx2::E4m3Rows, avx2::DenseColumns, avx2::Attend, avx2::DecodeRows, nullptr};
 
 }  // namespace k2
 

@@ -105,13 +105,16 @@ struct Simd : Lanes {
 #include "kernels/dense.inl.h"
 //
 #include "kernels/ffn.inl.h"
+//
+#include "kernels/attend.inl.h"
 
 }  // namespace
 }  // namespace avx512
 
-const KernelTable kAvx512Kernels = {
-    "avx512",          avx512::Prepare,  avx512::Int4Rows, avx512::SwiGlu,       avx512::AddScaled,
-    avx512::DenseRows, avx512::Int8Rows, avx512::E4m3Rows, avx512::DenseColumns, nullptr};
+const KernelTable kAvx512Kernels = {"avx512",         avx512::Prepare,    avx512::Int4Rows,
+                                    avx512::SwiGlu,   avx512::AddScaled,  avx512::DenseRows,
+                                    avx512::Int8Rows, avx512::E4m3Rows,   avx512::DenseColumns,
+                                    avx512::Attend,   avx512::DecodeRows, nullptr};
 
 }  // namespace k2
 

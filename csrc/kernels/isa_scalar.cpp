@@ -145,12 +145,15 @@ struct Simd {
 #include "kernels/dense.inl.h"
 //
 #include "kernels/ffn.inl.h"
+//
+#include "kernels/attend.inl.h"
 
 }  // namespace
 }  // namespace scalar
 
-const KernelTable kScalarKernels = {
-    "scalar",          scalar::Prepare,  scalar::Int4Rows, scalar::SwiGlu,       scalar::AddScaled,
-    scalar::DenseRows, scalar::Int8Rows, scalar::E4m3Rows, scalar::DenseColumns, nullptr};
+const KernelTable kScalarKernels = {"scalar",         scalar::Prepare,    scalar::Int4Rows,
+                                    scalar::SwiGlu,   scalar::AddScaled,  scalar::DenseRows,
+                                    scalar::Int8Rows, scalar::E4m3Rows,   scalar::DenseColumns,
+                                    scalar::Attend,   scalar::DecodeRows, nullptr};
 
 }  // namespace k2

@@ -13,6 +13,8 @@
 // bits. Position k*32 + w of a block holds element 4w + k. The last block is padded with zeros.
 #pragma once
 
+#include <bit>
+
 #include "base.h"
 
 namespace k2 {
@@ -25,6 +27,28 @@ inline constexpr int PreparedSize(int in) { return PaddedBlocks(in) * kBlock; }
 inline constexpr int PreparedIndex(int i) {
   return (i / kBlock) * kBlock + (i % 4) * (kBlock / 4) + (i % kBlock) / 4;
 }
+
+inline constexpr int kAttendPage = 64;   // context rows that adjoin
+inline constexpr int kAttendRows = 256;  // of a block of attention
+inline constexpr int kScaleGroup = 128;  // values of an FP8 latent that share a scale
+
+// What some heads of one query attend to: a block of the context, `latent` + `rope` values a row.
+struct AttendBlock {
+  const bf16* const* q;  // of each head, as wide as a row
+  int heads;
+  const bf16* const* pages;  // kAttendPage rows each
+  int rows;                  // at most kAttendRows
+  int latent;                // a multiple of 16
+  int rope;
+  float scale;  // of the scores, above 0
+};
+
+// The softmax of each head so far: the greatest score, the sum of the weights, and of weighted latents [head][latent].
+struct AttendSums {
+  float* peak;
+  float* total;
+  float* out;
+};
 
 enum class E4m3 : uint8_t {};
 

@@ -46,6 +46,12 @@ struct KernelTable {
   // y[n] = sum_k x[k] * w[k * ldw + n]: the transposed product of absorbed attention.
   void (*dense_columns)(const bf16* w, ptrdiff_t ldw, int in, int columns, const bf16* x, float* y);
 
+  // Adds a block of context to `sums`, which begin with a peak of -inf and zeros; `scores` is room for [heads][kAttendRows].
+  void (*attend)(const AttendBlock& block, float* scores, const AttendSums& sums);
+
+  // FP8 rows, `row_bytes` apart, as bf16 [rows][latent + rope].
+  void (*decode_rows)(const uint8_t* stored, ptrdiff_t row_bytes, int rows, int latent, int rope, bf16* out);
+
   const TileEngine* tiles;  // null: none
 };
 

@@ -52,6 +52,7 @@ class Bench:
         self.pages = LatentPages(
             spec.num_layers, -(-context_tokens // PAGE_TOKENS), Bf16Rows(spec.latent_dim)
         )
+        self._kernels = machine
         made = native_experts(config, spec, machine, max_rows=MAX_ROWS, placement=placement)
         self.store = made.store
         self.checkpoint, self.kimi = assemble(
@@ -72,7 +73,7 @@ class Bench:
 
     def _recorded(self, parts: Parts) -> Parts:
         weights = WeightRoles(parts.weights)
-        self.machine = RecordingMachine(parts.kernels, weights)
+        self.machine = RecordingMachine(self._kernels, weights)
         self.experts = RecordingExperts(parts.experts)
         return Parts(weights, self.experts, self.machine)
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 import bisect
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from k2hybrid.model.layers import LinearKernels
+from k2hybrid.model.attention import ContextKernels
 from k2hybrid.types import LinearWeight, RoutedExperts, Ticket, TicketStats, Weight8, WeightSource
 
 
@@ -52,9 +53,9 @@ class WeightRoles:
 
 
 class RecordingMachine:
-    """`native.Machine`'s linears, timed by the role of what they read."""
+    """`native.Machine`'s linears and attention, timed by the role of what they read."""
 
-    def __init__(self, kernels: LinearKernels, roles: WeightRoles) -> None:
+    def __init__(self, kernels: ContextKernels, roles: WeightRoles) -> None:
         self._kernels = kernels
         self._roles = roles
         self.tallies: dict[str, Tally] = defaultdict(Tally)
@@ -83,6 +84,23 @@ class RecordingMachine:
         y = self._kernels.head_linear_t(x, weight)
         self._record(weight, start)
         return y
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        spans: Sequence[tuple[torch.Tensor, int, int]],
+        *,
+        latent: int,
+        row_format: str,
+        scale: float,
+    ) -> torch.Tensor:
+        """See `native.Machine.attend`."""
+        start = time.perf_counter()
+        mixed = self._kernels.attend(q, rows, spans, latent=latent, row_format=row_format, scale=scale)
+        nbytes = rows.shape[1] * sum(before + count for _, before, count in spans)
+        self.tallies["context"].add(nbytes, time.perf_counter() - start)
+        return mixed
 
 
 class RecordingExperts:

@@ -11,17 +11,19 @@ borders depend on a span's own sizes alone, never on what else is in the batch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
+from k2hybrid.model.layers import LinearKernels
 from k2hybrid.model.scratch import Cut
 
 if TYPE_CHECKING:
     from k2hybrid.cache.pages import LatentPages
     from k2hybrid.model.batch import Span
-    from k2hybrid.model.layers import Linear, LinearKernels
+    from k2hybrid.model.layers import Linear
 
 BLOCK_ALIGNMENT = 64  # whole pages, so that a block's gather is a view whenever its pages adjoin
 
@@ -48,6 +50,27 @@ class AttentionSizes:
         """
         saved = (2 * self.latent + self.rope) - (self.nope + self.rope + self.value)
         return self.latent * (self.nope + self.value) / saved if saved > 0 else float("inf")
+
+
+@runtime_checkable
+class SpanAttention(Protocol):
+    """Kernels that attend to whole contexts, absorbed, for several spans in one call (`native.Machine`)."""
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        spans: Sequence[tuple[torch.Tensor, int, int]],
+        *,
+        latent: int,
+        row_format: str,
+        scale: float,
+    ) -> torch.Tensor:
+        """q bf16 [T, heads, latent + rope], spans (table, start, count) -> fp32 [T, heads, latent]."""
+
+
+class ContextKernels(LinearKernels, SpanAttention, Protocol):
+    """All that a network asks of a CPU's kernels."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import EngineError
 from k2hybrid.model import attention
-from k2hybrid.model.attention import AttentionSizes, Context
+from k2hybrid.model.attention import AttentionSizes, Context, SpanAttention
 from k2hybrid.model.batch import Batch
 from k2hybrid.model.layers import HeadLinear, HeadLinearT, Linear, LinearKernels, RMSNorm, unquantized
 from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
@@ -99,6 +99,10 @@ class MLA:
         self.pages = pages
         self.dtype = dtype
         self.decode = decode
+        stored = pages.format.name in ("bf16", "fp8") and dtype == torch.bfloat16
+        self.attention: SpanAttention | None = None
+        if isinstance(kernels, SpanAttention) and stored and sizes.latent % 16 == 0:
+            self.attention = kernels
         if spec.q_lora_rank is None:
             self.q_a: Linear | None = None
             self.q = Linear(kernels, take("q_proj"))
@@ -172,6 +176,29 @@ class MLA:
         all_rows = plan.batch.row_slices()
         rows = [all_rows[i] for i in plan.absorbed]
         q_latent = self.key_to_latent(_pick(q_nope, rows)).to(self.dtype)
+        mixed = self._mixed(q_latent, q_rope, rows, plan)
+        values = self.latent_to_value(mixed)
+        first = 0
+        for span_rows in rows:
+            last = first + span_rows.stop - span_rows.start
+            out[span_rows] = values[first:last]
+            first = last
+
+    def _mixed(
+        self, q_latent: torch.Tensor, q_rope: torch.Tensor, rows: list[slice], plan: AttentionPlan
+    ) -> torch.Tensor:
+        """Weighed latents of the absorbed spans, in the model's dtype, as `q_latent` has their queries."""
+        if self.attention is not None:
+            q = torch.cat((q_latent, _pick(q_rope, rows)), dim=-1)
+            spans = [plan.batch.spans[i] for i in plan.absorbed]
+            return self.attention.attend(
+                q,
+                self.pages.rows(self.layer),
+                [(span.page_table, span.start, span.count) for span in spans],
+                latent=self.sizes.latent,
+                row_format=self.pages.format.name,
+                scale=self.sizes.scale,
+            ).to(self.dtype)
         mixed = torch.empty_like(q_latent)
         first = 0
         for i, span_rows in zip(plan.absorbed, rows, strict=True):
@@ -180,12 +207,7 @@ class MLA:
                 q_latent[first:last], q_rope[span_rows], self._context(plan, i), self.sizes, self.kernels
             )
             first = last
-        values = self.latent_to_value(mixed)
-        first = 0
-        for span_rows in rows:
-            last = first + span_rows.stop - span_rows.start
-            out[span_rows] = values[first:last]
-            first = last
+        return mixed
 
     def _context(self, plan: AttentionPlan, span: int) -> Context:
         cut = IN_RAM if self.decode is None else ON_DEVICE

@@ -17,6 +17,7 @@ from k2hybrid.cache.pages import PAGE_TOKENS, LatentPages
 from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.names import ExpectedTensor, expected_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.model.attention import ContextKernels
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import LinearKernels
@@ -92,7 +93,7 @@ class HollowNetwork(TimedNetwork):
         kernels: for products with the context.
     """
 
-    def __init__(self, spec: ModelSpec, kernels: LinearKernels, context: int) -> None:
+    def __init__(self, spec: ModelSpec, kernels: ContextKernels, context: int) -> None:
         self._kernels = _HollowKernels(kernels)
         one = few_layers(spec, 1)
         super().__init__(one, _HollowWeights(one, self._kernels), _HollowExperts(), self._kernels, context)
@@ -102,9 +103,9 @@ class HollowNetwork(TimedNetwork):
 
 
 class _HollowKernels:
-    """Products with hollow weights are left out; see `LinearKernels`."""
+    """Products with hollow weights are left out; see `ContextKernels`."""
 
-    def __init__(self, kernels: LinearKernels) -> None:
+    def __init__(self, kernels: ContextKernels) -> None:
         self._real = kernels
         self._buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self.kv_b = torch.empty(0)  # real, since the context is multiplied with it
@@ -129,6 +130,19 @@ class _HollowKernels:
         if self._is_kv_b(weight):
             return self._buffer(x.shape[0], weight.shape[0], weight.shape[2])
         return self._real.head_linear_t(x, weight)
+
+    def attend(
+        self,
+        q: torch.Tensor,
+        rows: torch.Tensor,
+        spans: Sequence[tuple[torch.Tensor, int, int]],
+        *,
+        latent: int,
+        row_format: str,
+        scale: float,
+    ) -> torch.Tensor:
+        """See `SpanAttention.attend`."""
+        return self._real.attend(q, rows, spans, latent=latent, row_format=row_format, scale=scale)
 
     def _is_kv_b(self, weight: torch.Tensor) -> bool:
         return weight.untyped_storage().data_ptr() == self.kv_b.untyped_storage().data_ptr()

@@ -70,11 +70,15 @@ def test_a_folder_that_cannot_be_written_is_an_error(
 
 
 class _Recorder:
-    """`LinearKernels` that say which products the machine was asked for."""
+    """`ContextKernels` that say what the machine was asked for."""
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
         self.calls: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
+
+    def attend(self, q: torch.Tensor, rows: torch.Tensor, spans: Any, **options: Any) -> torch.Tensor:
+        self.calls += [("attend", tuple(q.shape), (start, n)) for _, start, n in spans]
+        return self._machine.attend(q, rows, spans, **options)
 
     def __getattr__(self, name: str) -> Any:
         def call(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
@@ -97,14 +101,14 @@ def test_a_hollow_network_computes_the_context_and_no_weights(
     width = spec.qk_head_dim
     for name, x, weight in recorder.calls:
         if count == 1:  # absorbed: queries over latent rows
-            assert name == "linear"
-            assert x == (spec.num_heads, spec.latent_dim)
-            assert weight[0] in {start + 1 for start in starts}
+            assert name == "attend"
+            assert x == (len(starts), spec.num_heads, spec.latent_dim)
+            assert weight in {(start, 1) for start in starts}
         else:  # expanded: kv_b over the context, and scores by head
             assert (name, weight) == ("linear", (rows, spec.kv_lora_rank)) or (
                 name == "head_linear" and weight[2] == width
             )
-    assert len(recorder.calls) >= 2 * len(starts)
+    assert len(recorder.calls) >= 2 * len(starts)  # the first pass is not timed
 
 
 def test_a_hollow_network_runs_the_layer_that_the_model_runs(
