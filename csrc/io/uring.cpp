@@ -1,4 +1,6 @@
-// Reads through io_uring, by its system calls: one thread owns the rings, an eventfd tells it of new work.
+// Reads through io_uring, by its system calls. Whoever asks for a read hands it to the kernel himself: a thread of its
+// own would first have to get a core, which the computation of what is there already may hold for milliseconds. One
+// thread takes what is complete; an eventfd tells it to look around.
 #include "io/reader.h"
 
 #if __has_include(<linux/io_uring.h>)
@@ -18,6 +20,7 @@ namespace {
 
 // Not in every libc's headers; the numbers are the same on all architectures.
 constexpr long kSetup = 425, kEnter = 426;
+constexpr unsigned kPatienceUs = 1000;
 
 class Rings {
  public:
@@ -67,14 +70,21 @@ class Rings {
     ++added_;
   }
 
-  // Hands over what was added, and waits until something is complete.
-  void Enter() {
-    const long taken = ::syscall(kEnter, descriptor_, added_, 1u, IORING_ENTER_GETEVENTS, nullptr, 0);
-    if (taken >= 0) {
+  // Hands over what was added. False: not all of it, as memory is short; the kernel will take it later.
+  bool Submit() {
+    while (added_ > 0) {
+      const long taken = ::syscall(kEnter, descriptor_, added_, 0u, 0u, nullptr, 0);
+      if (taken < 0 && errno == EINTR) continue;
+      if (taken <= 0) return false;
       added_ -= static_cast<unsigned>(taken);
-    } else if (errno != EINTR && errno != EAGAIN && errno != EBUSY) {
-      ::usleep(1000);  // memory is short: the kernel will take them later
     }
+    return true;
+  }
+
+  // Until something is complete.
+  void Wait() {
+    const long entered = ::syscall(kEnter, descriptor_, 0u, 1u, IORING_ENTER_GETEVENTS, nullptr, 0);
+    if (entered < 0 && errno != EINTR) ::usleep(kPatienceUs);
   }
 
   template <typename Fn>
@@ -145,6 +155,14 @@ class UringReader final : public Reader {
   static constexpr uint64_t kBell = ~0ull;
 
   void Wake() override {
+    {
+      const std::lock_guard lock(mutex_);
+      if (!stop_ && BeginAll()) return;
+    }
+    RingBell();
+  }
+
+  void RingBell() {
     const uint64_t one = 1;
     // It can only fail by being full, and then it rings already.
     [[maybe_unused]] const ssize_t written = ::write(bell_, &one, sizeof(one));
@@ -152,11 +170,12 @@ class UringReader final : public Reader {
 
   // Rings alone prove little: Linux 5.4 and 5.5 open them, but know no plain read.
   bool Answers() {
-    Wake();
+    RingBell();
     rings_.Add(bell_, &rings_count_, sizeof(rings_count_), 0, kBell);
     int result = 0;
     for (int i = 0; i < 100 && result == 0; ++i) {
-      rings_.Enter();
+      if (!rings_.Submit()) ::usleep(kPatienceUs);
+      rings_.Wait();
       rings_.Completions([&](uint64_t, int found) { result = found; });
     }
     return result == static_cast<int>(sizeof(rings_count_));
@@ -168,32 +187,51 @@ class UringReader final : public Reader {
                static_cast<uint64_t>(index));
   }
 
+  // Begins what may begin now; the caller holds mutex_. False: the kernel has not taken all of it.
+  bool BeginAll() {
+    Piece piece;
+    while (Next(&piece)) {
+      const int index = free_.back();
+      free_.pop_back();
+      pieces_[index] = piece;
+      Begin(index);
+    }
+    return rings_.Submit();
+  }
+
   void Loop() {
-    rings_.Add(bell_, &rings_count_, sizeof(rings_count_), 0, kBell);
+    bool listening = false;
     for (;;) {
+      bool taken = true;
       {
         const std::lock_guard lock(mutex_);
         if (stop_ && in_flight_ == 0) return;
-        Piece piece;
-        while (!stop_ && Next(&piece)) {
-          const int index = free_.back();
-          free_.pop_back();
-          pieces_[index] = piece;
-          Begin(index);
-        }
+        if (!listening) rings_.Add(bell_, &rings_count_, sizeof(rings_count_), 0, kBell);
+        listening = true;
+        taken = stop_ ? rings_.Submit() : BeginAll();
       }
-      rings_.Enter();
+      if (taken)
+        rings_.Wait();
+      else
+        ::usleep(kPatienceUs);
       rings_.Completions([&](uint64_t tag, int result) {
         if (tag == kBell) {
-          rings_.Add(bell_, &rings_count_, sizeof(rings_count_), 0, kBell);
+          listening = false;
           return;
         }
         const int index = static_cast<int>(tag);
-        if (Again(&pieces_[index], result)) {
+        Piece piece;
+        {
+          const std::lock_guard lock(mutex_);
+          piece = pieces_[index];
+        }
+        const bool again = Again(&piece, result);  // without the lock: it may tell whoever waits
+        const std::lock_guard lock(mutex_);
+        pieces_[index] = piece;
+        if (again) {
           Begin(index);
           return;
         }
-        const std::lock_guard lock(mutex_);
         --in_flight_;
         if (pieces_[index].urgency == Urgency::kBackground) --background_in_flight_;
         pieces_[index].file.reset();
