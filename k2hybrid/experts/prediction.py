@@ -21,6 +21,7 @@ from k2hybrid.config import DenseWeights
 from k2hybrid.experts.placement import ExpertSizes, Place
 
 CHUNK_ROWS = 512  # of a prefill, as the engine makes them
+ADDED_LATER = 64  # results of experts that may wait for their sum (csrc/experts/dispatch.cpp): a few rows'
 RESOURCES = ("RAM bandwidth", "disk", "arithmetic", "attention", "overhead")
 
 
@@ -125,7 +126,8 @@ class Rates:
     def at(self, *, ram_gb_s: float, cores: int) -> Rates:
         """The same kernels on a machine with other memory and more or fewer such cores.
 
-        Reads keep their share of the limit; what one core does alone, as in a decode step, keeps its time.
+        Reads keep their share of the limit; what one core does alone, as between a step's products, keeps its
+        time.
         """
         memory, share = ram_gb_s / self.ram_gb_s, cores / self.cores
         return Rates(
@@ -139,7 +141,7 @@ class Rates:
             overlap=self.overlap,
             step_s=self.step_s,
             sequence_s=self.sequence_s,
-            context_s=self.context_s,
+            context_s=self.context_s / share,
             chunk_s=self.chunk_s / share,
             chunk_context_s=self.chunk_context_s / share,
             sample_s=self.sample_s,
@@ -242,8 +244,11 @@ class Predictor:
         one = self._overlapped(read, compute)
         name = "RAM bandwidth" if read >= compute else "arithmetic"
         missed = distinct * self.miss_rate
-        late = missed * self._disk_s + 2 / 3 * min(1.0, missed) * one if missed else 0.0
-        waiting = max(0.0, late - 2 / 3 * distinct * one)
+        # Gate and up arrive first, and are computed while down is read. Of few rows all is computed as it comes,
+        # down of the last expert last; of many, all down projections come at the end.
+        few = rows * sizes.top_k <= ADDED_LATER
+        late = missed * self._disk_s + (min(1.0, missed) * one / 3 if few else 0.0) if missed else 0.0
+        waiting = max(0.0, late - (distinct * one if few else 2 / 3 * distinct * one))
         parts[name] += sizes.experts.layers * distinct * one
         parts["disk"] += sizes.experts.layers * waiting
         return parts
