@@ -21,7 +21,7 @@ from k2hybrid.config import DenseWeights
 from k2hybrid.experts.placement import ExpertSizes, Place
 
 CHUNK_ROWS = 512  # of a prefill, as the engine makes them
-ADDED_LATER = 64  # results of experts that may wait for their sum (csrc/experts/dispatch.cpp): a few rows'
+ADDED_LATER = 64  # results of experts that may wait for their sum (csrc/experts/dispatch.cpp)
 RESOURCES = ("RAM bandwidth", "disk", "arithmetic", "attention", "overhead")
 
 
@@ -244,8 +244,8 @@ class Predictor:
         one = self._overlapped(read, compute)
         name = "RAM bandwidth" if read >= compute else "arithmetic"
         missed = distinct * self.miss_rate
-        # Gate and up arrive first, and are computed while down is read. Of few rows all is computed as it comes,
-        # down of the last expert last; of many, all down projections come at the end.
+        # Gate and up arrive first, and are computed while down is read. Of few rows all is computed as it
+        # comes, down of the last expert last; of many, all down projections come at the end.
         few = rows * sizes.top_k <= ADDED_LATER
         late = missed * self._disk_s + (min(1.0, missed) * one / 3 if few else 0.0) if missed else 0.0
         waiting = max(0.0, late - (distinct * one if few else 2 / 3 * distinct * one))
