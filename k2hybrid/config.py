@@ -55,7 +55,7 @@ class RuntimeConfig:
     latent_norm_eps: float = 1e-6  # q_a/kv_a norms: as in the published code, whatever the config says
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"cpu|emulated|cuda(:\d+)?", self.device):
+        if not re.fullmatch(r"cpu|emulated|cuda(:(0|[1-9][0-9]?))?", self.device):
             raise ConfigError(f"device must be cpu, cuda or cuda:N, not {self.device!r}")
         if self.device == "cpu" and (self.vram is not None or self.hot_experts is not None):
             raise ConfigError("vram and hot_experts are for a card: give --device cuda as well")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
@@ -15,12 +14,6 @@ from k2hybrid.experts.split import SplitRates, streams
 from k2hybrid.types import Ticket, TicketStats
 
 
-class Closing(Protocol):
-    """What `DeviceExperts` closes behind itself."""
-
-    def close(self) -> None: ...
-
-
 class DeviceExperts:
     """`SteppedExperts`: steps of few rows are split between card and CPU, larger ones go over the bus.
 
@@ -29,7 +22,6 @@ class DeviceExperts:
         hybrid: records on the same stream, with `handoff` as its CPU side.
         streamed: takes the larger ones; None: there are none.
         keeper: of the experts that lie on the card.
-        owned: closed too, after the others.
     """
 
     def __init__(
@@ -38,13 +30,11 @@ class DeviceExperts:
         hybrid: HybridExperts,
         streamed: StreamedExperts | None,
         keeper: HotKeeper,
-        owned: Sequence[Closing] = (),
     ) -> None:
         self.keeper = keeper
         self._handoff = handoff
         self._hybrid = hybrid
         self._streamed = streamed
-        self._owned = owned
         self._streaming = False
         self._streamed_stats = TicketStats(0, 0, 0.0, 0.0)
 
@@ -81,6 +71,11 @@ class DeviceExperts:
             ended.busy_ms + streamed.busy_ms,
         )
 
+    @property
+    def handed_rows(self) -> int:
+        """Steps of more rows are streamed."""
+        return self._handoff.max_rows
+
     def settle(self) -> None:
         """Until nothing is on its way to the card: what is captured then has the stream to itself."""
         self.keeper.slots.wait()
@@ -91,8 +86,6 @@ class DeviceExperts:
         if self._streamed is not None:
             self._streamed.close()
         self._handoff.close()
-        for part in self._owned:
-            part.close()
 
     def _count(self, stats: TicketStats) -> None:
         before = self._streamed_stats
@@ -126,9 +119,13 @@ class _StreamedTicket:
 
 
 def handed_rows(rates: SplitRates, chunk: int, least: int, top_k: int, experts: int) -> int:
-    """The most rows of a step that are better handed to the CPU than streamed; `least` always are."""
+    """The most rows of a step that are better handed to the CPU than streamed; `least` always are.
+
+    Where more rows never make streaming worse, as where the card computes a row faster than the CPU, there is
+    one such border; elsewhere it is one of several.
+    """
     low, high = min(least, chunk), chunk
-    while low < high:  # more rows never make streaming worse
+    while low < high:
         middle = (low + high + 1) // 2
         if streams(rates, middle, top_k, experts):
             high = middle - 1

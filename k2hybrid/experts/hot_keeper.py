@@ -16,6 +16,15 @@ class HotKeeper:
         self._steps = 0
         self._fetched: Arrival | None = None
         self._counted = 0  # steps behind what is being fetched
+        self._uses = self._found = 0.0
+
+    @property
+    def found_share(self) -> float | None:
+        """Of all uses of experts so far, those that found theirs on the card; None: there were none.
+
+        A use counts what it saves. The set is that of a few steps later, when uses are looked at.
+        """
+        return self._found / self._uses if self._uses else None
 
     def between_steps(self) -> None:
         """Call it between two steps, when the first is over."""
@@ -27,5 +36,8 @@ class HotKeeper:
             self._fetched = self.slots.fetch_counts()
         if self._fetched is not None and self._fetched.done():
             self._fetched = None
-            self.policy.observe(self.slots.fetched, self._counted)
+            uses = self.slots.fetched
+            self._uses += float(uses.sum())
+            self._found += float(sum(uses[key] for key in self.slots.there))
+            self.policy.observe(uses, self._counted)
             self.slots.bring(self.policy.decide())

@@ -77,6 +77,11 @@ class DeviceModel:
         self._moe_layers = network.spec.moe_layers
         self._steps: dict[int, DecodeStep] = {}
 
+    @property
+    def recorded(self) -> list[int]:
+        """Batch sizes whose steps are recorded; may be asked from any thread."""
+        return sorted(rows for rows, step in list(self._steps.items()) if step.recorded)
+
     def begin(self, batch: Batch, /) -> DevicePass:
         """See `StepModel.begin`. The batch lies in RAM."""
         decoding = all(span.count == 1 for span in batch.spans)

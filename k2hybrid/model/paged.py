@@ -67,7 +67,7 @@ def paged_spans(spans: Sequence[Span], rows: Sequence[int] | None, device: torch
 
 
 class TorchDecode:
-    """The same by plain torch operations over whole tables, in fp32: what the CPU plays a device with."""
+    """The same by plain torch operations in fp32, up to the longest context: what the CPU plays a device with."""
 
     def __init__(self, pages: LatentPages) -> None:
         self._pages = pages
@@ -85,6 +85,7 @@ class TorchDecode:
     ) -> torch.Tensor:
         """See `PagedDecode`."""
         size = self._pages.PAGE_TOKENS
+        tables = tables[:, : -(-int(lengths.max()) // size)]  # a table has room for the longest there may be
         batch, latent = tables.shape[0], q_latent.shape[-1]
         within = torch.arange(size, dtype=torch.int64, device=tables.device)
         at = (tables.long()[:, :, None] * size + within).view(batch, -1)

@@ -11,8 +11,16 @@ from k2hybrid.cache.row_sizes import row_bytes
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import STEP_TOKENS, RuntimeConfig
 from k2hybrid.errors import ConfigError
+from k2hybrid.experts.plan import Need
 from k2hybrid.experts.prediction import ModelSizes
-from k2hybrid.model.card_memory import CHUNK_STEP, CONTEXT_BYTES, CardWishes, largest_chunk, require_card
+from k2hybrid.model.card_memory import (
+    CHUNK_STEP,
+    CONTEXT_BYTES,
+    CardWishes,
+    card_needs,
+    largest_chunk,
+    require_card,
+)
 from k2hybrid.runtime.memory import log_needs
 
 log = logging.getLogger(__name__)
@@ -22,11 +30,19 @@ MOST_GRAPH_ROWS = 16  # batches of up to so many sequences are recorded
 
 @dataclass(frozen=True, slots=True)
 class CardFit:
-    """chunk: rows of a pass at most; graph_rows: of a recorded one; hot: experts that the card holds."""
+    """What is decided.
+
+    Attributes:
+        chunk: rows of a pass at most.
+        graph_rows: of a recorded one.
+        hot: experts that the card holds.
+        needs: the rows of the memory table; on the emulated device, what a card would hold.
+    """
 
     chunk: int
     graph_rows: int
     hot: int
+    needs: tuple[Need, ...]
 
 
 def fit_card(
@@ -42,9 +58,6 @@ def fit_card(
     """
     graph_rows = min(config.max_running, MOST_GRAPH_ROWS)
     wanted = _wanted_experts(spec, config)
-    if memory_bytes is None and config.vram is None:
-        return CardFit(config.max_step_tokens or STEP_TOKENS, graph_rows, wanted or 0)
-    budget = _budget(config.vram, memory_bytes)
     wishes = CardWishes(
         dense=config.dense_weights,
         rows=config.latent_rows,
@@ -52,10 +65,17 @@ def fit_card(
         longest=context_tokens,
         graph_rows=graph_rows,
     )
+    if memory_bytes is None and config.vram is None:
+        chunk = config.max_step_tokens or STEP_TOKENS
+        needs = tuple(card_needs(spec, dataclasses.replace(wishes, chunk=chunk)))
+        return CardFit(chunk, graph_rows, wanted or 0, needs)
+    budget = _budget(config.vram, memory_bytes)
     chunk = config.max_step_tokens or largest_chunk(spec, budget, wishes) or CHUNK_STEP
     plan = require_card(spec, budget, dataclasses.replace(wishes, chunk=chunk))
     log_needs(list(plan.needs))
-    return CardFit(chunk, graph_rows, plan.hot if wanted is None else min(wanted, plan.hot))
+    if wanted is not None and wanted > plan.hot:
+        log.warning("--hot-experts asks for %d experts; %d fit on the card", wanted, plan.hot)
+    return CardFit(chunk, graph_rows, plan.hot if wanted is None else min(wanted, plan.hot), plan.needs)
 
 
 def _budget(vram: int | None, free: int | None) -> int:

@@ -34,6 +34,7 @@ class Device:
     """A device and what works on it.
 
     Attributes:
+        name: as options have it.
         memory_bytes: that a model may take; None: the CPU's own.
         signal: how the stream rings and waits, and why.
         decode: makes what attends over the given pages.
@@ -42,6 +43,7 @@ class Device:
         enter: makes it the calling thread's device.
     """
 
+    name: str
     torch: torch.device
     memory_bytes: int | None
     signal: str
@@ -67,6 +69,7 @@ def open_device(name: str) -> Device | None:
 
 def _emulated() -> Device:
     return Device(
+        name="emulated",
         torch=torch.device("cpu"),
         memory_bytes=None,
         signal="emulated",
@@ -92,7 +95,8 @@ def _card(name: str) -> Device:
     device = torch.device(name if ":" in name else f"{name}:0")
     count = torch.cuda.device_count()
     if device.index >= count:
-        raise ConfigError(f"there is no {name}: this machine has cuda:0 to cuda:{count - 1}")
+        found = ", ".join(f"cuda:{index}" for index in range(count))
+        raise ConfigError(f"there is no {name} here; use one of: {found}")
     torch.cuda.set_device(device)
     # Triton comes with a CUDA build of torch alone.
     from k2hybrid.kernels.experts import int4_experts
@@ -101,6 +105,7 @@ def _card(name: str) -> Device:
     signal, refused = choose_signal()
     stream, copies = CudaStream(signal), CudaCopies(device)
     return Device(
+        name=str(device),
         torch=device,
         memory_bytes=torch.cuda.mem_get_info(device)[0],
         signal=f"{signal} ({refused})" if refused else signal,

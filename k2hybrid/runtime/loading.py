@@ -22,27 +22,18 @@ from k2hybrid.engine.engine import Engine
 from k2hybrid.engine.metrics import ByteMeter
 from k2hybrid.engine.step import StepModel
 from k2hybrid.errors import TokenizerError
-from k2hybrid.experts.device_experts import DeviceExperts
-from k2hybrid.experts.recorder import TraceRecorder
 from k2hybrid.hardware.topology import read_topology
-from k2hybrid.model.device import DeviceModel
-from k2hybrid.model.linears import DeviceLinears
 from k2hybrid.native import ALLOWED_CPUS, Machine
 from k2hybrid.runtime.archive import make_archive
-from k2hybrid.runtime.assembly import Parts, assemble
-from k2hybrid.runtime.card import fit_card
-from k2hybrid.runtime.device import open_device
 from k2hybrid.runtime.experts import make_experts, trace_writer
 from k2hybrid.runtime.fingerprint import fingerprint
 from k2hybrid.runtime.latents import context_tokens_of, latent_pages
 from k2hybrid.runtime.memory import log_needs, start_needs
-from k2hybrid.runtime.meter import MeteredExperts, MeteredSteps, MeteredWeights
-from k2hybrid.runtime.on_device import COLD_ROWS, NoSteps, device_experts, settled
+from k2hybrid.runtime.models import card_of, model_in_ram, model_on_device
+from k2hybrid.runtime.on_device import COLD_ROWS
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.runtime.sessions import Sessions, journal_limit
 from k2hybrid.runtime.sizes import network_sizes
-from k2hybrid.runtime.watched import Handoffs, NotedExperts, WatchedModel
-from k2hybrid.types import RoutedExperts
 
 # Attention this wide (heads · v_head_dim) is worth several torch threads in a prefill. In a narrower one they
 # mostly wait for each other: on two busy cores a small model's prefill took thrice as long with two.
@@ -82,13 +73,12 @@ def open_runtime(
         topology = read_topology(allowed_cpus=ALLOWED_CPUS)
         nodes = [node.cpus for node in topology.compute_nodes]
         machine = Machine(config.threads, config.isa, nodes if len(nodes) > 1 else None)
-        meter, handoffs = ByteMeter(), Handoffs()
+        meter = ByteMeter()
         context_tokens = context_tokens_of(spec, config)
-        device = open_device(config.device)
-        fit = None if device is None else fit_card(spec, config, device.memory_bytes, context_tokens)
-        pages = latent_pages(spec, config, context_tokens, None if device is None else device.torch)
-        latent_bytes = (0 if device is not None else pages.pages * pages.page_bytes) + (config.cache_ram or 0)
-        rows = (config.max_step_tokens or STEP_TOKENS) if fit is None else min(fit.chunk, COLD_ROWS)
+        card = card_of(spec, config, context_tokens)
+        pages = latent_pages(spec, config, context_tokens, None if card is None else card.device.torch)
+        latent_bytes = (0 if card is not None else pages.pages * pages.page_bytes) + (config.cache_ram or 0)
+        rows = (config.max_step_tokens or STEP_TOKENS) if card is None else min(card.fit.chunk, COLD_ROWS)
         experts = make_experts(config, spec, machine, topology, latent_bytes, max_rows=rows)
         placement = experts.store.placement if experts.store is not None else None
         log_needs(start_needs(spec, pages, placement, config))
@@ -99,7 +89,8 @@ def open_runtime(
             isa=machine.isa,
             expert_place=experts.place,
             expert_ram=experts.slot_bytes or None,
-            max_step_tokens=rows if fit is None else fit.chunk,
+            max_step_tokens=rows if card is None else card.fit.chunk,
+            hot_experts=None if card is None else card.hot_bytes(spec),
         )
         name = model_name(config.model)
         tracing = None
@@ -107,36 +98,11 @@ def open_runtime(
             tracing = trace_writer(config.trace, spec, name)
             opened.callback(tracing.close)
 
-        def metered(parts: Parts) -> Parts:
-            routed: RoutedExperts
-            if steps is not None:
-                routed = steps
-            else:
-                traced = parts.experts if tracing is None else TraceRecorder(parts.experts, tracing)
-                routed = NotedExperts(MeteredExperts(traced, meter), handoffs)
-            return parts._replace(weights=MeteredWeights(parts.weights, meter), experts=routed)
-
-        steps = None
-        on_card: DeviceExperts | None = None
-        if device is not None and fit is not None and experts.store is not None and spec.moe_layers:
-            on_card = device_experts(
-                device, fit, spec, experts.store, machine, experts.routed, max_running=config.max_running
-            )
-            opened.callback(on_card.close)
-            steps = MeteredSteps(on_card, meter)
-        checkpoint, network = assemble(
-            config.model,
-            spec,
-            machine if device is None else DeviceLinears(),
-            experts,
-            pages,
-            latent_norm_eps=config.latent_norm_eps,
-            dense_weights=config.dense_weights,
-            device=None if device is None else device.torch,
-            decode=None if device is None else device.decode(pages),
-            metered=metered,
-        )
-        opened.callback(checkpoint.close)
+        if card is None:
+            made = model_in_ram(config, spec, machine, experts, pages, meter, tracing)
+        else:
+            made = model_on_device(config, spec, machine, experts, pages, meter, card, context_tokens)
+        opened.callback(made.close)
         if experts.store is not None:
             opened.callback(experts.store.close)
         journal, writer = _journal(config, pages, template.source)
@@ -149,26 +115,8 @@ def open_runtime(
             opened.callback(archive.close)
         exchanges = Exchanges(Markers.from_specials(tokenizer.specials), tokenizer)
         sessions = Sessions(exchanges, pages.PAGE_TOKENS, journal, writer)
-        watch = checkpoint.watch()
-        embedding = network.embedding
-        if device is None or fit is None:
-            model = WatchedModel(network, watch, embedding, handoffs)
-        else:
-            model = WatchedModel(
-                DeviceModel(
-                    network,
-                    steps or NoSteps(),
-                    synchronize=device.stream.synchronize,
-                    recorder=device.recorder if on_card is None else settled(device.recorder, on_card),
-                    context_tokens=context_tokens,
-                    graph_rows=fit.graph_rows,
-                ),
-                watch,
-                embedding,
-                None,
-            )
         engine = Engine(
-            wrapped(model),
+            wrapped(made.model),
             pages,
             sizes=network_sizes(spec, meter.step_bytes, pages.format.row_bytes),
             vocab_size=spec.vocab_size,
@@ -177,7 +125,7 @@ def open_runtime(
             meter=meter,
             torch_threads=machine.threads if spec.num_heads * spec.v_head_dim >= WIDE_ATTENTION else 1,
             archive=archive,
-            on_start=machine.pin_caller if device is None else device.enter,
+            on_start=machine.pin_caller if card is None else card.device.enter,
         )
 
         def release() -> None:
@@ -185,9 +133,7 @@ def open_runtime(
                 tracing.close()
             if archive is not None:
                 archive.mover.close()
-            if on_card is not None:
-                on_card.close()
-            checkpoint.close()
+            made.close()
 
         runtime = Runtime(
             name=name,
@@ -198,7 +144,8 @@ def open_runtime(
             engine=engine,
             sessions=sessions,
             store=experts.store,
-            lost_files=lambda: watch.lost_files,
+            lost_files=lambda: made.watch.lost_files,
+            device=made.device,
             release=release,
         )
         engine.start()

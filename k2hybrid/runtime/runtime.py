@@ -43,6 +43,7 @@ class Runtime:
         sessions: closed by `close`; None: they are kept in memory alone.
         store: of the routed experts; closed by `close`.
         lost_files: names of shards of which bytes are lost; called from any thread.
+        device: figures of what computes all but the routed experts; called from any thread.
         release: gives back what lies under the engine, after it stopped.
     """
 
@@ -58,6 +59,7 @@ class Runtime:
         sessions: Sessions | None = None,
         store: ExpertStore | None = None,
         lost_files: Callable[[], Sequence[str]] = tuple,
+        device: Callable[[], dict[str, Any]] = lambda: {"name": "cpu"},
         release: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
@@ -70,6 +72,7 @@ class Runtime:
         self._stop_ids = tokenizer.stop_ids | frozenset(spec.eos_token_ids)
         self._store = store
         self._lost_files = lost_files
+        self._device = device
         self._release = release
         self._closed = False
         exchanges = Exchanges(self._markers, tokenizer)
@@ -92,13 +95,14 @@ class Runtime:
         """Figures of this moment.
 
         "engine" and "latents" are as `EngineMetrics.snapshot` and `PageMemory.snapshot`, with the row format;
-        "experts" says where they lie, "weights" which files were lost, and "memory" what this process and the
-        machine have.
+        "experts" says where they lie, "device" what computes the rest (see `models.DeviceStatus`), "weights"
+        which files were lost, and "memory" what this process and the machine have.
         """
         return {
             "engine": self.engine.metrics.snapshot(),
             "latents": {"rows": self.config.latent_rows, **self.engine.latents},
             "experts": expert_status(self._store),
+            "device": self._device(),
             "weights": {"lost_files": list(self._lost_files())},
             "memory": {**asdict(MemoryUse.now()), **asdict(MachineMemory.now())},
         }

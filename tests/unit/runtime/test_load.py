@@ -19,7 +19,7 @@ from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import ConfigError, EngineError, TensorError, TokenizerError
 from k2hybrid.experts.prediction import ModelSizes
-from k2hybrid.runtime import Runtime, latents, load, loading
+from k2hybrid.runtime import Runtime, latents, load, models
 from k2hybrid.runtime.memory import start_needs
 from k2hybrid.types import ChatRequest, Message
 
@@ -60,7 +60,7 @@ def test_memory_is_told_before_anything_is_loaded(
     def stop(*_args: object, **_options: object) -> None:
         raise EngineError("nothing is loaded yet")
 
-    monkeypatch.setattr(loading, "assemble", stop)
+    monkeypatch.setattr(models, "assemble", stop)
     with caplog.at_level(logging.INFO, "k2hybrid"), pytest.raises(EngineError, match="nothing is loaded"):
         load(checkpoint, latent_rows="fp8", latent_bytes=1 << 20, threads=1)
     told = [line for line in caplog.messages if line.startswith("memory:")]
