@@ -1,8 +1,9 @@
-"""GET /metrics: what the engine did and where experts lie, as Prometheus reads it."""
+"""GET /metrics: what the engine did, where experts lie and what a device holds, as Prometheus reads it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -13,7 +14,7 @@ from k2hybrid.server.served import ServedModel
 
 _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 
-# (name, help) by their names in `EngineMetrics.snapshot` and `expert_status`.
+# (name, help) by their names in `EngineMetrics.snapshot`, `expert_status` and `DeviceStatus.figures`.
 _ENGINE_COUNTERS = {
     "steps": "Passes over the network",
     "failed_steps": "Passes that ended in an error",
@@ -46,6 +47,12 @@ _EXPERT_GAUGES = {
     "filled": "Experts that are there",
     "filling": "1 while experts are brought in behind the scenes",
 }
+_DEVICE_GAUGES = {
+    "chunk": "Rows of a pass on the device at most",
+    "handed_rows": "Rows of a pass whose experts are handed off at most; more are streamed",
+    "hot_slots": "Experts that have room on the device",
+    "hot_experts": "Experts that lie on the device",
+}
 
 
 class Metrics:
@@ -68,12 +75,9 @@ class Metrics:
         for reason, count in engine["finished"].items():
             finished.add_metric([reason], count)
         yield finished
-        place = GaugeMetricFamily("k2hybrid_experts_place", "Where routed experts lie", labels=["place"])
-        place.add_metric([experts["place"]], 1)
-        yield place
-        rows = GaugeMetricFamily("k2hybrid_latent_rows", "How latents are stored", labels=["format"])
-        rows.add_metric([status["latents"]["rows"]], 1)
-        yield rows
+        yield _told("k2hybrid_experts_place", "Where routed experts lie", "place", experts["place"])
+        yield _told("k2hybrid_latent_rows", "How latents are stored", "format", status["latents"]["rows"])
+        yield from _device(status["device"])
         for name, about in _EXPERT_COUNTERS.items():
             if name in experts:
                 yield CounterMetricFamily(f"k2hybrid_experts_{name}", about, value=experts[name])
@@ -84,3 +88,28 @@ class Metrics:
     async def answer(self, _request: Request) -> Response:
         """The text that a scraper reads."""
         return Response(generate_latest(self._registry), media_type=_TEXT)
+
+
+def _device(device: Mapping[str, Any]) -> Iterator[Metric]:
+    yield _told("k2hybrid_device", "What computes all but the routed experts", "name", device["name"])
+    for name, about in _DEVICE_GAUGES.items():
+        if name in device:
+            yield GaugeMetricFamily(f"k2hybrid_device_{name}", about, value=device[name])
+    if device.get("hot_found") is not None:
+        about = "Share of experts' uses that found theirs on the device"
+        yield GaugeMetricFamily("k2hybrid_device_hot_found", about, value=device["hot_found"])
+    if "recorded" in device:
+        about = "Batch sizes whose decode steps are recorded"
+        yield GaugeMetricFamily("k2hybrid_device_recorded_steps", about, value=len(device["recorded"]))
+    if "holds" in device:
+        held = GaugeMetricFamily("k2hybrid_device_bytes", "Planned for the device", labels=["what"])
+        for what, nbytes in device["holds"].items():
+            held.add_metric([what], nbytes)
+        yield held
+
+
+def _told(name: str, about: str, label: str, word: str) -> Metric:
+    """A fact in a word: a gauge of 1 with the word as its label."""
+    fact = GaugeMetricFamily(name, about, labels=[label])
+    fact.add_metric([word], 1)
+    return fact

@@ -324,6 +324,16 @@ _STATUS = _object(
                 "hit_rate": _number(0, 1),
             },
         ),
+        "device": _object(
+            {"name": NAME},
+            {
+                "signal": NAME,
+                "holds": {"type": "object", "additionalProperties": COUNT},
+                **dict.fromkeys(("chunk", "handed_rows", "hot_slots", "hot_experts"), COUNT),
+                "recorded": _array(COUNT),
+                "hot_found": _number(0, 1),
+            },
+        ),
         "weights": _object({"lost_files": _array(NAME)}),
         "memory": _object(
             {"private_bytes": COUNT, "mapped_bytes": COUNT}, {"total_bytes": COUNT, "available_bytes": COUNT}

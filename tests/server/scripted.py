@@ -206,6 +206,7 @@ class ScriptedModel:
             "engine": EngineMetrics().snapshot(),
             "latents": {"rows": "bf16", "page_tokens": 64, "pages": 8, "used": 0, "kept": 0, "free": 8},
             "experts": {"place": "mapped"},
+            "device": {"name": "cpu"},
             "weights": {"lost_files": []},
             "memory": {"private_bytes": 1 << 20, "mapped_bytes": 0},
         }

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import jsonschema
 import pytest
+from prometheus_client.parser import text_string_to_metric_families
 
 from k2hybrid.runtime import load
 from k2hybrid.server.app import Settings
@@ -73,6 +74,7 @@ def test_a_real_models(real: Served) -> None:
     assert latents["used"] + latents["kept"] + latents["free"] == latents["pages"]
     assert latents["kept"] > 0
     assert after["weights"] == {"lost_files": []}
+    assert after["device"] == {"name": "cpu"}
     memory = after["memory"]
     assert 0 < memory["private_bytes"] < memory["total_bytes"]
     assert 0 < memory["available_bytes"] <= memory["total_bytes"]
@@ -88,6 +90,47 @@ def test_a_real_models(real: Served) -> None:
         assert experts["fill_failed"] == 0
     else:
         assert set(experts) == {"place", "experts", "expert_bytes"}
+
+
+@pytest.fixture(scope="module")
+def emulated(tiny_model: Path) -> Iterator[Served]:
+    options = {"context_tokens": 512, "latent_bytes": 1 << 26, "max_step_tokens": 64}
+    with (
+        load(tiny_model, threads=1, device="emulated", hot_experts=1 << 20, **options) as runtime,
+        serving(runtime) as served,
+    ):
+        yield served
+
+
+def test_a_devices(emulated: Served) -> None:
+    before = figures(emulated)["device"]
+    assert (before["name"], before["signal"]) == ("emulated", "emulated")
+    assert (before["chunk"], before["recorded"], before["hot_found"]) == (64, [], None)
+    assert before["hot_experts"] == 0
+    for _ in range(30):  # experts come and uses are counted every few steps
+        assert emulated.chat(max_tokens=40).status_code == 200
+        after = figures(emulated)["device"]
+        if after["hot_experts"] == 4 and after["hot_found"]:
+            break
+    assert after["recorded"] == [1]
+    assert after["hot_experts"] == after["hot_slots"] == 4  # all there are
+    assert 0 < after["hot_found"] <= 1
+    assert 1 <= after["handed_rows"] <= 64
+
+    assert after["holds"]["decode graphs"] > 0
+    assert after["holds"] == before["holds"]
+    text = httpx.get(f"{emulated.url}/metrics").text
+    samples = {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert samples["k2hybrid_device", "emulated"] == 1
+    assert samples["k2hybrid_device_hot_experts",] == samples["k2hybrid_device_hot_slots",] == 4
+    assert samples["k2hybrid_device_recorded_steps",] == 1
+    assert samples["k2hybrid_device_hot_found",] > 0
+    for what, nbytes in after["holds"].items():
+        assert samples["k2hybrid_device_bytes", what] == nbytes
 
 
 def test_answers_under_way_are_counted_while_the_server_drains() -> None:

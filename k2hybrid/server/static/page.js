@@ -121,6 +121,21 @@ function showExperts(experts) {
   show("fill-left", perSecond > 0 ? duration((all - done) / perSecond) : UNKNOWN);
 }
 
+function showDevice(device) {
+  const held = Object.entries(device.holds ?? {});
+  const sum = (rows) => rows.reduce((total, [, some]) => total + some, 0);
+  reveal(".device", held.length > 0);
+  reveal(".hot", device.hot_slots > 0);
+  show("device-name", device.name);
+  show("device-signal", device.signal ?? UNKNOWN);
+  show("device-bytes", bytes(sum(held)));
+  show("device-weights", bytes(sum(held.filter(([name]) => name.startsWith("weights:")))));
+  show("device-chunk", number(device.chunk));
+  show("device-recorded", (device.recorded ?? []).map((rows) => number(rows)).join(", ") || "none yet");
+  show("hot-experts", ofAll(device.hot_experts, device.hot_slots));
+  show("hot-found", percent(device.hot_found, 1));
+}
+
 function showLatents(latents) {
   const some = (pages) => `${number(pages)} (${percent(pages / latents.pages, 1)})`;
   show("latents-used", some(latents.used));
@@ -189,6 +204,7 @@ function render(status) {
   showServer(status.server);
   showEngine(status.engine);
   showExperts(status.experts);
+  showDevice(status.device);
   showLatents(status.latents);
   showMemory(status.memory);
   showTrouble(status);
