@@ -1,4 +1,4 @@
-"""The built-in model on the emulated device: what it says beside what the CPU says, whichever way experts go."""
+"""The built-in model on the emulated device beside the same on the CPU, by every way that experts go."""
 
 from __future__ import annotations
 
