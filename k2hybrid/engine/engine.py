@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import itertools
 import logging
 import threading
@@ -183,11 +184,14 @@ class Engine:
         if self._thread is not None or self._inbox.stopping:
             raise EngineError("the engine was started before; build a new one")
         self._thread = threading.Thread(target=self._loop, name="k2hybrid-engine", daemon=True)
+        # A thread that is in native code when the interpreter ends would take the process down with an abort.
+        atexit.register(self.stop)
         self._thread.start()
 
     def stop(self) -> None:
         """End all jobs with "cancelled" and wait for the thread; later submissions are refused."""
         self._inbox.stop()
+        atexit.unregister(self.stop)
         if self._thread is None:
             self._end_all("cancelled")
             if self._archive is not None:
