@@ -136,7 +136,7 @@ def test_rates_are_measured() -> None:
         Machine(1),
         plain_experts,
         InlineCopies(),
-        torch.device("cpu"),
+        cpu,
         lambda: None,
         probe_bytes=4 << 20,
     )
