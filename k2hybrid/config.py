@@ -132,7 +132,7 @@ class RuntimeConfig:
             "context_tokens": "the model's",
             "latent_bytes": "one context",
             "cache_ram": "none",
-            "vram": "what is free" if self.device != "cpu" else "none",
+            "vram": "what is free" if self.device.startswith("cuda") else "none",
             "hot_experts": "what is left over" if self.device != "cpu" else "none",
             "max_step_tokens": str(STEP_TOKENS),
             "request_seconds": "no limit",
