@@ -109,6 +109,11 @@ class RuntimeConfig:
             if value is not None and not (value >= 0 if name != "request_seconds" else value > 0):
                 raise ConfigError(f"{name} cannot be {value}; give seconds")
 
+    @property
+    def on_card(self) -> bool:
+        """Whether dense weights and latents lie on a card, not in RAM."""
+        return self.device.startswith("cuda")
+
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any]) -> RuntimeConfig:
         """Build from names and values; an unknown name fails with the nearest valid one."""
@@ -132,7 +137,7 @@ class RuntimeConfig:
             "context_tokens": "the model's",
             "latent_bytes": "one context",
             "cache_ram": "none",
-            "vram": "what is free" if self.device.startswith("cuda") else "none",
+            "vram": "what is free" if self.on_card else "none",
             "hot_experts": "what is left over" if self.device != "cpu" else "none",
             "max_step_tokens": str(STEP_TOKENS),
             "request_seconds": "no limit",

@@ -169,21 +169,30 @@ def make_plan(
 
 
 def ram_needs(
-    sizes: ModelSizes, tokens: str, latent_bytes: int, placement: Placement | None
+    sizes: ModelSizes,
+    tokens: str,
+    latent_bytes: int,
+    placement: Placement | None,
+    *,
+    on_card: bool = False,
 ) -> Iterator[Need]:
     """What a model takes of RAM, in the order of the model.
 
     Args:
         tokens: what the latents are of, for people.
         placement: of the experts; None: they are mapped, or there was no room to place them.
+        on_card: dense weights and latents lie there, and are not counted.
     """
-    if sizes.dense_weights == "bf16":
+    if on_card:
+        yield Need("embedding", sizes.embedding_bytes, "RAM, pages of the files")
+    elif sizes.dense_weights == "bf16":
         yield Need("dense weights", sizes.resting_bytes, "RAM, pages of the files")
     else:
         made = sizes.resting_bytes - sizes.embedding_bytes
         yield Need(f"dense weights, {sizes.dense_weights}", made, "RAM, made at every start")
         yield Need("embedding", sizes.embedding_bytes, "RAM, pages of the files")
-    yield Need(f"latents, {tokens}", latent_bytes, "RAM, at most; taken as tokens come")
+    if not on_card:
+        yield Need(f"latents, {tokens}", latent_bytes, "RAM, at most; taken as tokens come")
     yield Need("the process", PROCESS_BYTES, "RAM, at most")
     experts = sizes.experts
     if placement is None or placement.place == "mapped":

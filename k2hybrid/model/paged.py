@@ -67,7 +67,7 @@ def paged_spans(spans: Sequence[Span], rows: Sequence[int] | None, device: torch
 
 
 class TorchDecode:
-    """The same by plain torch operations in fp32, up to the longest context: what the CPU plays a device with."""
+    """The same by plain torch operations, in fp32, up to the longest context: it plays a device's kernel."""
 
     def __init__(self, pages: LatentPages) -> None:
         self._pages = pages

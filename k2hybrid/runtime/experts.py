@@ -84,7 +84,8 @@ def placement_for(config: RuntimeConfig, spec: ModelSpec, topology: Topology, la
     if limit is not None and limit < total:  # a container's share, taken from all nodes alike
         memory = {node: nbytes * limit // total for node, nbytes in memory.items()}
     sizes = expert_sizes(spec)
-    resting = ModelSizes.of(spec, dense_weights=config.dense_weights).resting_bytes
+    dense = ModelSizes.of(spec, dense_weights=config.dense_weights)
+    resting = dense.embedding_bytes if config.on_card else dense.resting_bytes
     placement = place_experts(
         sizes,
         node_memory=memory,

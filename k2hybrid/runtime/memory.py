@@ -20,7 +20,8 @@ def start_needs(
     """The rows: as `plan` has them, with the latents that were reserved. `placement`: of experts."""
     tokens = f"{pages.pages * pages.PAGE_TOKENS:,} tokens in {pages.format.name}"
     sizes = ModelSizes.of(spec, pages.format.row_bytes, dense_weights=config.dense_weights)
-    needs = list(ram_needs(sizes, tokens, pages.pages * pages.page_bytes, placement))
+    latent_bytes = pages.pages * pages.page_bytes
+    needs = list(ram_needs(sizes, tokens, latent_bytes, placement, on_card=config.on_card))
     if beside := (config.cache_ram or 0) // pages.page_bytes:
         tokens = f"{beside * pages.PAGE_TOKENS:,} tokens"
         needs.append(

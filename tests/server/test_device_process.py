@@ -59,9 +59,10 @@ def test_a_kill_loses_no_session(tmp_path: Path) -> None:
     with listening(command) as (process, url, _):
         first = ask(url)
         deadline = time.monotonic() + 30
-        while not any(f.is_file() and "pages" in f.parts for f in tmp_path.rglob("*")) and time.monotonic() < deadline:
+        while not any(f.is_file() and "pages" in f.parts for f in tmp_path.rglob("*")):
+            assert time.monotonic() < deadline
             time.sleep(0.05)
-        time.sleep(0.5)  # what is behind the scenes
+        time.sleep(0.5)  # the rest is written behind the scenes
         process.send_signal(signal.SIGKILL)
         process.wait(30)
     with listening(command) as (_, url, _):

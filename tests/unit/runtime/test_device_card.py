@@ -10,6 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from k2hybrid.cache.pages import LatentPages
+from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.presets import published_config
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
@@ -24,6 +26,7 @@ from k2hybrid.runtime import load
 from k2hybrid.runtime.card import CardFit, fit_card
 from k2hybrid.runtime.device import emulated_rates
 from k2hybrid.runtime.device_rates import measure_split_rates
+from k2hybrid.runtime.memory import start_needs
 
 K2 = ModelSpec.from_config(published_config())
 MINI = read_spec(MINI_MODEL)
@@ -123,6 +126,20 @@ def test_following_the_advice_loads() -> None:
         assert sum(model.status()["device"]["holds"].values()) <= 2200 * MIB
     with pytest.raises(ConfigError, match="use --device cpu"):
         load(**{**options, "vram": 1000 * MIB})
+
+
+@pytest.mark.parametrize("dense", ["bf16", "int8"])
+def test_what_lies_on_a_card_is_not_counted_in_ram(dense: str) -> None:
+    pages = LatentPages(MINI.num_layers, 3, Bf16Rows(MINI.latent_dim))
+    embedding = 2 * MINI.vocab_size * MINI.hidden_size
+    rows = {}
+    for device in ("cuda", "emulated"):
+        config = RuntimeConfig.from_mapping({"device": device, "dense_weights": dense})
+        rows[device] = {need.name: need.nbytes for need in start_needs(MINI, pages, None, config)}
+    assert rows["cuda"].pop("embedding") == embedding
+    assert set(rows["cuda"]) < set(rows["emulated"])
+    assert any("latents" in name for name in set(rows["emulated"]) - set(rows["cuda"]))
+    assert any("dense weights" in name for name in set(rows["emulated"]) - set(rows["cuda"]))
 
 
 # --- rates --------------------------------------------------------------------------------------------
