@@ -86,11 +86,16 @@ def command(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
-def report(rows: Iterable[dict[str, Any]], path: Path | None, conditions: dict[str, Any]) -> None:
-    """Print each row as it comes; keep all so far in `path`, so that a bench cut short leaves what it has."""
-    kept = []
+def report(rows: Iterable[dict[str, Any]], path: Path | None, conditions: dict[str, Any]) -> int:
+    """Print each row as it comes; keep all so far in `path`, so that a bench cut short leaves what it has.
+
+    Returns:
+        1 if a row misses its bar (`holds`), else 0.
+    """
+    kept: list[dict[str, Any]] = []
     for row in rows:
         kept.append(row)
         print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
         if path is not None:
             path.write_text(json.dumps({"conditions": conditions, "rows": kept}, indent=1) + "\n")
+    return 0 if all(row.get("holds", True) for row in kept) else 1

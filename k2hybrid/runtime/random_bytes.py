@@ -112,12 +112,18 @@ def _apart(sizes: ExpertSizes, memory: torch.Tensor) -> int:
     return (memory.nbytes - SHIFT) // sizes.expert_bytes
 
 
-def _dispatcher(sizes: ModelSizes, machine: Machine, memory: torch.Tensor, layers: int) -> Dispatcher:
+def byte_store(sizes: ModelSizes, memory: torch.Tensor, layers: int) -> ExpertStore:
+    """Experts of some layers, dealt over a stretch of memory: as many as fit lie apart, the others on them."""
     e = sizes.experts
     store = ExpertStore(layers=layers, experts=e.experts, hidden=e.hidden, inter=e.inter)
     for number in range(layers * e.experts):
         address = memory.data_ptr() + SHIFT + number % _apart(e, memory) * e.expert_bytes
         store.add_expert(number // e.experts, number % e.experts, _expert(e, address))
+    return store
+
+
+def _dispatcher(sizes: ModelSizes, machine: Machine, memory: torch.Tensor, layers: int) -> Dispatcher:
+    store = byte_store(sizes, memory, layers)
     return Dispatcher(store, machine, max_rows=CHUNK_ROWS, top_k=sizes.top_k)
 
 
@@ -149,7 +155,7 @@ class ByteNetwork(TimedNetwork):
         routed = (
             _dispatcher(ModelSizes.of(some), machine, memory, LAYERS) if spec.moe_layers else _NoExperts()
         )
-        super().__init__(some, _ByteWeights(some, memory), routed, machine, context)
+        super().__init__(some, ByteWeights(some, memory), routed, machine, context)
 
 
 class _NoExperts:
@@ -157,7 +163,7 @@ class _NoExperts:
         raise AssertionError("the model has no routed experts")
 
 
-class _ByteWeights:
+class ByteWeights:
     """Matrices one after the other, and from the beginning again; see `types.WeightSource`."""
 
     def __init__(self, spec: ModelSpec, memory: torch.Tensor) -> None:

@@ -18,7 +18,7 @@ from k2hybrid.native import Machine
 from k2hybrid.runtime import hollow
 from k2hybrid.runtime.hollow import HollowNetwork
 from k2hybrid.runtime.probes import measure_rates
-from k2hybrid.runtime.random_bytes import ByteNetwork, _ByteWeights, arena_bytes
+from k2hybrid.runtime.random_bytes import ByteNetwork, ByteWeights, arena_bytes
 
 PROBE_BYTES = 1 << 22
 
@@ -152,7 +152,7 @@ def test_random_bytes_are_ordinary_numbers_in_every_layer(
 
 def test_matrices_lie_as_in_files(spec: ModelSpec, machine: Machine) -> None:
     memory = arena_bytes(PROBE_BYTES)
-    weights = _ByteWeights(spec, memory)
+    weights = ByteWeights(spec, memory)
     for layer in range(spec.num_layers):
         weight = weights.take(layer, "o_proj")
         assert weight.shape == (spec.hidden_size, spec.num_heads * spec.v_head_dim)
