@@ -53,6 +53,7 @@ class Slice:
         spec: few layers, see `runtime.hollow.few_layers`.
         memory: what weights and experts are made of.
         sequences, context: of latents; a sequence has room for so many tokens.
+        pages: to put them in; None: as many as they need, filled with random latents.
     """
 
     def __init__(
@@ -65,23 +66,29 @@ class Slice:
         context: int,
         dense: DenseWeights = "int8",
         rows: LatentRows = "fp8",
+        pages: LatentPages | None = None,
         machine: Machine | None = None,
     ) -> None:
         self.device, self.spec = device, spec
         self.context, self.dense, self.rows = context, dense, rows
         self.machine = machine or Machine()
         self.store = byte_store(ModelSizes.of(spec), memory, spec.num_layers)
-        form = row_format(rows, spec.kv_lora_rank, spec.qk_rope_head_dim)
         each = -(-context // LatentPages.PAGE_TOKENS)
-        self.pages = LatentPages(spec.num_layers, sequences * each, form, device.torch)
+        self.pages = pages if pages is not None else self._random_pages(sequences * each)
         self.tables = [torch.tensor(self.pages.allocate(each)) for _ in range(sequences)]
-        for table in self.tables:
-            for layer in range(spec.num_layers):
-                latents = torch.randn(context, spec.latent_dim, device=device.torch) * 0.1
-                self.pages.write(layer, table, 0, latents)
         made: WeightSource = _Dense(ByteWeights(spec, memory), dense)
         self._weights = _Once(DeviceWeights(made, device.torch, lambda layer, role: None))
         self._memory = memory
+
+    def _random_pages(self, count: int) -> LatentPages:
+        spec, device = self.spec, self.device.torch
+        form = row_format(self.rows, spec.kv_lora_rank, spec.qk_rope_head_dim)
+        pages = LatentPages(spec.num_layers, count, form, device)
+        for layer in range(spec.num_layers):
+            for page in range(count):
+                latents = torch.randn(pages.PAGE_TOKENS, spec.latent_dim, device=device) * 0.1
+                pages.write(layer, torch.tensor([page]), 0, latents)
+        return pages
 
     def network(self, experts: RoutedExperts) -> Kimi:
         """Over the same weights and latents as any other of this slice."""
@@ -99,11 +106,16 @@ class Slice:
         return Dispatcher(self.store, self.machine, max_rows=rows, top_k=self.spec.top_k)
 
     def batch(self, starts: Sequence[int], count: int, seed: int) -> Batch:
-        """`count` random tokens of as many sequences as there are starts, each behind its own."""
+        """`count` random tokens of as many sequences as there are starts, each behind its own.
+
+        Of more starts than sequences, some write into the same pages.
+        """
         draw = torch.Generator().manual_seed(seed)
         ids = torch.randint(self.spec.vocab_size, (count * len(starts),), generator=draw)
         positions = torch.cat([torch.arange(start, start + count) for start in starts])
-        spans = tuple(Span(start, count, self.tables[row]) for row, start in enumerate(starts))
+        spans = tuple(
+            Span(start, count, self.tables[row % len(self.tables)]) for row, start in enumerate(starts)
+        )
         last = torch.arange(1, len(starts) + 1) * count - 1
         return Batch(ids, positions, spans, last)
 

@@ -113,7 +113,7 @@ def _apart(sizes: ExpertSizes, memory: torch.Tensor) -> int:
 
 
 def byte_store(sizes: ModelSizes, memory: torch.Tensor, layers: int) -> ExpertStore:
-    """Experts of some layers, dealt over a stretch of memory: as many as fit lie apart, the others on them."""
+    """Experts of some layers, dealt over a stretch of memory: what fits lies apart, the others on them."""
     e = sizes.experts
     store = ExpertStore(layers=layers, experts=e.experts, hidden=e.hidden, inter=e.inter)
     for number in range(layers * e.experts):
