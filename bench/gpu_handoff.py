@@ -34,7 +34,7 @@ from k2hybrid.types import ExpertRef, Int4Ref, TensorRef
 
 HIDDEN, INTER, EXPERTS, TOP_K, LAYERS = 7168, 512, 64, 8, 60
 BATCHES = (1, 2, 4, 8)
-REPLAYS = 100
+REPLAYS = 50
 
 
 class Experts:

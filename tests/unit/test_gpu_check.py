@@ -87,3 +87,28 @@ def test_what_is_missing_is_named_before_anything_runs(
     monkeypatch.setattr(sys, "argv", ["gpu_check"])
     assert gpu_check.main() == 1
     assert "pip install pytest" in capsys.readouterr().out
+
+
+def test_triton_and_what_loads_a_model_are_asked_for(
+    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda module: None)
+    missing = "\n".join(gpu_check.what_is_missing())
+    for package in ("triton", "pytest", "jsonschema-rs", "llguidance", "numpy"):
+        assert f"pip install {package}" in missing
+
+
+def test_every_part_has_time_left_though_all_before_it_hang(gpu_check: ModuleType) -> None:
+    parts = ["tests/gpu", *sorted(path.name for path in (ROOT / "bench").glob("gpu_*.py"))]
+    assert {"gpu_decode.py", "gpu_memory.py", "gpu_prefill.py", "gpu_mla.py"} <= set(parts)
+    assert gpu_check.WEIGHTS.keys() <= set(parts)
+    left, limits = 500.0, {}
+    for number, part in enumerate(parts):
+        limits[part] = gpu_check.share(part, parts[number + 1 :], left)
+        left -= limits[part]
+    assert left == pytest.approx(0.0)
+    assert min(limits.values()) >= 20
+    assert limits["tests/gpu"] >= 180
+    assert limits["gpu_prefill.py"] >= 45
+    # What nobody used is for those that follow.
+    assert gpu_check.share("gpu_prefill.py", ["gpu_spill.py"], 300.0) == pytest.approx(200.0)
