@@ -169,7 +169,7 @@ def rows(made: Slice, batches: tuple[int, ...], inputs: int, rounds: int) -> Ite
     most, spec = max(batches), made.spec
     # With no experts on the card nothing depends on rates, which take long to measure.
     device = dataclasses.replace(made.device, rates=lambda spec, machine: emulated_rates(spec))
-    fit = CardFit(chunk=most, graph_rows=most, hot=0)
+    fit = CardFit(chunk=most, graph_rows=most, hot=0, needs=())
     experts = device_experts(
         device, fit, spec, made.store, made.machine, made.dispatcher(most), max_running=most
     )

@@ -81,7 +81,7 @@ class Filled:
             rows=wishes.rows,
             pages=pages,
         )
-        fit = CardFit(wishes.chunk, wishes.graph_rows, plan.hot)
+        fit = CardFit(wishes.chunk, wishes.graph_rows, plan.hot, plan.needs)
         quick = dataclasses.replace(device, rates=lambda spec, machine: emulated_rates(spec))
         cold = made.dispatcher(min(COLD_ROWS, wishes.chunk))
         before = count.allocated()

@@ -40,7 +40,7 @@ class Prefill:
         self._made, self._chunk = made, chunk
         spec, device = made.spec, made.device
         self.expert_bytes = ModelSizes.of(spec).experts.expert_bytes
-        fit = CardFit(chunk=chunk, graph_rows=0, hot=0)
+        fit = CardFit(chunk=chunk, graph_rows=0, hot=0, needs=())
         cold = made.dispatcher(min(COLD_ROWS, chunk))
         self.experts = device_experts(device, fit, spec, made.store, made.machine, cold, max_running=RUNNING)
         self._model = DeviceModel(
