@@ -267,7 +267,7 @@ def choose_signal() -> tuple[Signal, str]:
     reply.value = words.layout["answered"]
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as `cuda_graphs` captures
             stream.ring(words, 0)
             stream.wait(words, 0)
         graph.replay()

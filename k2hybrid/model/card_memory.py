@@ -30,6 +30,7 @@ ALIGNMENT = 256  # of a tensor within the weights
 EXPERT_TILE_ROWS = 1024  # of one streamed expert, as `experts/prefill_stream.py` has them
 PARTS = 192  # of the contexts in a decode step's attention: one a multiprocessor, and no card has more
 HOT_TABLE_BYTES = 12  # for each expert of each layer: its slot, twice, and its uses
+MOVED_PAGES = 2  # that are gathered on the card, see `cache.cuda_mover`
 CHUNK_STEP = 512  # chunks are multiples of it, at least one
 
 
@@ -44,6 +45,7 @@ class CardWishes:
         graph_rows: decode batches of up to so many sequences are recorded, each size for itself.
         ring: experts on their way through the card while a prefill streams them.
         embedding: on the card too, not in RAM.
+        moved: pages of latents go to RAM or to a journal and come back.
         context_bytes: of the CUDA context, see `CONTEXT_BYTES`.
     """
 
@@ -55,6 +57,7 @@ class CardWishes:
     graph_rows: int = 16
     ring: int = 8
     embedding: bool = False
+    moved: bool = False
     context_bytes: int = CONTEXT_BYTES
 
 
@@ -131,6 +134,9 @@ def card_needs(spec: ModelSpec, wishes: CardWishes) -> Iterator[Need]:
     tokens = -(-wishes.context // PAGE_TOKENS) * PAGE_TOKENS
     latents = tokens * spec.num_layers * row
     yield Need(f"latents, {tokens:,} tokens", latents, f"{wishes.rows} rows, {row:,} bytes a layer")
+    if wishes.moved:
+        pages = MOVED_PAGES * PAGE_TOKENS * spec.num_layers * row
+        yield Need("pages on their way", pages, "one to RAM, one from there")
     yield Need("CUDA context", wishes.context_bytes, "assumed; with the code of kernels")
     yield Need("allocator", ALLOCATOR_BYTES, "assumed; what it rounds up")
     yield Need("decode graphs", _graph_bytes(spec, wishes), f"for batches of 1 to {wishes.graph_rows}")

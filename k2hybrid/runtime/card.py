@@ -64,6 +64,7 @@ def fit_card(
         context=_latent_tokens(spec, config, context_tokens),
         longest=context_tokens,
         graph_rows=graph_rows,
+        moved=config.cache_ram is not None or config.journal is not None,
     )
     if memory_bytes is None and config.vram is None:
         chunk = config.max_step_tokens or STEP_TOKENS

@@ -58,6 +58,14 @@ def by_name(plan: CardPlan) -> dict[str, int]:
 
 # --- integers -------------------------------------------------------------------------------------
 
+
+def test_latents_that_move_pass_through_two_pages() -> None:
+    without = by_name(card_plan(K2, 1 << 40, CardWishes(rows="fp8")))
+    moved = by_name(card_plan(K2, 1 << 40, CardWishes(rows="fp8", moved=True)))
+    assert moved.pop("pages on their way") == 2 * 64 * 61 * 656
+    assert moved == without
+
+
 # Shapes as published, [out, in].
 ATTENTION = [(1536, 7168), (12288, 1536), (576, 7168), (7168, 8192)]
 SHARED = [(2048, 7168), (2048, 7168), (7168, 2048)]
