@@ -12,18 +12,22 @@ import torch
 from bench import gpu_decode, gpu_prefill
 from bench.device_rates import report
 from bench.device_slice import Slice, expert_memory, in_turn, published_spec
-from bench.gpu_decode import Decode
+from bench.gpu_decode import AtOnce, Decode
 from bench.gpu_prefill import Prefill
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import MINI_MODEL, DenseWeights, LatentRows
+from k2hybrid.experts.device_slots import DeviceSlots
+from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.prediction import ModelSizes
+from k2hybrid.model.decode_step import DecodeStep
 from k2hybrid.native import Machine
 from k2hybrid.runtime.card import CardFit
-from k2hybrid.runtime.device import open_device
+from k2hybrid.runtime.device import emulated_rates, open_device
 from k2hybrid.runtime.hollow import few_layers
 from k2hybrid.runtime.on_device import device_experts
 from k2hybrid.runtime.random_bytes import arena_bytes
 from k2hybrid.types import Weight8
+from tests.no_waiting import NoWaiting, WaitsError
 
 LAYERS, CHUNK = 2, 128
 
@@ -186,3 +190,34 @@ def test_weights_are_made_once_for_all_networks(spec: ModelSpec) -> None:
     assert isinstance(head, Weight8)
     assert head.kind == "fp8"
     assert second.head.weight is head
+
+
+@pytest.mark.parametrize("hot", [0, 3])
+def test_a_step_that_is_recorded_waits_for_nothing(spec: ModelSpec, hot: int) -> None:
+    """All of it but what plays kernels: a wait, or memory by data, would break the capture on a card."""
+    made = slice_of(spec, "bf16", "fp8")
+    device = made.device
+    slots = DeviceSlots(
+        made.store,
+        device.copies,
+        device.torch,
+        layers=spec.num_layers,
+        experts=spec.num_experts,
+        hidden=spec.hidden_size,
+        inter=spec.moe_intermediate_size,
+        count=hot,
+    )
+    with NoWaiting() as guard, torch.no_grad():
+        answers = AtOnce(2, spec.hidden_size, device.torch)
+        experts = HybridExperts(answers, slots, guard.allowed(device.compute), emulated_rates(spec))
+        network = made.network(experts)
+        assert network.decode is not None
+        for layer in network.layers:
+            layer.attention.decode = guard.allowed(network.decode)
+        step = DecodeStep(network, 2, 4, pinned=False)
+        guard.allowed(step.fill)(made.batch([200, 100], 1, 0))
+        guard.allowed(step.work)()
+        step.work()
+        with pytest.raises(WaitsError):
+            step.logits.tolist()
+    slots.close()
