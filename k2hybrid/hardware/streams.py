@@ -218,7 +218,7 @@ class CudaStream:
         """See `SignalStream.synchronize`."""
         # An event that blocks: a thread that spins would take a core from the experts' workers.
         done = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
-        done.record()
+        done.record(torch.cuda.current_stream(self.device))  # the caller's device may be another by now
         done.synchronize()
 
     def at(self, words: DoorbellWords, slot: int, field: str) -> int:
