@@ -76,6 +76,7 @@ class DeviceModel:
         self._graph_rows = graph_rows
         self._moe_layers = network.spec.moe_layers
         self._steps: dict[int, DecodeStep] = {}
+        self._unrecorded: set[int] = set()  # batch sizes of steps that could not be
 
     @property
     def recorded(self) -> list[int]:
@@ -85,7 +86,8 @@ class DeviceModel:
     def begin(self, batch: Batch, /) -> DevicePass:
         """See `StepModel.begin`. The batch lies in RAM."""
         decoding = all(span.count == 1 for span in batch.spans)
-        if decoding and 0 < len(batch.spans) <= self._graph_rows:
+        rows = len(batch.spans)
+        if decoding and 0 < rows <= self._graph_rows and rows not in self._unrecorded:
             return DevicePass(batch, step=self._step(len(batch.spans)))
         return DevicePass(batch, state=self.network.begin(batch))
 
@@ -99,7 +101,7 @@ class DeviceModel:
             work = step.run if step.recorded else step.work
             state.failed_rows.update(self._run(self._moe_layers, rows, work))
             if not step.recorded:
-                step.record(self._recorder)
+                self._record(step)
             return state
         if state.state is None:  # a decode pass that stops in between, after all
             state.step, state.state = None, self.network.begin(state.batch)
@@ -131,6 +133,14 @@ class DeviceModel:
                 log.debug("the step was aborted", exc_info=True)
             raise
         return self._experts.end()
+
+    def _record(self, step: DecodeStep) -> None:
+        try:
+            step.record(self._recorder)
+        except Exception:  # memory is short, or the driver refuses: it is served all the same
+            log.exception("a decode step of %d sequences cannot be recorded; it runs unrecorded", step.rows)
+            del self._steps[step.rows]
+            self._unrecorded.add(step.rows)
 
     def _step(self, rows: int) -> DecodeStep:
         step = self._steps.get(rows)

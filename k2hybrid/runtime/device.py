@@ -23,6 +23,7 @@ from k2hybrid.hardware.checks.gpu import check_driver
 from k2hybrid.hardware.cuda_driver import CudaDriver
 from k2hybrid.hardware.cuda_graphs import GraphRecorder
 from k2hybrid.hardware.streams import CudaStream, EmulatedStream, SignalStream, choose_signal
+from k2hybrid.model.card_memory import CONTEXT_BYTES
 from k2hybrid.model.decode_step import Recorder
 from k2hybrid.model.paged import PagedDecode, TorchDecode
 from k2hybrid.native import Machine
@@ -41,6 +42,7 @@ class Device:
         compute: runs experts that lie on the device.
         rates: of card, bus and CPU at a model's experts.
         enter: makes it the calling thread's device.
+        limit: refuses this process more than so many bytes of it, the CUDA context included.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Device:
     copies: CopyEngine
     rates: Callable[[ModelSpec, Machine], SplitRates]
     enter: Callable[[], None]
+    limit: Callable[[int], None]
 
 
 def open_device(name: str) -> Device | None:
@@ -80,6 +83,7 @@ def _emulated() -> Device:
         copies=InlineCopies(),
         rates=lambda spec, _: emulated_rates(spec),
         enter=lambda: None,
+        limit=lambda nbytes: None,
     )
 
 
@@ -118,7 +122,14 @@ def _card(name: str) -> Device:
             spec, machine, int4_experts, copies, device, stream.synchronize
         ),
         enter=lambda: torch.cuda.set_device(device),
+        limit=lambda nbytes: _limit(device, nbytes),
     )
+
+
+def _limit(device: torch.device, nbytes: int) -> None:
+    total = torch.cuda.mem_get_info(device)[1]
+    share = min(1.0, max(0, nbytes - CONTEXT_BYTES) / total)
+    torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def _require_cuda() -> None:

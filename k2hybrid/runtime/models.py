@@ -64,7 +64,10 @@ def card_of(spec: ModelSpec, config: RuntimeConfig, context_tokens: int) -> Card
     device = open_device(config.device)
     if device is None:
         return None
-    return Card(device, fit_card(spec, config, device.memory_bytes, context_tokens))
+    fit = fit_card(spec, config, device.memory_bytes, context_tokens)
+    if config.vram is not None:
+        device.limit(config.vram)
+    return Card(device, fit)
 
 
 def model_in_ram(
@@ -153,6 +156,7 @@ def model_on_device(
         # Before its files are given back, nobody may bring an expert from them any more.
         if on_card is not None:
             opened.callback(on_card.close)
+        opened.callback(device.enter)  # first: whoever closes need not have been on it
         status = DeviceStatus(card, model, on_card)
         return Made(watched, watch, status.figures, opened.pop_all().close)
 

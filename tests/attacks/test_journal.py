@@ -66,7 +66,8 @@ def check(folder: Path) -> tuple[list[bool], int]:
     answers = journal.exchanges()
     assert answers == ANSWERS[: len(answers)]
     journal.sessions()
-    journal.match("s", IDS, TOKENS)
+    for page in PAGES:
+        journal.closest(page.parent, IDS[page.start : page.stop])
     assert journal.failed == ""
     journal.close()
     return came, len(answers)

@@ -195,6 +195,26 @@ def test_lost_rows_and_aborted_steps_are_told_and_the_next_step_works() -> None:
     assert torch.isfinite(played.run(batch_of([(torch.tensor([3]), 8, table)]))).all()
 
 
+def test_a_step_that_cannot_be_recorded_is_served_all_the_same() -> None:
+    plain, played = tiny_model(compare.checkpoint("k2"), torch.float32), Played(compare.checkpoint("k2"))
+    tries = []
+
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        tries.append(work)
+        raise RuntimeError("out of memory")
+
+    played.model._recorder = refuse
+    logits = []
+    models: list[TinyModel | Played] = [plain, played]
+    for model in models:
+        table = model.table(12)
+        model.run(batch_of([(random_ids(plain.model.spec, 8), 0, table)]))
+        steps = [model.run(batch_of([(torch.tensor([3 + i]), 8 + i, table)])) for i in range(3)]
+        logits.append(torch.cat(steps))
+    assert compare.largest_error(logits[1], logits[0]) <= 1e-5
+    assert len(tries) == 1
+
+
 def test_a_pass_that_fails_closes_its_step() -> None:
     played = Played(compare.checkpoint("k2"), graph_rows=0)
     spec = played.model.network.spec
