@@ -95,7 +95,7 @@ def emulated_rates(spec: ModelSpec) -> SplitRates:
 
 
 def _card(name: str) -> Device:
-    _require_cuda()
+    _require_cuda(name)
     device = torch.device(name if ":" in name else f"{name}:0")
     count = torch.cuda.device_count()
     if device.index >= count:
@@ -132,7 +132,7 @@ def _limit(device: torch.device, nbytes: int) -> None:
     torch.cuda.set_per_process_memory_fraction(share, device)
 
 
-def _require_cuda() -> None:
+def _require_cuda(name: str) -> None:
     if torch.cuda.is_available():
         return
     driver_cuda, problem = None, ""
@@ -142,4 +142,4 @@ def _require_cuda() -> None:
         problem = str(error)
     found = check_driver(Path("/"), torch.version.cuda, driver_cuda, problem)[0]
     fix = f"{found.fix}; or " if found.fix else ""
-    raise ConfigError(f"no card can be used here ({found.found}): {fix}use --device cpu")
+    raise ConfigError(f"--device {name} cannot be used here ({found.found}): {fix}use --device cpu")

@@ -108,7 +108,7 @@ def test_a_port_in_use_is_one_line(tiny_model: Path) -> None:
             "cannot resolve --host no.such.host.invalid",
         ),
         (["--host", "0.0.0.0"], 1, "--allow-no-key"),
-        (["--device", "cuda"], 1, "cuda"),
+        (["--device", "cuda:99"], 1, "cuda:99"),
         (["--isa", "mmx"], 1, "mmx"),
         (["--api-key-file", "/nonexistent"], 1, "/nonexistent"),
         (["--modle", "x"], 2, "--model"),

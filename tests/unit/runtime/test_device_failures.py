@@ -37,7 +37,7 @@ PROMPT = [*range(300, 340)]
 @no_card
 @pytest.mark.parametrize("name", ["cuda", "cuda:0", "cuda:7"])
 def test_without_a_card_the_message_says_what_helps(name: str) -> None:
-    with pytest.raises(ConfigError, match=r"^no card can be used here \(.+\): .*use --device cpu$"):
+    with pytest.raises(ConfigError, match=r"^--device \S+ cannot be used here \(.+\): .*use --device cpu$"):
         load(device=name)
 
 
@@ -74,7 +74,7 @@ def served(*argv: str) -> tuple[int, list[str]]:
 def test_the_command_says_so_in_one_line() -> None:
     code, lines = served("--device", "cuda")
     assert code == 1
-    assert [line for line in lines if "no card can be used here" in line] == lines
+    assert [line for line in lines if "cannot be used here" in line] == lines
 
 
 # --- a hand-off that fails ----------------------------------------------------------------------------
