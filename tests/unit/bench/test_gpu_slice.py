@@ -58,7 +58,7 @@ def test_a_decode_row_of_each_batch_size(spec: ModelSpec, dense: DenseWeights, r
 
 def test_the_three_that_are_timed_do_the_same_work(spec: ModelSpec) -> None:
     made = slice_of(spec)
-    fit = CardFit(chunk=2, graph_rows=2, hot=0)
+    fit = CardFit(chunk=2, graph_rows=2, hot=0, needs=())
     experts = device_experts(
         made.device, fit, spec, made.store, made.machine, made.dispatcher(2), max_running=2
     )

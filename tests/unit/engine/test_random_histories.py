@@ -309,6 +309,7 @@ class SpillingHistories(MemoryHistories):
         if not sequence.job.reuse:
             return
         tokens = sequence.computed
+        self.spill.settle()  # as `find` does: pages whose copy failed are in RAM no more
         longest = self._longest(sequence)
         fetch = self.outside.find(sequence)
         assert (fetch.tokens if fetch else tokens) == max(longest, tokens)
