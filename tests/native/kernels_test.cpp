@@ -431,6 +431,68 @@ void TestDenseColumns(int in, int columns, unsigned seed) {
     }
 }
 
+// A block of context whose last page ends with its last row; queries and sums of exactly their size.
+void TestAttend(int heads, int latent, int rope, int rows, unsigned seed) {
+  Random random(seed);
+  const int width = latent + rope, pages = (rows + k2::kAttendPage - 1) / k2::kAttendPage;
+  const std::vector<bf16> queries = random.Values(static_cast<size_t>(heads) * width);
+  std::vector<std::vector<bf16>> context;
+  for (int page = 0; page < pages; ++page)
+    context.push_back(
+        random.Values(static_cast<size_t>(std::min(k2::kAttendPage, rows - page * k2::kAttendPage)) * width));
+  ExactSets exact;
+  for (const KernelTable* table : k2::AvailableKernels())
+    for (Home home : kHomes) {
+      std::snprintf(case_name, sizeof(case_name), "%s attend heads=%d latent=%d rope=%d rows=%d home=%d",
+                    table->name, heads, latent, rope, rows, static_cast<int>(home));
+      const Operand<bf16> q(home, queries);
+      std::vector<Operand<bf16>> held;
+      std::vector<const bf16*> q_rows, page_rows;
+      for (int h = 0; h < heads; ++h) q_rows.push_back(q.get() + static_cast<ptrdiff_t>(h) * width);
+      for (const auto& page : context) page_rows.push_back(held.emplace_back(home, page).get());
+      const Operand<float> scores(home, static_cast<size_t>(heads) * k2::kAttendRows);
+      const Operand<float> peak(home, std::vector<float>(heads, -std::numeric_limits<float>::infinity()));
+      const Operand<float> total(home, std::vector<float>(heads, 0.0f));
+      const Operand<float> out(home, std::vector<float>(static_cast<size_t>(heads) * latent, 0.0f));
+      table->attend({q_rows.data(), heads, page_rows.data(), rows, latent, rope, 0.1f}, scores.get(),
+                    {peak.get(), total.get(), out.get()});
+      for (int h = 0; h < heads; ++h) {
+        Check(total[h] >= 0.9999f && total[h] <= static_cast<float>(rows) * 1.0001f,
+              "the greatest weight is one");
+        for (int i = 0; i < latent; ++i) Check(std::isfinite(out[h * latent + i]), "sums are finite");
+      }
+      if (home == Home::kHeap) exact.Compare(*table, out);
+    }
+}
+
+void TestDecodeRows(int latent, int rope, int rows, unsigned seed) {
+  Random random(seed);
+  const int groups = (latent + k2::kScaleGroup - 1) / k2::kScaleGroup;
+  const ptrdiff_t row_bytes = latent + 4 * groups + 2 * rope;
+  std::vector<uint8_t> stored(static_cast<size_t>(rows * row_bytes));
+  for (size_t i = 0; i < stored.size(); ++i) stored[i] = static_cast<uint8_t>(i * 37 % 0x7F);
+  for (int r = 0; r < rows; ++r)
+    for (int g = 0; g < groups; ++g) {
+      const float scale = std::ldexp(1.0f, (r + g) % 9 - 4);
+      std::memcpy(stored.data() + r * row_bytes + latent + 4 * g, &scale, sizeof(scale));
+    }
+  for (const KernelTable* table : k2::AvailableKernels())
+    for (Home home : kHomes) {
+      std::snprintf(case_name, sizeof(case_name), "%s decode_rows latent=%d rope=%d rows=%d home=%d",
+                    table->name, latent, rope, rows, static_cast<int>(home));
+      const Operand<uint8_t> from(home, stored);
+      const Operand<bf16> to(home, static_cast<size_t>(rows) * (latent + rope));
+      table->decode_rows(from.get(), row_bytes, rows, latent, rope, to.get());
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < latent; ++i) {
+          const double scale = std::ldexp(1.0, (r + i / k2::kScaleGroup) % 9 - 4);
+          Check(k2::ToFloat(to[static_cast<size_t>(r) * (latent + rope) + i]) ==
+                    FromE4m3(stored[r * row_bytes + i]) * scale,
+                "a value is its scale times its e4m3");
+        }
+    }
+}
+
 // The values of a float at which e^x, the division or the rounding to bf16 turn a corner.
 std::vector<float> Corners() {
   return {0.0f,  -0.0f,  1.0f,  -1.0f,  1e-38f, -1e-38f, 1e-45f,  0x1p-126f, 0.346f,  -0.347f,
@@ -566,6 +628,13 @@ int main() {
     for (int in : {1, 2, 32, 129})
       for (int columns : {1, 2, 15, 16, 17, 127, 128, 129, 160, 256, 300})
         TestDenseColumns(in, columns, seed++);
+  });
+  Step("attention", [&] {
+    for (int heads : {1, 3, 4, 9})
+      for (int latent : {16, 48, 64, 144})
+        for (int rows : {1, 15, 33, 64, 65, 200, 256}) TestAttend(heads, latent, latent / 8, rows, seed++);
+    for (int latent : {16, 128, 144, 512})
+      for (int rows : {1, 5}) TestDecodeRows(latent, latent / 8, rows, seed++);
   });
   Step("swiglu and sums", [&] {
     for (int n = 16; n <= 256; n += 16) {
