@@ -6,7 +6,7 @@ Three families:
 * generation: `SamplingParams`, `Job`, `TokenEvent`/`DoneEvent`, and the two protocols through which the
   engine meets chat without knowing it (`LogitsMask`, `StopRule`);
 * weights: `TensorRef`, `Weight8`, `WeightSource`, `ExpertSink`, and the hand-off (`RoutedExperts`,
-  `SteppedExperts`, `Ticket`).
+  `ExpertSteps`, `SteppedExperts`, `Ticket`).
 """
 
 from __future__ import annotations
@@ -382,11 +382,8 @@ class RoutedExperts(Protocol):
         """x bf16 [rows, hidden], ids int32 [rows, top_k] (−1: padding), weights fp32 [rows, top_k]."""
 
 
-class SteppedExperts(RoutedExperts, Protocol):
-    """Routed experts that a stream asks: what was lost, and what it cost, is known when a step ends.
-
-    Tickets only record; their `failed_rows` and `stats` are empty.
-    """
+class ExpertSteps(Protocol):
+    """What is handed off within a step is recorded on a stream, and answered while the stream runs."""
 
     def begin(self, layers: Sequence[int], rows: int) -> None:
         """Open a step that will submit these layers, in this order, with so many valid rows."""
@@ -396,6 +393,13 @@ class SteppedExperts(RoutedExperts, Protocol):
 
     def abort(self) -> None:
         """Let the open step complete without a result, after an error in the midst of it. From any thread."""
+
+
+class SteppedExperts(RoutedExperts, ExpertSteps, Protocol):
+    """Routed experts that a stream asks: what was lost, and what it cost, is known when a step ends.
+
+    Tickets only record; their `failed_rows` and `stats` are empty.
+    """
 
     @property
     def stats(self) -> TicketStats:

@@ -9,32 +9,15 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 
 from k2hybrid.model.batch import Batch
 from k2hybrid.model.decode_step import DecodeStep, Recorder
 from k2hybrid.model.kimi import ForwardState, Kimi
+from k2hybrid.types import ExpertSteps
 
 log = logging.getLogger(__name__)
-
-
-class StepExperts(Protocol):
-    """Routed experts behind a stream: what they are asked is recorded, and answered while it runs."""
-
-    def begin(self, layers: Sequence[int], rows: int) -> None:
-        """Open a step that asks once for each of `layers`, in order, with `rows` valid rows."""
-
-    def end(self) -> Collection[int]:
-        """Close the step, when the stream has done all of it; rows that were lost.
-
-        Raises:
-            EngineError: the step was aborted; the next one may be begun.
-        """
-
-    def abort(self) -> None:
-        """Have everything that waits for an answer go on with none; `end` will raise."""
 
 
 @dataclass(slots=True)
@@ -61,7 +44,7 @@ class DeviceModel:
     def __init__(
         self,
         network: Kimi,
-        experts: StepExperts,
+        experts: ExpertSteps,
         *,
         synchronize: Callable[[], None],
         recorder: Recorder,

@@ -71,7 +71,7 @@ def settled(recorder: Recorder, experts: DeviceExperts) -> Recorder:
 
 
 class NoSteps:
-    """`model.device.StepExperts` of a model without routed experts."""
+    """`ExpertSteps` of a model without routed experts."""
 
     def begin(self, layers: Sequence[int], rows: int) -> None:
         """Nothing to open."""
