@@ -36,7 +36,8 @@ from k2hybrid.runtime.assembly import assemble
 from k2hybrid.runtime.experts import native_experts
 from k2hybrid.types import Weight8, Weight8Kind
 from tools.mini import vocab
-from tools.mini.render import encode, encode_head
+from tools.mini.declared import Declared
+from tools.mini.render import encode
 
 KINDS: tuple[Weight8Kind, ...] = ("fp8", "int8")
 CONTEXT = 2048
@@ -86,7 +87,8 @@ def texts(count: int, seed: int) -> list[tuple[list[int], torch.Tensor]]:
             conversation = author.talk(rng, author.system(rng))
         else:
             conversation = author.with_tools(rng, Toolset((author.first_tool(rng),)), None, "one")
-        head, body = encode_head(conversation, encoding), encode(conversation, encoding)
+        declared = Declared(encoding, conversation)
+        head, body = declared.ids, encode(conversation, declared)
         ids = [*head, *body.ids][:CONTEXT]
         found.append((ids, torch.tensor([*[False] * len(head), *body.learn][:CONTEXT])))
     return found

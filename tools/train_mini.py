@@ -34,7 +34,9 @@ import torch.nn.functional as F
 
 from k2hybrid.mini_eval.words import published_words
 from tools.mini import build_vocab, export, vocab
+from tools.mini.crew import Crew
 from tools.mini.data import STAGES, Lessons
+from tools.mini.guidance import Guidance
 from tools.mini.model import MiniConfig, MiniModel
 from tools.mini.optim import make_optimizers
 from tools.mini.packing import IGNORED, Packer
@@ -46,6 +48,7 @@ WARMUP_STEPS = 50
 AVERAGE_STEPS = 60
 DECAY_SHARE = 0.8
 SAVE_SECONDS = 300
+LOG_EVERY = 20
 # Stage → (kind of held-out lesson, figure, value that opens the next stage).
 GATES = {
     "drills": ("repeat", "tokens", 0.98),
@@ -54,8 +57,12 @@ GATES = {
 }
 # Copying is found at a high rate; what comes after is learnt better below it.
 CALM = 0.7
+# What looking elsewhere than guided weighs beside the loss of the tokens.
+GUIDED = 1.0
+# Stages in which copies are to be said right behind the heads that copy: what is deeper finds them late.
+SAID_EARLY = ("drills", "one tool")
 # A stage that has not reached its gate after this share of all tokens is left, and the log says so.
-PATIENCE = 0.15
+PATIENCE = 0.10
 
 
 def learning_rate(peak: float, step: int, tokens: int, total: float) -> float:
@@ -76,9 +83,9 @@ def follow(average: MiniModel, model: MiniModel, step: int) -> None:
 class Trainer:
     """Model, optimizers, data and counters: all that a resumed run needs."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, crew: Crew) -> None:
         torch.manual_seed(args.seed)
-        self.args = args
+        self.args, self.crew = args, crew
         self.encoding = vocab.load_encoding(args.out / "tiktoken.model")
         self.pad_id = self.encoding.n_vocab - 1
         self.words = published_words(args.published_vocab)
@@ -89,33 +96,41 @@ class Trainer:
             self.model.load_state_dict(export.read(args.start_from, self.model.config))
         self.average = copy.deepcopy(self.model)
         self.optimizers = make_optimizers(self.model, args.lr)
-        self.lessons = Lessons(self.encoding, self.words, args.seed)
+        self.lessons = Lessons(self.encoding, self.words, args.seed * 1000 + crew.rank)
         self.stage = list(STAGES)[0 if args.start_from is None else -1]
-        self.packer = Packer(lambda: self.lessons.draw(STAGES[self.stage]), self.pad_id, args.batch)
+        self.packer = Packer(
+            lambda: self.lessons.draw(STAGES[self.stage]), self.pad_id, args.batch // crew.size
+        )
         self.step = 0
         self.tokens = self.stage_began = 0
         self.learnt = 0
+        self.looked: dict[str, float] = {}
         self.seconds = 0.0
-        self.stopping = False
+        self.asked_to_end = self.stopping = False
 
     def stop(self, *_: object) -> None:
-        """End after the running step, saving the state (a signal handler)."""
-        self.stopping = True
+        """End at the next line of the log, saving the state (a signal handler)."""
+        self.asked_to_end = True
 
     def save(self) -> None:
         self.args.state.parent.mkdir(parents=True, exist_ok=True)
+        data = {"random": self.lessons.rng.getstate(), "waiting": self.packer.waiting}
+        _write(data, self._data_path)
+        if not self.crew.leads:
+            return
         state = {
             "model": self.model.state_dict(),
             "average": self.average.state_dict(),
             "optimizers": [o.state_dict() for o in self.optimizers],
-            "random": self.lessons.rng.getstate(),
-            "waiting": self.packer.waiting,
             "stage": self.stage,
             "counters": (self.step, self.tokens, self.stage_began, self.learnt, self.seconds),
         }
-        partial = self.args.state.with_suffix(".partial")
-        torch.save(state, partial)
-        partial.replace(self.args.state)
+        _write(state, self.args.state)
+
+    @property
+    def _data_path(self) -> Path:
+        path: Path = self.args.state
+        return path.with_suffix(f".data{self.crew.rank}")
 
     def load(self) -> None:
         state = torch.load(self.args.state, weights_only=False)
@@ -123,8 +138,9 @@ class Trainer:
         self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.lessons.rng.setstate(state["random"])
-        self.packer.waiting = state["waiting"]
+        data = torch.load(self._data_path, weights_only=False)
+        self.lessons.rng.setstate(data["random"])
+        self.packer.waiting = data["waiting"]
         self.stage = state["stage"]
         self.step, self.tokens, self.stage_began, self.learnt, self.seconds = state["counters"]
 
@@ -133,9 +149,13 @@ class Trainer:
         peak = self.args.lr * (1.0 if self.stage == next(iter(STAGES)) else CALM)
         lr = learning_rate(peak, self.step, self.tokens, self.args.tokens)
         batch = self.packer.next()
-        logits = self.model(batch).float()
+        guidance = Guidance(says=self.stage in SAID_EARLY)
+        logits = self.model(batch, guidance).float()
         loss = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss + GUIDED * guidance.loss()).backward()
+        self.looked = guidance.means()
+        self.crew.mean(p.grad for p in self.model.parameters() if p.grad is not None)
+        self.crew.mean(layer.load for layer in self.model.moe_layers)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
@@ -160,24 +180,32 @@ class Trainer:
         while self.tokens < self.args.tokens and not self.stopping:
             loss, heaviest = self.train_step()
             losses.append(loss)
-            if self.step % 20 == 0:
-                now = time.monotonic()
-                self.log("train", loss=sum(losses) / len(losses), load=heaviest,
-                         tokens_per_second=(self.tokens - tokens_then) / (now - lap))  # fmt: skip
-                self.seconds += now - lap
-                lap, tokens_then, losses = now, self.tokens, []
+            if self.step % LOG_EVERY:
+                continue
+            now = time.monotonic()
+            self.log("train", loss=sum(losses) / len(losses), load=heaviest, guided=self.looked,
+                     tokens_per_second=(self.tokens - tokens_then) / (now - lap))  # fmt: skip
+            self.seconds += now - lap
+            losses = []
             if self.step % self.args.probe_every == 0:
-                figures = self.figures()
-                self.log("dev", **{kind: figure.as_dict() for kind, figure in figures.items()})
-                self.pass_gate(figures)
-                lap, tokens_then = time.monotonic(), self.tokens
-            if time.monotonic() - saved > SAVE_SECONDS:
+                self.look()
+            if self.crew.told(now - saved > SAVE_SECONDS):
                 self.save()
-                saved = time.monotonic()
-            if time.monotonic() - began > self.args.minutes * 60:
-                self.stopping = True
+                saved = now
+            ending = self.asked_to_end or now - began > self.args.minutes * 60
+            self.stopping = bool(self.crew.told(ending))
+            lap, tokens_then = time.monotonic(), self.tokens
         self.save()
         self.log("stopped" if self.stopping else "done")
+
+    def look(self) -> None:
+        """Look at the dev side, and go on to the next stage if its gate is passed."""
+        if self.crew.leads:
+            figures = self.figures()
+            self.log("dev", **{kind: figure.as_dict() for kind, figure in figures.items()})
+            self.pass_gate(figures)
+        stages = list(STAGES)
+        self.stage = stages[self.crew.told(stages.index(self.stage))]
 
     def pass_gate(self, figures: dict[str, Figures]) -> None:
         """Go on to the next stage once this one's figure is reached."""
@@ -197,6 +225,8 @@ class Trainer:
 
     def log(self, event: str, **values: object) -> None:
         """One JSON line to the terminal and to the run's log."""
+        if not self.crew.leads:
+            return
         line = {
             "time": time.strftime("%H:%M:%S"), "step": self.step, "tokens": self.tokens,
             "learnt": self.learnt, "stage": self.stage, "seconds": round(self.seconds),
@@ -207,6 +237,12 @@ class Trainer:
         self.args.state.parent.mkdir(parents=True, exist_ok=True)
         with self.args.state.with_suffix(".jsonl").open("a", encoding="utf-8") as file:
             file.write(text + "\n")
+
+
+def _write(state: object, path: Path) -> None:
+    partial = path.with_suffix(f"{path.suffix}.partial")
+    torch.save(state, partial)
+    partial.replace(path)
 
 
 def main() -> None:
@@ -225,13 +261,14 @@ def main() -> None:
     parser.add_argument(
         "--minutes", type=float, default=1e9, help="stop earlier after so many, to be resumed"
     )
-    parser.add_argument("--batch", type=int, default=4096, help="tokens in a step")
+    parser.add_argument("--batch", type=int, default=8192, help="tokens in a step, of all workers")
     parser.add_argument("--lr", type=float, default=5e-3)
     parser.add_argument(
         "--probe-every", type=int, default=200, help="steps between two looks at the dev side"
     )
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, default=1, help="threads of a process")
+    parser.add_argument("--workers", type=int, default=2, help="processes that train together, a core each")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.command in ("vocab", "train") and args.published_vocab is None:
@@ -244,11 +281,12 @@ def main() -> None:
         state = torch.load(args.state, weights_only=False)["average"]
         export.export(state, MiniConfig(vocab_size=n_vocab), args.out)
         return
-    trainer = Trainer(args)
+    trainer = Trainer(args, Crew.start(args.workers))
     if args.state.exists():
         trainer.load()
         trainer.log("resumed")
-    signal.signal(signal.SIGTERM, trainer.stop)
+    if trainer.crew.leads:
+        signal.signal(signal.SIGTERM, trainer.stop)
     trainer.run()
 
 

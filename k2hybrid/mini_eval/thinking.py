@@ -6,9 +6,9 @@ First the declared tools in their order, each with a verdict; a tool that serves
     get_weather:yes get_weather
 
 Then a line for each call: the parameters in the order of the declaration, each with a verdict, and those that
-are given once more with their type and value. The call itself only copies them:
+are given with their type and value, and named once more. The call itself only copies them:
 
-    call get_weather city:yes city string "Oslo" unit:no
+    call get_weather;city:yes string "Oslo" city;unit:no;
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ def walk(tools: Sequence[Tool], serving: Collection[Tool] = ()) -> str:
 def call_line(tool: Tool, arguments: dict[str, Any]) -> str:
     """The parameters of one call, as the declaration has them: sorted by name."""
     properties = tool.declaration["function"]["parameters"]["properties"]
-    parts = [f"call {tool.name}"]
+    line = f"call {tool.name};"
     for name in sorted(properties):
         if name in arguments:
             value = json.dumps(arguments[name], ensure_ascii=False)
-            parts.append(f"{name}:yes {name} {properties[name]['type']} {value}")
+            line += f"{name}:yes {properties[name]['type']} {value} {name};"
         else:
-            parts.append(f"{name}:no")
-    return " ".join(parts)
+            line += f"{name}:no;"
+    return line

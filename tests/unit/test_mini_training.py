@@ -14,10 +14,10 @@ from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 from k2hybrid.mini_eval.deepseek import config_values
 from tools.mini import model as trainer
 from tools.mini.export import model_config
-from tools.mini.model import MiniConfig, MiniModel, as_exported, fake_quantize
+from tools.mini.model import MiniConfig, MiniModel, as_exported, causal_masks, fake_quantize, spans
 from tools.mini.optim import orthogonalize
 from tools.mini.packing import IGNORED, MAX_TOKENS, Batch, Lesson, Packer, Segment, pack
-from tools.mini.render import Example
+from tools.mini.pieces import Example
 
 VOCAB = 320
 PAD = VOCAB - 1
@@ -190,6 +190,28 @@ def test_the_experts_have_the_gradient_of_their_formula() -> None:
         return trainer._RoutedExperts.apply(x, weights, ids, gate_up, down)  # type: ignore[no-untyped-call]
 
     compare_gradients(ours, formula, (x, weights, gate_up, down), torch.randn(tokens, hidden))
+
+
+def test_attention_has_the_gradient_of_its_formula() -> None:
+    """Prefix, two branches behind it, and a document of its own."""
+    torch.manual_seed(4)
+    segments = [Segment(9), Segment(5, 0), Segment(7, 0), Segment(4)]
+    total, heads, size = 25, 3, 8
+    q, k, v = (torch.randn(heads, total, n) for n in (size, size, 6))
+    seen = torch.zeros(total, total, dtype=torch.bool)
+    for start, end, first, last in spans(segments):
+        seen[start:end, first:last] = True
+        seen[start:end, start:end] = torch.ones(end - start, end - start).tril().bool()
+
+    def formula(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = (q @ k.mT * 0.3).masked_fill(~seen, float("-inf"))
+        return (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+    def ours(q: Tensor, k: Tensor, v: Tensor) -> Any:
+        masks = causal_masks(segments, torch.float32)
+        return trainer._Attend.apply(q, k, v, segments, masks, 0.3)  # type: ignore[no-untyped-call]
+
+    compare_gradients(ours, formula, (q, k, v), torch.randn(total, heads * 6))
 
 
 def compare_gradients(ours: Any, formula: Any, inputs: tuple[Tensor, ...], upstream: Tensor) -> None:

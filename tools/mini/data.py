@@ -13,40 +13,51 @@ from k2hybrid.mini_eval.frames import GET_VERBS
 from k2hybrid.mini_eval.split import Side
 from k2hybrid.mini_eval.toolbox import Toolset
 from k2hybrid.mini_eval.words import Lexicon
+from tools.mini.declared import Declared
 from tools.mini.packing import Lesson
-from tools.mini.render import ASSISTANT, Example, encode, encode_head
+from tools.mini.pieces import Example, Piece, Place, assemble
+from tools.mini.render import ASSISTANT, Speaker, encode
+from tools.mini.thoughts import call_line, deciding, walk_line, words_said
 from tools.mini.vocab import N_SPECIAL
 
 # The curriculum: shares of lessons in each stage. A lesson of tools holds several conversations.
 STAGES: dict[str, dict[str, float]] = {
-    "drills": {"repeat": 0.80, "look_up": 0.12, "first_tool": 0.03, "talk": 0.05},
-    "one tool": {
-        "repeat": 0.24,
+    "drills": {
+        "repeat": 0.45,
         "look_up": 0.12,
-        "member": 0.20,
-        "declared": 0.15,
-        "first_tool": 0.20,
-        "few_tools": 0.03,
+        "declared": 0.25,
+        "member": 0.08,
+        "first_tool": 0.05,
+        "talk": 0.05,
+    },
+    "one tool": {
+        "repeat": 0.12,
+        "look_up": 0.08,
+        "declared": 0.20,
+        "member": 0.10,
+        "served": 0.04,
+        "first_tool": 0.40,
         "talk": 0.06,
     },
     "few tools": {
-        "repeat": 0.15,
+        "repeat": 0.12,
         "look_up": 0.08,
-        "member": 0.25,
-        "declared": 0.25,
+        "declared": 0.20,
+        "member": 0.07,
         "served": 0.08,
         "first_tool": 0.08,
-        "few_tools": 0.08,
-        "talk": 0.03,
+        "few_tools": 0.25,
+        "talk": 0.12,
     },
     "full mix": {
-        "repeat": 0.21,
-        "look_up": 0.12,
-        "member": 0.09,
-        "declared": 0.10,
-        "served": 0.02,
-        "tools": 0.24,
-        "talk": 0.22,
+        "repeat": 0.09,
+        "look_up": 0.07,
+        "declared": 0.13,
+        "member": 0.05,
+        "served": 0.05,
+        "few_tools": 0.06,
+        "tools": 0.28,
+        "talk": 0.27,
     },
 }
 _BRANCHES = 6
@@ -62,6 +73,7 @@ class Lessons:
         self.lexicon = Lexicon(words, side)
         self.author = Author(self.lexicon)
         self.rng = random.Random(seed)
+        self.nothing = Declared(encoding)
         ranks = range(encoding.n_vocab - N_SPECIAL)
         merged = [t for t in ranks if len(encoding.decode_single_token_bytes(t)) > 1]
         self.drilled = merged + [t for t in ranks if t < 256]
@@ -80,7 +92,7 @@ class Lessons:
                 return Lesson([], [self._look_up() for _ in range(2)])
             case "first_tool":
                 toolset = Toolset((self.author.first_tool(rng),))
-                kinds = rng.choices(["one", "none"], [3, 1], k=4)
+                kinds = rng.choices(["one", "none"], [3, 2], k=5)
                 made = [self.author.with_tools(rng, toolset, None, k, history_share=0.0) for k in kinds]
                 return self._encode(made)
             case "few_tools":
@@ -105,9 +117,8 @@ class Lessons:
         raise ValueError(f"unknown kind of lesson {kind}")
 
     def _encode(self, conversations: list[Conversation]) -> Lesson:
-        return Lesson(
-            encode_head(conversations[0], self.encoding), [encode(c, self.encoding) for c in conversations]
-        )
+        declared = Declared(self.encoding, conversations[0])
+        return Lesson(declared.ids, [encode(c, declared) for c in conversations], declared.guides)
 
     def _declared(self) -> Lesson:
         """The walk over the declared tools and over the parameters of some, with verdicts that are given.
@@ -120,27 +131,27 @@ class Lessons:
             toolset = Toolset(tuple(self.author.small_tool(rng) for _ in range(count)))
         else:
             toolset = self.author.toolset(rng, rng.randint(1, 5))
-        walked: list[tuple[str, bool]] = [("<think>", False)]
-        for at, tool in enumerate(toolset.tools):
-            serves = rng.random() < 0.3
-            walked += [(f"{tool.name}:", True), ("yes" if serves else "no", False)]
-            walked += [(f" {tool.name}", True)] * serves
-            walked.append(("\n", at + 1 < len(toolset.tools)))
-        branches = [self._pieces(walked)]
-        for tool in rng.sample(toolset.tools, k=min(6, len(toolset.tools))):
-            properties = tool.declaration["function"]["parameters"]["properties"]
-            pieces = [(f"call {tool.name}", False)]
-            for name in sorted(properties):
-                given = rng.random() < 0.7
-                pieces += [(f" {name}:", True), ("yes" if given else "no", False)]
-                if given:
-                    pieces += [
-                        (f" {name} {properties[name]['type']}", True),
-                        (f" {self.lexicon.word(rng)}", False),
-                    ]
-            branches.append(self._pieces([*pieces, ("</think>", True)]))
         head = Conversation((Turn("", ""),), toolset.declarations, self.author.system(rng))
-        return Lesson(encode_head(head, self.encoding), branches)
+        declared = Declared(self.encoding, head)
+        walked = [Piece("<think>")]
+        current = 0
+        for at, tool in enumerate(toolset.tools):
+            walked += walk_line(declared, tool.name, rng.random() < 0.3, "", current)
+            walked.append(Piece("\n", at + 1 < len(toolset.tools)))
+            current = declared.ends[tool.name, None]
+        lines = [walked]
+        for tool in rng.sample(toolset.tools, k=min(6, len(toolset.tools))):
+            given = {p.name: True for p in tool.parameters if rng.random() < 0.7}
+            line = [*call_line(declared, tool.name, given, 0, ""), Piece("</think>", True)]
+            lines.append([Piece(p.text) if i < 3 else p for i, p in enumerate(line)])
+        branches = [assemble(map(self._given, line), declared) for line in lines]
+        return Lesson(declared.ids, branches, declared.guides)
+
+    def _given(self, piece: Piece) -> Piece:
+        """What a drill does not ask for: verdicts, and values, for which any word stands."""
+        if piece.text in ("yes", "no"):
+            return Piece(piece.text)
+        return Piece(self.lexicon.word(self.rng)) if piece.text == "true" else piece
 
     def _member(self) -> Example:
         """Some words, then names: one serves where all its words, but for a verb, were among them."""
@@ -149,8 +160,12 @@ class Lessons:
         words = list(dict.fromkeys(w for w in words if w not in GET_VERBS))
         n = rng.randint(3, 14)
         said, others = words[:n], words[n:]
-        asked = f"<|im_user|>user<|im_middle|>{' '.join(said)}<|im_end|>{ASSISTANT}<think>"
-        pieces = [(asked, False)]
+        user = " ".join(said)
+        pieces = [
+            Piece("<|im_user|>user<|im_middle|>"),
+            Piece(user, opens="user"),
+            Piece(f"<|im_end|>{ASSISTANT}<think>"),
+        ]
         for _ in range(rng.randint(3, 9)):
             serves = rng.random() < 0.4
             parts = rng.sample(said, k=rng.randint(1, 3))
@@ -158,32 +173,29 @@ class Lessons:
                 parts[rng.randrange(len(parts))] = rng.choice(others)
             verb = [rng.choice(GET_VERBS)] if rng.random() < 0.5 else []
             name = rng.choice("___-.").join([*verb, *parts])
-            pieces += [(f"{name}:", False), (f"yes {name}\n" if serves else "no\n", True)]
-        return self._pieces(pieces)
+            words = words_said(name, user)
+            pieces += [Piece(name, words=words), Piece(":")]
+            decides = deciding(name, words, serves=serves)
+            if serves:
+                at = Place(("user",), text=parts[-1])
+                pieces += [Piece("yes", True, gathers=decides, evidence=at), Piece(f" {name}\n", True)]
+            else:
+                pieces += [Piece("no", True, gathers=decides), Piece("\n", True)]
+        return assemble(pieces, self.nothing)
 
     def _served(self) -> Lesson:
         """Requests, and of the thinking on each only the walk over the tools and what comes behind it."""
         rng = self.rng
         toolset = self.author.toolset(rng, rng.randint(2, 6))
+        declared = Declared(self.encoding, Conversation((Turn("", ""),), toolset.declarations))
         branches: list[Example] = []
         for kind in rng.choices(["one", "parallel", "sequential", "none"], [5, 2, 1, 4], k=10):
-            turn = self.author.with_tools(rng, toolset, None, kind, history_share=0.0).last
-            lines = (turn.steps[0].think if turn.steps else turn.think).split("\n")
-            walked, (behind, *_) = lines[: len(toolset.tools)], lines[len(toolset.tools)].split()
-            asked = f"<|im_user|>user<|im_middle|>{turn.user}<|im_end|>{ASSISTANT}<think>"
-            branches.append(self._pieces([(asked, False), ("\n".join([*walked, behind]), True)]))
-        return Lesson(
-            encode_head(Conversation((Turn("", ""),), toolset.declarations), self.encoding), branches
-        )
-
-    def _pieces(self, pieces: list[tuple[str, bool]]) -> Example:
-        ids: list[int] = []
-        learn: list[bool] = []
-        for text, learnt in pieces:
-            piece = self.encoding.encode(text, allowed_special="all")
-            ids += piece
-            learn += [learnt] * len(piece)
-        return Example(ids, learn)
+            made = self.author.with_tools(rng, toolset, None, kind, history_share=0.0)
+            pieces = Speaker(declared, made).pieces(steps=None)
+            began = next(i for i, piece in enumerate(pieces) if piece.opens == "think")
+            lines = [i for i, piece in enumerate(pieces) if i > began and piece.text == "\n"]
+            branches.append(assemble(pieces[: lines[len(toolset.tools) - 1] + 2], declared))
+        return Lesson(declared.ids, branches, declared.guides)
 
     def _repeat(self) -> Example:
         """A random sequence that comes back, at once or at random distances; learnt from its second token."""
@@ -194,11 +206,17 @@ class Lessons:
         sequence = rng.choices(alphabet, k=rng.randint(3, 40 if spread else 24))
         ids: list[int] = []
         learn: list[bool] = []
+        pairs: list[tuple[int, int]] = []
+        before = 0
         for time in range(rng.randint(2, 4) if spread else 2 + 100 // len(sequence)):
             filler = rng.choices(alphabet, k=int(rng.random() ** 2 * 150)) if spread else []
+            start = len(ids) + len(filler)
+            if time:
+                pairs += [(start + i - 1, before + i) for i in range(1, len(sequence))]
+            before = start
             ids += filler + sequence
             learn += [False] * len(filler) + [time > 1 and not filler] + [time > 0] * (len(sequence) - 1)
-        return Example(ids, learn)
+        return Example(ids, learn, {"copy": pairs})
 
     def _look_up(self) -> Example:
         """Key → value pairs in text, then some of the keys again; their values are learnt."""
@@ -206,13 +224,8 @@ class Lessons:
         pairs = {lexicon.word(rng): str(lexicon.value(rng)) for _ in range(rng.randint(2, 12))}
         mark = rng.choice([": ", "=", " is ", '": "', " -> "])
         end = rng.choice(["\n", ", ", ". ", '", "', ";"])
-        ids: list[int] = self.encoding.encode_ordinary(
-            "".join(f"{k}{mark}{v}{end}" for k, v in pairs.items())
-        )
-        learn = [False] * len(ids)
+        pieces = [Piece("".join(f"{k}{mark}{v}{end}" for k, v in pairs.items()), opens="user")]
         for key in rng.sample(list(pairs), k=min(len(pairs), rng.randint(2, 6))):
-            for text, learnt in ((f"{key}{mark}", False), (f"{pairs[key]}{end}", True)):
-                piece = self.encoding.encode_ordinary(text)
-                ids += piece
-                learn += [learnt] * len(piece)
-        return Example(ids, learn)
+            source = Place(("user",), f"{key}{mark}")
+            pieces += [Piece(f"{key}{mark}"), Piece(f"{pairs[key]}{end}", True, source)]
+        return assemble(pieces, self.nothing)

@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tools.mini.packing import Batch, Segment
+from tools.mini.guidance import COPIERS, Guidance, Guided
+from tools.mini.packing import WANTED_STEP, Batch, Segment
 
 GROUP = 32
 ROWS = 64
@@ -39,13 +40,13 @@ class MiniConfig:
     hidden_size: int = 192
     intermediate_size: int = 512
     moe_intermediate_size: int = 96
-    num_hidden_layers: int = 5
-    num_attention_heads: int = 6
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 8
     q_lora_rank: int = 128
     kv_lora_rank: int = 128
     qk_nope_head_dim: int = 32
     qk_rope_head_dim: int = 32
-    v_head_dim: int = 64
+    v_head_dim: int = 32
     n_routed_experts: int = 16
     num_experts_per_tok: int = 4
     routed_scaling_factor: float = 2.827
@@ -192,31 +193,87 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         masks: dict[tuple[int, int], Tensor],
+        guided: Guided | None = None,
     ) -> Tensor:
-        lengths = [segment.length for segment in segments]
-        # Splitting once keeps the gradient one concatenation; slices would each bring a full tensor of zeros.
-        queries, keys, values = (torch.split(t, lengths, 1) for t in self.project(x, cos, sin))
-        outs = []
-        for segment, q, k, v in zip(segments, queries, keys, values, strict=True):
-            before = 0 if segment.after is None else lengths[segment.after]
-            if segment.after is not None:
-                k, v = torch.cat((keys[segment.after], k), 1), torch.cat((values[segment.after], v), 1)
-            outs.append(attend(q, k, v, masks[before, segment.length], self.scale))
-        out: Tensor = self.o_proj(torch.cat(outs, 1).transpose(0, 1).flatten(1))
+        q, k, v = self.project(x, cos, sin)
+        if guided is not None:
+            guided.add(q, k, segments, self.scale)
+        out: Tensor = _Attend.apply(q, k, v, segments, masks, self.scale)  # type: ignore[no-untyped-call]
+        out = self.o_proj(out)
         return out
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> Tensor:
-    """softmax(scale · q kᵀ + mask) v for q [heads, n, D], k and v [heads, m, D]; `mask` may be larger.
+class _Attend(torch.autograd.Function):
+    """softmax(scale · q kᵀ + mask) v, segment by segment, a branch over its prefix and itself.
 
-    On a CPU two plain products are several times faster than the fused ones, whose backward pass is slow for
-    short rows.
+    q and k [heads, T, D], v [heads, T, V] → [T, heads · V]. On a CPU plain products are several times faster
+    than the fused ones, whose backward pass is slow for short rows.
     """
-    n, m = q.shape[1], k.shape[1]
-    q = F.pad(q, (0, 0, 0, mask.shape[0] - n))
-    k, v = (F.pad(t, (0, 0, 0, mask.shape[1] - m)) for t in (k, v))
-    scores = torch.baddbmm(mask.expand(len(q), -1, -1), q, k.mT, alpha=scale)
-    return torch.bmm(scores.softmax(-1), v)[:, :n]
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, segments: list[Segment],
+        masks: dict[tuple[int, int], Tensor], scale: float,
+    ) -> Tensor:  # fmt: skip
+        heads, total, size = v.shape
+        out = v.new_empty(total, heads, size)
+        saved: list[Tensor] = []
+        for segment, (start, end, first, last) in zip(segments, spans(segments), strict=True):
+            mask = masks[last - first, segment.length]
+            qs = _padded(q, [(start, end)], mask.shape[0])
+            ks = _padded(k, [(first, last), (start, end)], mask.shape[1])
+            vs = _padded(v, [(first, last), (start, end)], mask.shape[1])
+            shares = torch.baddbmm(mask.expand(heads, -1, -1), qs, ks.mT, alpha=scale).softmax(-1)
+            out[start:end] = torch.bmm(shares, vs)[:, : end - start].transpose(0, 1)
+            saved += (qs, ks, vs, shares)
+        ctx.save_for_backward(*saved)
+        ctx.segments, ctx.scale = segments, scale
+        return out.flatten(1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        heads, _, size = saved[2].shape
+        g_out = grads[0].unflatten(1, (heads, size)).transpose(0, 1)
+        total = g_out.shape[1]
+        g_q = g_out.new_empty(heads, total, saved[0].shape[2])
+        g_k = torch.zeros_like(g_q)
+        g_v = g_out.new_zeros(heads, total, size)
+        for at, (start, end, first, last) in enumerate(spans(ctx.segments)):
+            qs, ks, vs, shares = saved[4 * at : 4 * at + 4]
+            n, before = end - start, last - first
+            g = _padded(g_out, [(start, end)], qs.shape[1])
+            g_vs = torch.bmm(shares.mT, g)
+            g_scores = torch._softmax_backward_data(torch.bmm(g, vs.mT), shares, -1, shares.dtype)
+            torch.mul(torch.bmm(g_scores, ks)[:, :n], ctx.scale, out=g_q[:, start:end])
+            g_ks = torch.bmm(g_scores.mT, qs)
+            for g_all, g_seen in ((g_k, g_ks), (g_v, g_vs)):
+                g_all[:, start:end] += g_seen[:, before : before + n]
+                if before:
+                    g_all[:, first:last] += g_seen[:, :before]
+        return g_q, g_k.mul_(ctx.scale), g_v, None, None, None
+
+
+def spans(segments: list[Segment]) -> list[tuple[int, int, int, int]]:
+    """For each segment its own rows, from … to, and those of its prefix (none: 0 … 0)."""
+    own: list[tuple[int, int]] = []
+    at = 0
+    for segment in segments:
+        own.append((at, at + segment.length))
+        at += segment.length
+    prefixes = [(0, 0) if segment.after is None else own[segment.after] for segment in segments]
+    return [(*rows, *prefix) for rows, prefix in zip(own, prefixes, strict=True)]
+
+
+def _padded(x: Tensor, parts: list[tuple[int, int]], size: int) -> Tensor:
+    """Rows of x [heads, T, D] end to end, zeros behind them."""
+    out = x.new_empty(x.shape[0], size, x.shape[2])
+    at = 0
+    for start, end in parts:
+        out[:, at : at + end - start] = x[:, start:end]
+        at += end - start
+    out[:, at:] = 0
+    return out
 
 
 def causal_masks(segments: list[Segment], dtype: torch.dtype) -> dict[tuple[int, int], Tensor]:
@@ -405,16 +462,36 @@ class MiniModel(nn.Module):
         angles = positions.float().unsqueeze(1) * self.inv_freq
         return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)
 
-    def forward(self, batch: Batch) -> Tensor:
-        """Logits [len(wanted), vocab] at the batch's wanted positions, in the compute dtype."""
+    def forward(self, batch: Batch, guidance: Guidance | None = None) -> Tensor:
+        """Logits [len(wanted), vocab] at the batch's wanted positions, in the compute dtype.
+
+        `guidance` collects how far the guided heads look elsewhere than they are to.
+        """
         cos, sin = self.rotation(batch.positions)
         masks = causal_masks(batch.segments, self.config.compute)
         x = F.embedding(batch.ids, as_exported(self.embed_tokens))
         for index, layer in enumerate(self.blocks):
-            x = x + layer.self_attn(layer.input_layernorm(x), batch.segments, cos, sin, masks)
+            guided = guidance.of_layer(index) if guidance is not None else None
+            x = x + layer.self_attn(layer.input_layernorm(x), batch.segments, cos, sin, masks, guided)
+            if guidance is not None and guidance.says and index == COPIERS:
+                self._say_copies(x, batch, guidance)
             if index == len(self.layers) - 1:
                 # Nothing after the last attention mixes tokens, so only the wanted rows go on.
                 x = x.index_select(0, batch.wanted)
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         logits: Tensor = self.lm_head(self.norm(x))
         return logits
+
+    def _say_copies(self, x: Tensor, batch: Batch, guidance: Guidance) -> None:
+        """Right behind the heads that copy, the head of the model is to say already what they copy."""
+        rows = [
+            start + looks - (last - first)
+            for segment, (start, _, first, last) in zip(batch.segments, spans(batch.segments), strict=True)
+            for looks, _ in segment.guides.get("copy", ())
+        ]
+        if not rows:
+            return
+        where = torch.tensor(rows + rows[:1] * (-len(rows) % WANTED_STEP))
+        said = self.lm_head(self.norm(x.index_select(0, where))).float()[: len(rows)]
+        labels = batch.ids.index_select(0, where[: len(rows)] + 1)
+        guidance.add("said", F.cross_entropy(said, labels, reduction="sum"), len(rows))

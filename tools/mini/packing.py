@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from tools.mini.render import Example
+from tools.mini.declared import Guides
+from tools.mini.pieces import Example
 
 MAX_TOKENS = 2048
 IGNORED = -100
@@ -22,6 +23,7 @@ class Lesson:
 
     prefix: list[int]
     branches: list[Example]
+    guides: Guides = field(default_factory=dict)  # of the prefix
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,7 @@ class Segment:
 
     length: int
     after: int | None = None
+    guides: Guides = field(default_factory=dict, compare=False)
 
 
 @dataclass
@@ -58,12 +61,12 @@ def pack(lessons: list[Lesson], pad_id: int, size: int | None = None) -> Batch:
         after = None
         if lesson.prefix:
             after = len(segments)
-            segments.append(Segment(len(lesson.prefix)))
+            segments.append(Segment(len(lesson.prefix), None, lesson.guides))
             ids += lesson.prefix
             positions += range(len(lesson.prefix))
         for branch in lesson.branches:
             start, n = len(ids), len(branch.ids)
-            segments.append(Segment(n, after))
+            segments.append(Segment(n, after, branch.guides))
             ids += branch.ids
             positions += range(len(lesson.prefix), len(lesson.prefix) + n)
             learnt = [at for at in range(1, n) if branch.learn[at]]
@@ -104,9 +107,9 @@ class Packer:
                 break
             lesson = self.waiting.pop(fit)
             count = _fitting(lesson, room)
-            part = Lesson(lesson.prefix, lesson.branches[:count])
+            part = Lesson(lesson.prefix, lesson.branches[:count], lesson.guides)
             if lesson.branches[count:]:
-                self.waiting.insert(0, Lesson(lesson.prefix, lesson.branches[count:]))
+                self.waiting.insert(0, Lesson(lesson.prefix, lesson.branches[count:], lesson.guides))
             chosen.append(part)
             room -= len(part.prefix) + sum(len(b.ids) for b in part.branches)
         return pack(chosen, self.pad_id, self.size)
@@ -114,7 +117,7 @@ class Packer:
 
 def _within_limit(lesson: Lesson, limit: int) -> Lesson:
     room = limit - len(lesson.prefix)
-    return Lesson(lesson.prefix, [b for b in lesson.branches if len(b.ids) <= room])
+    return Lesson(lesson.prefix, [b for b in lesson.branches if len(b.ids) <= room], lesson.guides)
 
 
 def _fitting(lesson: Lesson, room: int) -> int:

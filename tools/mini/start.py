@@ -13,6 +13,7 @@ import math
 
 import torch
 
+from tools.mini.guidance import HEADS
 from tools.mini.model import Attention, MiniModel
 
 _CONSTANT_RMS = 0.25
@@ -37,6 +38,9 @@ def start_near_copying(model: MiniModel) -> None:
     _look_back(model.blocks[0].self_attn, constant / constant.norm(), seen, model.inv_freq)
     for layer in model.blocks[_FIRST_COPIER:]:
         _repeat_what_is_seen(layer.self_attn)
+    layer, first, end = HEADS["copy"]
+    size = config.v_head_dim
+    model.blocks[layer].self_attn.o_proj.weight[:, first * size : end * size] *= 6
 
 
 def _look_back(attention: Attention, unit: torch.Tensor, seen: float, inv_freq: torch.Tensor) -> None:

@@ -35,7 +35,7 @@ def test_the_walk_names_every_tool_and_those_that_serve_twice() -> None:
 def test_a_call_line_has_the_parameters_in_the_order_of_the_declaration() -> None:
     weather = tool("get_weather", unit="string", city="string", days="integer")
     line = thinking.call_line(weather, {"unit": "C", "days": 3})
-    assert line == 'call get_weather city:no days:yes days integer 3 unit:yes unit string "C"'
+    assert line == 'call get_weather;city:no;days:yes integer 3 days;unit:yes string "C" unit;'
 
 
 def test_what_is_thought_holds_every_call() -> None:
@@ -48,13 +48,13 @@ def test_what_is_thought_holds_every_call() -> None:
             called = [line for line in lines if line.startswith("call ")]
             assert len(called) == len(step.calls)
             for line, call in zip(called, step.calls, strict=True):
-                assert line.startswith(f"call {call.name}")
+                assert line.startswith(f"call {call.name};")
                 assert all(told_in(line, call, name) for name in call.arguments), line
 
 
 def told_in(line: str, call: Call, name: str) -> bool:
     value = json.dumps(call.arguments[name], ensure_ascii=False)
-    return re.search(rf" {name}:yes {name} [a-z]+ {re.escape(value)}( |$)", line) is not None
+    return re.search(rf";{name}:yes [a-z]+ {re.escape(value)} {name};", line) is not None
 
 
 def test_without_a_call_no_tool_serves_unless_a_value_is_missing() -> None:
