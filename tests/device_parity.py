@@ -20,10 +20,11 @@ from k2hybrid.model.batch import Batch
 from k2hybrid.runtime import Runtime
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.types import Message, SamplingParams, TokenEvent
+from tests.mini_sizes import EXPERT_BYTES
 
 GREEDY = SamplingParams(temperature=0)
 OPTIONS: dict[str, Any] = {"threads": 2, "context_tokens": 4096, "idle_prefill": False}
-SOME_HOT = 12 * 3 * 192 * 96 * 9 // 16  # bytes of twelve of the built-in model's 64 experts
+SOME_HOT = 12 * EXPERT_BYTES
 
 DISTANCE = 0.012  # docs/numerics.md, of two devices
 MARGIN = 6 * 2**0.5 * DISTANCE

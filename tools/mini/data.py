@@ -52,12 +52,13 @@ STAGES: dict[str, dict[str, float]] = {
     "full mix": {
         "repeat": 0.09,
         "look_up": 0.07,
-        "declared": 0.13,
+        "declared": 0.11,
         "member": 0.05,
-        "served": 0.05,
-        "few_tools": 0.06,
-        "tools": 0.28,
-        "talk": 0.27,
+        "served": 0.06,
+        "thought": 0.26,
+        "few_tools": 0.04,
+        "tools": 0.16,
+        "talk": 0.24,
     },
 }
 _BRANCHES = 6
@@ -111,6 +112,8 @@ class Lessons:
                 return Lesson([], [self._member() for _ in range(2)])
             case "served":
                 return self._served()
+            case "thought":
+                return self._thought()
             case "talk":
                 system = self.author.system(rng)
                 return self._encode([self.author.talk(rng, system) for _ in range(_BRANCHES)])
@@ -135,10 +138,13 @@ class Lessons:
         declared = Declared(self.encoding, head)
         walked = [Piece("<think>")]
         current = 0
-        for at, tool in enumerate(toolset.tools):
+        for tool in toolset.tools:
             walked += walk_line(declared, tool.name, rng.random() < 0.3, "", current)
-            walked.append(Piece("\n", at + 1 < len(toolset.tools)))
+            walked.append(Piece("\n", True))
             current = declared.ends[tool.name, None]
+        walked.append(
+            Piece("No tool fits." if all(p.text != "yes" for p in walked) else "call ", True, current=current)
+        )
         lines = [walked]
         for tool in rng.sample(toolset.tools, k=min(6, len(toolset.tools))):
             given = {p.name: True for p in tool.parameters if rng.random() < 0.7}
@@ -195,6 +201,19 @@ class Lessons:
             began = next(i for i, piece in enumerate(pieces) if piece.opens == "think")
             lines = [i for i, piece in enumerate(pieces) if i > began and piece.text == "\n"]
             branches.append(assemble(pieces[: lines[len(toolset.tools) - 1] + 2], declared))
+        return Lesson(declared.ids, branches, declared.guides)
+
+    def _thought(self) -> Lesson:
+        """Conversations up to the first call, which is a copy of what was thought, or up to the answer."""
+        rng = self.rng
+        toolset, system = self.author.toolset(rng), self.author.system(rng)
+        made = [self.author.with_tools(rng, toolset, system) for _ in range(_BRANCHES)]
+        declared = Declared(self.encoding, made[0])
+        branches: list[Example] = []
+        for conversation in made:
+            pieces = Speaker(declared, conversation).pieces(steps=None)
+            thought = next(i for i, piece in enumerate(pieces) if piece.learn and piece.text == "</think>")
+            branches.append(assemble(pieces[: thought + 1], declared))
         return Lesson(declared.ids, branches, declared.guides)
 
     def _repeat(self) -> Example:

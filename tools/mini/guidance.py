@@ -38,7 +38,7 @@ HEADS: dict[str, tuple[int, int, int]] = {
     "value": (5, 0, 3),
 }
 COPIERS = HEADS["copy"][0]
-WEIGHTS = {"free": 0.3, "evidence": 0.5}
+WEIGHTS = {"free": 0.3}
 
 
 @dataclass

@@ -17,6 +17,7 @@ from k2hybrid.model.batch import Batch
 from k2hybrid.runtime import Runtime
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.types import ChatRequest, Message, SamplingParams, TokenEvent
+from tests.mini_sizes import EXPERT_BYTES
 
 GREEDY = SamplingParams(temperature=0)
 OPTIONS: dict[str, Any] = {
@@ -27,7 +28,7 @@ OPTIONS: dict[str, Any] = {
 }
 # Of the built-in model: fewer than 64 rows are handed off at the emulated rates, hundreds are streamed.
 HANDED, STREAMED = 16, 256
-SOME_HOT = 8 * 3 * 192 * 96 * 9 // 16  # bytes of eight of its 64 experts
+SOME_HOT = 8 * EXPERT_BYTES
 
 QUESTIONS = (
     "which one is bigger, 9.11 or 9.9? think carefully.",

@@ -18,9 +18,9 @@ from k2hybrid.errors import ConfigError
 from k2hybrid.runtime.memory import start_needs
 from k2hybrid.server.options import add_model_options, runtime_options
 from k2hybrid.types import SamplingParams, TokenEvent
+from tests.mini_sizes import PAGE_BYTES
 
 GREEDY = SamplingParams(temperature=0)
-PAGE_BYTES = 5 * 64 * 2 * 128  # five layers of 96 + 32 values in bf16
 SESSIONS, TURNS = 3, 3
 
 

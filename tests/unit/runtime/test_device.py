@@ -18,6 +18,7 @@ import torch
 from k2hybrid.chat.exchanges import gather
 from k2hybrid.runtime import Runtime, load
 from k2hybrid.types import Message, SamplingParams, TokenEvent
+from tests.mini_sizes import PAGE_BYTES, ROUTED_EXPERTS
 from tests.unit.runtime.emulated import (
     GREEDY,
     HANDED,
@@ -82,7 +83,7 @@ def test_answers_are_those_of_the_cpu(
     assert (
         found["hot_experts"]
         <= found["hot_slots"]
-        == {0: 0, SOME_HOT: 8, ALL_HOT: 64}[WAYS[way]["hot_experts"]]
+        == {0: 0, SOME_HOT: 8, ALL_HOT: ROUTED_EXPERTS}[WAYS[way]["hot_experts"]]
     )
     assert found["recorded"] == [1]
 
@@ -234,9 +235,6 @@ def turns(model: Runtime, count: int = 3) -> tuple[list[list[int]], list[int]]:
         cached.append(run.usage.cached_tokens)
         messages += [answer.message(), Message("user", f"And now {turn}.5?")]
     return said, cached
-
-
-PAGE_BYTES = 5 * 64 * 2 * 128  # of the built-in model's latents
 
 
 @pytest.mark.parametrize("way", ["handed", "streamed and hot"])

@@ -27,6 +27,7 @@ from k2hybrid.runtime.card import CardFit, fit_card
 from k2hybrid.runtime.device import emulated_rates
 from k2hybrid.runtime.device_rates import measure_split_rates
 from k2hybrid.runtime.memory import start_needs
+from tests.mini_sizes import PAGE_BYTES
 
 K2 = ModelSpec.from_config(published_config())
 MINI = read_spec(MINI_MODEL)
@@ -79,7 +80,7 @@ def test_more_than_the_card_has_is_refused() -> None:
 
 def test_latents_of_an_option_are_counted() -> None:
     """As many whole pages as `latent_bytes` holds, not what the context would take."""
-    page = 5 * 64 * 2 * 128
+    page = PAGE_BYTES
     few = fit(MINI, 4096, latent_bytes=3 * page + 100, vram=1 << 32)
     assert {need.name: need.nbytes for need in few.needs}["latents, 192 tokens"] == 3 * page
 
