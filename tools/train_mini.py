@@ -61,6 +61,9 @@ CALM = 0.7
 GUIDED = 1.0
 # Stages in which copies are to be said right behind the heads that copy: what is deeper finds them late.
 SAID_EARLY = ("drills", "one tool")
+# After them the heads are told everything in every so many steps only, what is hard in each.
+REMIND_EVERY = 4
+HARD_KINDS = ("copy", "evidence", "value")
 # A stage that has not reached its gate after this share of all tokens is left, and the log says so.
 PATIENCE = 0.10
 
@@ -149,11 +152,13 @@ class Trainer:
         peak = self.args.lr * (1.0 if self.stage == next(iter(STAGES)) else CALM)
         lr = learning_rate(peak, self.step, self.tokens, self.args.tokens)
         batch = self.packer.next()
-        guidance = Guidance(says=self.stage in SAID_EARLY)
+        early = self.stage in SAID_EARLY
+        everything = early or self.step % REMIND_EVERY == 0
+        guidance = Guidance(says=early, kinds=None if everything else HARD_KINDS)
         logits = self.model(batch, guidance).float()
         loss = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)
         (loss + GUIDED * guidance.loss()).backward()
-        self.looked = guidance.means()
+        self.looked |= guidance.means()
         self.crew.mean(p.grad for p in self.model.parameters() if p.grad is not None)
         self.crew.mean(layer.load for layer in self.model.moe_layers)
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)

@@ -15,6 +15,7 @@ from k2hybrid.mini_eval.author import Author
 from k2hybrid.mini_eval.conversation import Conversation
 from k2hybrid.mini_eval.words import Lexicon, published_words
 from tools.mini import vocab
+from tools.mini.cues import cue
 from tools.mini.data import Lessons
 from tools.mini.declared import NOTHING, Declared, properties
 from tools.mini.guidance import HEADS, Guidance
@@ -24,7 +25,18 @@ from tools.mini.render import encode
 
 ROOT = Path(__file__).resolve().parents[2]
 WORDS = published_words(ROOT / "tests" / "golden" / "tiktoken.model", limit=3000)
-KINDS = ("repeat", "look_up", "member", "declared", "served", "first_tool", "few_tools", "tools", "talk")
+KINDS = (
+    "repeat",
+    "look_up",
+    "member",
+    "declared",
+    "served",
+    "thought",
+    "first_tool",
+    "few_tools",
+    "tools",
+    "talk",
+)
 
 
 @pytest.fixture(scope="module")
@@ -176,3 +188,11 @@ def test_a_crew_trains_on_the_mean_and_does_what_the_leader_says() -> None:
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=120, check=True
     )
     assert done.stdout.splitlines() == ["True [[0.5, 0.5, 0.5], [0.5, 0.5, 0.5]] [5.0] 7"]
+
+
+def test_cues_are_words_of_the_request_that_few_domains_share() -> None:
+    distance = {"name": "get_distance", "description": "Distance between two places."}
+    assert cue(distance, "How far is it from Oslo to Rome?") == "far"
+    multiply = {"name": "multiply", "description": "Multiplies a and b."}
+    assert cue(multiply, "22 * 921.4") == "*"
+    assert cue({"name": "get_river_color"}, "How far is it from Oslo to Rome?") is None

@@ -7,7 +7,7 @@ the logarithm of its share on the right position joins the loss, for these kinds
     current    where the next name is to be said → the end of the declared name that was dealt with
     word       a word of a name → the same word in the request; the first token of all where it was not said
     copy       a token to be said → the token that it copies
-    value      where a value begins → its first token in the request or in a result
+    value      where a value begins → the verdict on its parameter, which looked at its first token
     free       a token to be said that is no copy → the first token of all
     gather     a verdict → the word of the name that decides it
     evidence   a verdict → what in the request decides it; the first token of all where nothing does
@@ -45,16 +45,22 @@ WEIGHTS = {"free": 0.3}
 class Guidance:
     """Sums of −ln(share) over the guided positions of a batch, and their numbers, by kind.
 
-    `says`: whether the head of the model is to say copies right behind the heads that copy, too.
+    `kinds`: those that count (None: all). `says`: whether the head of the model is to say copies right behind
+    the heads that copy, too.
     """
 
     says: bool = False
+    kinds: tuple[str, ...] | None = None
     sums: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
     def of_layer(self, index: int) -> Guided | None:
         """What guides the heads of a layer; None where nothing does."""
-        heads = {kind: (first, end) for kind, (layer, first, end) in HEADS.items() if layer == index}
+        heads = {
+            kind: (first, end)
+            for kind, (layer, first, end) in HEADS.items()
+            if layer == index and (self.kinds is None or kind in self.kinds)
+        }
         return Guided(self, heads) if heads else None
 
     def add(self, kind: str, loss: Tensor, count: int) -> None:

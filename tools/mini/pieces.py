@@ -31,7 +31,7 @@ class Place:
 class Piece:
     """Text that the assistant says or reads. `copied`: its source. `current`: what it comes after, in the
     declaration. `evidence`: what decides it. `words`: where each of its words ends, and how the user said it.
-    `gathers`: which word of the last name decides. `begins`: its first token is chosen, not continued.
+    `gathers`: which word of the last name decides. `begins`: a verdict found its first token.
     """
 
     text: str
@@ -56,6 +56,7 @@ class _Assembly:
         self.example = Example([], [])
         self.text = as_text(declared.ids)
         self.word_ends: list[int] = []
+        self.verdict = NOTHING
         self.regions: dict[str, int] = {"all": len(declared.ids)}
 
     def add_all(self, pieces: Iterable[Piece]) -> Example:
@@ -72,7 +73,7 @@ class _Assembly:
         first = len(self.text) - 1
         if (source := self._look(piece.copied, ids)) is not None:
             pairs = [(first + i, source + i) for i in range(len(ids))]
-            self._guide("value", pairs[:1] if piece.begins else [])
+            self._guide("value", [(first, self.verdict)] if piece.begins else [])
             self._guide("copy", pairs[1:] if piece.begins else pairs)
         elif piece.learn and piece.copied is None:
             self._guide("free", [(first + i, NOTHING) for i in range(len(ids))])
@@ -80,6 +81,7 @@ class _Assembly:
             self._guide("current", [(first, piece.current)])
         if (decides := self._look(piece.evidence, ids)) is not None:
             self._guide("evidence", [(first, decides)])
+            self.verdict = first
         if piece.gathers is not None:
             self._guide("gather", [(first, self.word_ends[piece.gathers])])
         if piece.words:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from k2hybrid.mini_eval.frames import GET_VERBS
+from tools.mini.cues import cue
 from tools.mini.declared import NOTHING, Declared, properties
 from tools.mini.pieces import Piece, Place
 
@@ -21,6 +22,7 @@ def walk_line(declared: Declared, name: str, serves: bool, user: str, current: i
     decides = deciding(name, words, serves=serves)
     said = next((said for _, said in reversed(words) if said not in (None, *GET_VERBS)), None)
     if serves:
+        said = said or cue(declared.tools[name], user)
         yield Piece("yes", True, gathers=decides, evidence=Place(("user",), text=said) if said else None)
         yield Piece(" ", True)
         yield Piece(name, True, place)
@@ -89,29 +91,28 @@ def _value_start(value: Any) -> Place | None:
     return Place(("results", "user", "all"), text=str(value))
 
 
-def _value(declared: Declared, tool: str, parameter: str, value: Any) -> Iterator[Piece]:
+def _value(declared: Declared, tool: str, parameter: str, value: Any, begins: bool = True) -> Iterator[Piece]:
     """A JSON value in pieces: what the user or a result said, and names from the declaration."""
-    if isinstance(value, str):
-        inner = json.dumps(value, ensure_ascii=False)[1:-1]
-        yield Piece('"', True)
-        yield Piece(inner, True, Place(("results", "user", "all")), begins=True)
-        yield Piece('"', True)
-    elif isinstance(value, bool):
+    if isinstance(value, bool):
         yield Piece(json.dumps(value), True)
+    elif isinstance(value, str | int | float):
+        quote = '"' * isinstance(value, str)
+        inner = json.dumps(value, ensure_ascii=False).removeprefix(quote).removesuffix(quote)
+        yield Piece(quote, True)
+        yield Piece(inner, True, Place(("results", "user", "all")), begins=begins)
+        yield Piece(quote, True)
     elif isinstance(value, list):
         yield Piece("[", True)
         for at, each in enumerate(value):
             if at:
                 yield Piece(", ", True)
-            yield from _value(declared, tool, parameter, each)
+            yield from _value(declared, tool, parameter, each, begins and at == 0)
         yield Piece("]", True)
-    elif isinstance(value, dict):
+    else:
         yield Piece("{", True)
         for at, (key, each) in enumerate(value.items()):
             yield Piece(', "' if at else '"', True)
             yield Piece(key, True, declared.inside(tool, parameter, '"', key, '":{'))
             yield Piece('": ', True)
-            yield from _value(declared, tool, parameter, each)
+            yield from _value(declared, tool, parameter, each, begins and at == 0)
         yield Piece("}", True)
-    else:
-        yield Piece(json.dumps(value), True, Place(("results", "user", "all")), begins=True)
