@@ -57,6 +57,14 @@ class Author:
             if len(tool.parameters) == 1:
                 return tool
 
+    def everyday_tool(self, rng: random.Random) -> Tool:
+        """A tool that people ask for in words of their own."""
+        return self._toolbox.everyday(rng)
+
+    def request(self, rng: random.Random, tool: Tool) -> str:
+        """One request for a tool."""
+        return self._requests.one(rng, tool).text
+
     def small_tool(self, rng: random.Random) -> Tool:
         """A tool of random words with a short declaration, for drills."""
         return self._toolbox.small(rng)

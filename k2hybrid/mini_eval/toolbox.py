@@ -144,8 +144,12 @@ class Toolbox:
     def tool(self, rng: random.Random) -> Tool:
         """Any tool."""
         if rng.random() < 0.55:
-            return self._of_domain(rng, rng.choice(DOMAINS))
+            return self.everyday(rng)
         return self._random_query(rng) if rng.random() < 0.6 else self._random_action(rng)
+
+    def everyday(self, rng: random.Random) -> Tool:
+        """One of the domains."""
+        return self._of_domain(rng, rng.choice(DOMAINS))
 
     def small(self, rng: random.Random) -> Tool:
         """Random words: a name, and few parameters without descriptions."""

@@ -17,7 +17,7 @@ from tools.mini.declared import Declared
 from tools.mini.packing import Lesson
 from tools.mini.pieces import Example, Piece, Place, assemble
 from tools.mini.render import ASSISTANT, Speaker, encode
-from tools.mini.thoughts import call_line, deciding, walk_line, words_said
+from tools.mini.thoughts import call_line, deciding, verdict, walk_line, words_said
 from tools.mini.vocab import N_SPECIAL
 
 # The curriculum: shares of lessons in each stage. A lesson of tools holds several conversations.
@@ -51,11 +51,12 @@ STAGES: dict[str, dict[str, float]] = {
     },
     "full mix": {
         "repeat": 0.07,
-        "look_up": 0.06,
-        "declared": 0.10,
-        "member": 0.04,
-        "served": 0.11,
-        "thought": 0.27,
+        "look_up": 0.05,
+        "declared": 0.08,
+        "member": 0.03,
+        "asked": 0.12,
+        "served": 0.08,
+        "thought": 0.25,
         "few_tools": 0.03,
         "tools": 0.14,
         "talk": 0.18,
@@ -110,6 +111,8 @@ class Lessons:
                 return self._declared()
             case "member":
                 return Lesson([], [self._member() for _ in range(2)])
+            case "asked":
+                return Lesson([], [self._asked() for _ in range(3)])
             case "served":
                 return self._served()
             case "thought":
@@ -187,6 +190,24 @@ class Lessons:
                 pieces += [Piece("yes", True, gathers=decides, evidence=at), Piece(f" {name}\n", True)]
             else:
                 pieces += [Piece("no", True, gathers=decides), Piece("\n", True)]
+        return assemble(pieces, self.nothing)
+
+    def _asked(self) -> Example:
+        """A request in everyday words, then names of everyday tools, one of which serves."""
+        rng = self.rng
+        tools = [self.author.everyday_tool(rng) for _ in range(rng.randint(3, 7))]
+        asked = rng.choice(tools)
+        user = self.author.request(rng, asked)
+        pieces = [
+            Piece("<|im_user|>user<|im_middle|>"),
+            Piece(user, opens="user"),
+            Piece(f"<|im_end|>{ASSISTANT}<think>"),
+        ]
+        for tool in {tool.want: tool for tool in [*tools, asked]}.values():
+            words = words_said(tool.name, user)
+            pieces += [Piece(tool.name, words=words), Piece(":")]
+            pieces += verdict(tool.declaration["function"], words, user, serves=tool is asked)
+            pieces.append(Piece(f" {tool.name}\n" if tool is asked else "\n"))
         return assemble(pieces, self.nothing)
 
     def _served(self) -> Lesson:

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 
 from tools.mini.declared import NOTHING, Declared, Guides, as_text
 
+# Of each word of a name: where it ends, and how the user said it, if they did.
+Words = tuple[tuple[int, str | None], ...]
+
 
 @dataclass
 class Example:
@@ -39,7 +42,7 @@ class Piece:
     copied: Place | int | None = None
     current: int | None = None
     evidence: Place | int | None = None
-    words: tuple[tuple[int, str | None], ...] = ()
+    words: Words = ()
     gathers: int | None = None
     begins: bool = False
     opens: str | None = None

@@ -10,7 +10,7 @@ from typing import Any
 from k2hybrid.mini_eval.frames import GET_VERBS
 from tools.mini.cues import cue
 from tools.mini.declared import NOTHING, Declared, properties
-from tools.mini.pieces import Piece, Place
+from tools.mini.pieces import Piece, Place, Words
 
 
 def walk_line(declared: Declared, name: str, serves: bool, user: str, current: int | None) -> Iterator[Piece]:
@@ -19,18 +19,24 @@ def walk_line(declared: Declared, name: str, serves: bool, user: str, current: i
     words = words_said(name, user)
     yield Piece(name, True, place, current, words=words)
     yield Piece(":", True)
-    decides = deciding(name, words, serves=serves)
-    said = next((said for _, said in reversed(words) if said not in (None, *GET_VERBS)), None)
+    yield from verdict(declared.tools[name], words, user, serves=serves)
     if serves:
-        said = said or cue(declared.tools[name], user)
-        yield Piece("yes", True, gathers=decides, evidence=Place(("user",), text=said) if said else None)
         yield Piece(" ", True)
         yield Piece(name, True, place)
+
+
+def verdict(function: dict[str, Any], words: Words, user: str, *, serves: bool) -> Iterator[Piece]:
+    """yes or no, with the words that decide it."""
+    decides = deciding(function["name"], words, serves=serves)
+    said = next((said for _, said in reversed(words) if said not in (None, *GET_VERBS)), None)
+    if serves:
+        said = said or cue(function, user)
+        yield Piece("yes", True, gathers=decides, evidence=Place(("user",), text=said) if said else None)
     else:
         yield Piece("no", True, gathers=decides, evidence=None if said else NOTHING)
 
 
-def deciding(name: str, words: tuple[tuple[int, str | None], ...], *, serves: bool) -> int | None:
+def deciding(name: str, words: Words, *, serves: bool) -> int | None:
     """Which word of a name decides whether the tool serves: one that the user did not say, else the last one.
 
     None where the words do not tell: tools are asked for in other words, too.
@@ -45,7 +51,7 @@ def deciding(name: str, words: tuple[tuple[int, str | None], ...], *, serves: bo
     return unsaid[-1] if unsaid else None
 
 
-def words_said(name: str, user: str) -> tuple[tuple[int, str | None], ...]:
+def words_said(name: str, user: str) -> Words:
     """For each word of a name its end, and the word as the user said it, if they did."""
     said = {word.lower(): word for word in re.findall(r"[^\W_]+", user)}
     words = re.finditer(r"[A-Z]?[a-z]+|[A-Z]+|\d+", name)
