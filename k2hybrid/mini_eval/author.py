@@ -9,8 +9,8 @@ from dataclasses import replace
 
 from k2hybrid.mini_eval import decimals, frames, thinking
 from k2hybrid.mini_eval.conversation import DEFAULT_SYSTEM, Call, Conversation, Step, Turn
+from k2hybrid.mini_eval.dealt import listed
 from k2hybrid.mini_eval.requests import Request, Requests
-from k2hybrid.mini_eval.split import frames_of
 from k2hybrid.mini_eval.toolbox import Tool, Toolbox, Toolset
 from k2hybrid.mini_eval.words import Lexicon
 
@@ -26,10 +26,10 @@ class Author:
         self._toolbox = Toolbox(lexicon)
         self._requests = Requests(lexicon)
         side = self._side = lexicon.side
-        self._both, self._chains = frames_of(side, frames.BOTH), frames_of(side, frames.CHAINS)
-        self._bare = frames_of(side, frames.BARE_QUERIES)
+        self._both, self._chains = listed(side, "BOTH"), listed(side, "CHAINS")
+        self._bare = listed(side, "BARE_QUERIES")
         self._talk: dict[str, tuple[str, ...]] = {
-            name.lower(): frames_of(side, getattr(frames, name))
+            name.lower(): listed(side, name)
             for name in (
                 "GREETINGS",
                 "WHO",

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from k2hybrid.mini_eval import frames
-from k2hybrid.mini_eval.split import frames_of
+from k2hybrid.mini_eval.dealt import listed
 from k2hybrid.mini_eval.toolbox import Parameter, Tool
 from k2hybrid.mini_eval.words import Lexicon
 
@@ -30,11 +30,11 @@ class Requests:
     def __init__(self, lexicon: Lexicon) -> None:
         self._lexicon = lexicon
         side = lexicon.side
-        self._mentions = frames_of(side, frames.MENTIONS)
-        self._yes, self._no = frames_of(side, frames.YES), frames_of(side, frames.NO)
-        self._heads, self._tails = frames_of(side, frames.HEADS), frames_of(side, frames.TAILS)
-        self._several = frames_of(side, frames.SEVERAL)
-        self._follow_ups = frames_of(side, frames.FOLLOW_UPS)
+        self._mentions = listed(side, "MENTIONS")
+        self._yes, self._no = listed(side, "YES"), listed(side, "NO")
+        self._heads, self._tails = listed(side, "HEADS"), listed(side, "TAILS")
+        self._several = listed(side, "SEVERAL")
+        self._follow_ups = listed(side, "FOLLOW_UPS")
 
     def one(self, rng: random.Random, tool: Tool) -> Request:
         """One call of `tool`, with the words people put around a request."""

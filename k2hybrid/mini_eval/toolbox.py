@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from k2hybrid.mini_eval import frames
+from k2hybrid.mini_eval.dealt import listed, of_domain
 from k2hybrid.mini_eval.domains import DOMAINS, ROLES, Domain
-from k2hybrid.mini_eval.split import frames_of
 from k2hybrid.mini_eval.words import Lexicon
 
 # JSON type by kind of value; every other kind is a string.
@@ -114,12 +114,12 @@ class Toolbox:
     def __init__(self, lexicon: Lexicon) -> None:
         self._lexicon = lexicon
         side = lexicon.side
-        self._frames = {id(d): frames_of(side, d.frames) for d in DOMAINS}
-        self._descriptions = frames_of(side, frames.DESCRIPTIONS)
-        self._action_descriptions = frames_of(side, frames.ACTION_DESCRIPTIONS)
-        self._queries = frames_of(side, frames.QUERIES)
-        self._bare = frames_of(side, frames.BARE_QUERIES)
-        self._actions = frames_of(side, frames.ACTIONS)
+        self._frames = {id(d): of_domain(side, d) for d in DOMAINS}
+        self._descriptions = listed(side, "DESCRIPTIONS")
+        self._action_descriptions = listed(side, "ACTION_DESCRIPTIONS")
+        self._queries = listed(side, "QUERIES")
+        self._bare = listed(side, "BARE_QUERIES")
+        self._actions = listed(side, "ACTIONS")
 
     # ---- sets ----------------------------------------------------------------------------------------------
 

@@ -11,16 +11,17 @@ import re
 from typing import Any
 
 from k2hybrid.mini_eval.domains import DOMAINS
+from k2hybrid.mini_eval.everyday_frames import MORE_FRAMES
 
 _WORDS = re.compile(r"[a-z]+|[*+]")
-_MOST = 4  # of domains in whose frames a cue may occur
+_MOST = 6  # of domains in whose frames a cue may occur
 
 
 def _words(frames: tuple[str, ...]) -> set[str]:
     return {word for frame in frames for word in _WORDS.findall(re.sub(r"\{\w+\}", " ", frame).lower())}
 
 
-_FRAME_WORDS = [_words(domain.frames) for domain in DOMAINS]
+_FRAME_WORDS = [_words((*domain.frames, *MORE_FRAMES[domain.names[0]])) for domain in DOMAINS]
 _SPREAD = collections.Counter(word for words in _FRAME_WORDS for word in words)
 
 
