@@ -17,6 +17,9 @@ from k2hybrid.mini_eval.words import Lexicon
 # How many tools are declared together, and how often; talk has none.
 _SIZES, _SIZE_WEIGHTS = (1, 2, 3, 4, 5, 6, 7, 8), (30, 14, 12, 10, 10, 9, 8, 7)
 
+# Tools that serve what is otherwise answered, or refused, without one.
+_ADDING, _EXPLAINING = {"sum"}, {"definition", "recipe", "search"}
+
 
 class Author:
     """Draws toolsets, and conversations over them."""
@@ -182,7 +185,7 @@ class Author:
         value = self.lexicon.draw(rng, source.kind)
         key = self.lexicon.draw(rng, link.kind)
         text = rng.choice(self._chains).format(k=first.want, v=value, t=second.want)
-        if rng.random() < 0.3:
+        if rng.random() < 0.3 and not text.startswith(str(value)):
             text = text[0].lower() + text[1:]
         found: dict[str, object] = {link.name: key}
         if rng.random() < 0.2:
@@ -257,9 +260,10 @@ class Author:
                 text = rng.choice(self._bare).format(t=tool.want)
                 seen = f"{thinking.walk(toolset.tools, [tool])}\n{thinking.call_line(tool, {})}"
                 return Turn(text, f"Please tell me the {missing}.", f"{seen}\nThe {missing} is missing.")
+        wants = {tool.want for tool in toolset.tools}
         kind = rng.choices(
             ["greeting", "who", "thanks", "beyond", "sum", "facts", "decimals", "echo"],
-            [14, 14, 8, 12, 12, 20, 14, 6],
+            [14, 14, 8, 0 if wants & _EXPLAINING else 12, 0 if wants & _ADDING else 12, 20, 14, 6],
         )[0]
         turn = self.talk_turn(rng, kind, system)
         if kind == "beyond":

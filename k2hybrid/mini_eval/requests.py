@@ -93,7 +93,8 @@ class Requests:
             text = text.replace(slot, self._spoken(rng, parameter, values[parameter.name], at_end=last))
         if further:
             mentions = [self._mention(rng, p, values[p.name], at_end=p is further[-1]) for p in further]
-            text = self._attach(rng, text, mentions, end)
+            said_first = mentions[0].startswith(_opening(values[further[0].name]))
+            text = self._attach(rng, text, mentions, end, capitalize=not said_first)
         else:
             text += end
         scalars = [
@@ -107,8 +108,13 @@ class Requests:
         used = [p for p in tool.parameters if p.name in values]
         return Request(tool, arguments, text, about, frozenset(p.json_type for p in used))
 
-    def _attach(self, rng: random.Random, text: str, mentions: list[str], end: str) -> str:
-        """The further arguments behind the request, in front of it, or as a sentence of their own."""
+    def _attach(
+        self, rng: random.Random, text: str, mentions: list[str], end: str, *, capitalize: bool
+    ) -> str:
+        """The further arguments behind the request, in front of it, or as a sentence of their own.
+
+        A value that stands first keeps its letters: then nothing is capitalized.
+        """
         draw = rng.random()
         listed = mentions[0]
         for mention in mentions[1:]:
@@ -136,11 +142,11 @@ class Requests:
                 + end
             )
         if draw < 0.85:
-            if rng.random() < 0.6:
+            if rng.random() < 0.6 and capitalize:
                 listed = listed[0].upper() + listed[1:]
             return f"{text}{end or '.'} {listed}{rng.choice(['.', '', '.'])}"
         return (
-            f"{listed[0].upper() + listed[1:] if rng.random() < 0.5 else listed}: {text}{end}"
+            f"{listed[0].upper() + listed[1:] if rng.random() < 0.5 and capitalize else listed}: {text}{end}"
             if draw < 0.93
             else f"{text} ({listed}){end}"
         )
@@ -232,3 +238,10 @@ class Requests:
             if join != " and " or len(parts) == 2
             else ", ".join(parts[:-1]) + " and " + parts[-1]
         )
+
+
+def _opening(value: Any) -> str:
+    """What a value begins with where it is said."""
+    while isinstance(value, list):
+        value = value[0]
+    return "\0" if isinstance(value, dict | bool) else str(value)
