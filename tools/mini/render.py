@@ -100,9 +100,10 @@ class Speaker:
             return
         at = 0
         for told in turn.told:
-            found = turn.answer.find(told, at)
-            if found < 0:
+            whole = re.compile(rf"(?<!\w){re.escape(told)}(?!\w)").search(turn.answer, at)
+            if whole is None:
                 continue
+            found = whole.start()
             yield from _leading(turn.answer[at:found])
             yield Piece(told, True, Place(("results", "user")))
             at = found + len(told)
