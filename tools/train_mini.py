@@ -157,7 +157,7 @@ class Trainer:
         guidance = Guidance(says=early, kinds=None if everything else HARD_KINDS)
         logits = self.model(batch, guidance).float()
         loss = F.cross_entropy(logits, batch.labels, ignore_index=IGNORED)
-        (loss + GUIDED * guidance.loss()).backward()
+        (loss + GUIDED * guidance.loss()).backward()  # type: ignore[no-untyped-call]
         self.looked |= guidance.means()
         self.crew.mean(p.grad for p in self.model.parameters() if p.grad is not None)
         self.crew.mean(layer.load for layer in self.model.moe_layers)

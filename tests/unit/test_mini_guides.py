@@ -87,7 +87,8 @@ def test_names_are_found_in_their_declarations(encoding: tiktoken.Encoding) -> N
         order: list[tuple[int, int]] = []
         for tool in conversation.tools:
             function = tool["function"]
-            places = {None: declared.names[function["name"]], **declared.parameters[function["name"]]}
+            places: dict[str | None, int] = {None: declared.names[function["name"]]}
+            places.update(declared.parameters[function["name"]].items())
             assert list(places)[1:] == sorted(properties(function))
             for parameter, start in places.items():
                 end = declared.ends[function["name"], parameter]
@@ -147,7 +148,7 @@ def test_the_loss_is_minus_the_logarithm_of_the_share(encoding: tiktoken.Encodin
             projected[layer] = project(*args)
             return projected[layer]
 
-        attention.project = spy  # type: ignore[method-assign]
+        attention.project = spy  # type: ignore[method-assign, assignment]
 
     for layer in {layer for layer, _, _ in HEADS.values()}:
         remember(layer)

@@ -56,7 +56,7 @@ class Crew:
         flat = torch.cat([part.flatten() for part in parts])
         dist.all_reduce(flat)
         flat /= self.size
-        for part, mean in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        for part, mean in zip(parts, torch.split(flat, [part.numel() for part in parts]), strict=True):
             part.copy_(mean.view_as(part))
 
     def told(self, value: int) -> int:

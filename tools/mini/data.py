@@ -182,9 +182,9 @@ class Lessons:
                 parts[rng.randrange(len(parts))] = rng.choice(others)
             verb = [rng.choice(GET_VERBS)] if rng.random() < 0.5 else []
             name = rng.choice("___-.").join([*verb, *parts])
-            words = words_said(name, user)
-            pieces += [Piece(name, words=words), Piece(":")]
-            decides = deciding(name, words, serves=serves)
+            heard = words_said(name, user)
+            pieces += [Piece(name, words=heard), Piece(":")]
+            decides = deciding(name, heard, serves=serves)
             if serves:
                 at = Place(("user",), text=parts[-1])
                 pieces += [Piece("yes", True, gathers=decides, evidence=at), Piece(f" {name}\n", True)]

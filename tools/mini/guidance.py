@@ -92,7 +92,7 @@ class Guided:
             if not any(segment.guides.get(kind) for segment in segments):
                 continue
             lengths = [segment.length for segment in segments]
-            queries, keys = (t[first:end].split(lengths, 1) for t in (q, k))
+            queries, keys = (torch.split(t[first:end], lengths, 1) for t in (q, k))
             for segment, own_q, own_k in zip(segments, queries, keys, strict=True):
                 if not (pairs := segment.guides.get(kind)):
                     continue

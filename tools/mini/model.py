@@ -234,7 +234,7 @@ class _Attend(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         saved = ctx.saved_tensors
         heads, _, size = saved[2].shape
-        g_out = grads[0].unflatten(1, (heads, size)).transpose(0, 1)
+        g_out = grads[0].view(-1, heads, size).transpose(0, 1)
         total = g_out.shape[1]
         g_q = g_out.new_empty(heads, total, saved[0].shape[2])
         g_k = torch.zeros_like(g_q)

@@ -38,9 +38,9 @@ def start_near_copying(model: MiniModel) -> None:
     _look_back(model.blocks[0].self_attn, constant / constant.norm(), seen, model.inv_freq)
     for layer in model.blocks[_FIRST_COPIER:]:
         _repeat_what_is_seen(layer.self_attn)
-    layer, first, end = HEADS["copy"]
+    index, first, end = HEADS["copy"]
     size = config.v_head_dim
-    model.blocks[layer].self_attn.o_proj.weight[:, first * size : end * size] *= 6
+    model.blocks[index].self_attn.o_proj.weight[:, first * size : end * size] *= 6
 
 
 def _look_back(attention: Attention, unit: torch.Tensor, seen: float, inv_freq: torch.Tensor) -> None:
