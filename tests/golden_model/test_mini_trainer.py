@@ -18,9 +18,11 @@ def test_the_trainers_logits_are_the_exported_ones() -> None:
     assert spec.q_lora_rank is not None
     config = MiniConfig(
         vocab_size=spec.vocab_size,
+        num_hidden_layers=spec.num_layers,
         num_attention_heads=spec.num_heads,
         q_lora_rank=spec.q_lora_rank,
         kv_lora_rank=spec.kv_lora_rank,
+        v_head_dim=spec.v_head_dim,
         compute=torch.float32,
     )
     model = MiniModel(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,9 @@ def test_routes_and_look_ahead_of_the_built_in_model(tmp_path: Path, scaled: boo
         return watched
 
     with open_runtime(RuntimeConfig(threads=1, idle_prefill=False), wrapped=wrapped) as runtime:
-        for _ in runtime.chat(next(requests(1))):
-            pass
+        for request in itertools.islice(requests(1), 3):
+            for _ in runtime.chat(request):
+                pass
         routers = {
             at: (layer.feed_forward.router, layer.post_norm.weight)
             for at, layer in enumerate(networks[0].layers)
