@@ -65,7 +65,7 @@ SAID_EARLY = ("drills", "one tool")
 REMIND_EVERY = 4
 HARD_KINDS = ("copy", "evidence", "value")
 # A stage that has not reached its gate after this share of all tokens is left, and the log says so.
-PATIENCE = 0.10
+PATIENCE = 0.08
 
 
 def learning_rate(peak: float, step: int, tokens: int, total: float) -> float:

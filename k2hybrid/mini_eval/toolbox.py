@@ -34,7 +34,18 @@ _RANDOM_KINDS = (
 )
 _RANDOM_WEIGHTS = (18, 12, 8, 12, 6, 10, 12, 9, 3, 8, 4, 3)
 # Tools whose requests nobody could tell apart.
-_CONFUSABLE = ({"weather", "forecast"}, {"search", "products"}, {"definition", "user"}, {"news", "search"})
+_CONFUSABLE = (
+    {"weather", "forecast"},
+    {"search", "products"},
+    {"definition", "user"},
+    {"news", "search"},
+    {"note", "reminder", "task"},
+    {"route", "distance"},
+    {"list", "order"},
+    {"list", "recipe"},
+    {"products", "order"},
+    {"products", "stock"},
+)
 
 
 @dataclass(frozen=True)
