@@ -70,7 +70,7 @@ class Prefill:
     def copy_rate(self) -> float:
         """Bytes a second of a page-locked copy."""
         copies = self._made.device.copies
-        taken = seconds(lambda: copies.copy(self._there, self._host, copies.fence()).wait())
+        taken = seconds(lambda: copies.copy(self._there, [self._host], copies.fence()).wait())
         return self._host.nbytes / taken
 
 

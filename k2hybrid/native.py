@@ -349,6 +349,20 @@ class FillProgress(NamedTuple):
     running: bool
 
 
+class Span(NamedTuple):
+    """Memory of this process."""
+
+    address: int
+    nbytes: int
+
+
+class Loan(NamedTuple):
+    """An expert in its slot: its bytes in the order of `NativeStore.copy`, and the slot's memory by node."""
+
+    parts: tuple[Span, ...]
+    memory: tuple[Span, ...]
+
+
 class NativeStore:
     """Where the bytes of all routed experts lie, [layer][expert]; see `csrc/experts/store.h`.
 
@@ -443,6 +457,30 @@ class NativeStore:
             raise NativeError(f"an expert has {self.expert_bytes} bytes, and {to.numel()} are no room for it")
         with _errors():
             return bool(self.handle.copy(layer, expert, to.data_ptr()))
+
+    def lend(self, layer: int, expert: int) -> Loan | None:
+        """An expert's bytes in its slot, which stays as it is until `give_back`, once a loan. Any thread.
+
+        The slot's memory stays the process's own until the slots are closed, so that it can be page-locked.
+
+        Returns:
+            None: it is in no slot, or not yet.
+        """
+        with _errors():
+            found = self.handle.lend(layer, expert)
+        if found is None:
+            return None
+        parts, memory = found
+        return Loan(tuple(Span(*part) for part in parts), tuple(Span(*slot) for slot in memory))
+
+    def give_back(self, layer: int, expert: int) -> None:
+        """End a loan.
+
+        Raises:
+            NativeError: nobody borrowed it.
+        """
+        with _errors():
+            self.handle.give_back(layer, expert)
 
     def pins(self, layer: int, expert: int) -> int:
         """Tickets that read this expert now."""

@@ -25,6 +25,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"dense_weights": "int8", "hot_experts": SOME_HOT},
     {"dense_weights": "fp8", "latent_rows": "fp8", "hot_experts": 0},
     {"dense_weights": "int8", "latent_rows": "fp8"},
+    {"hot_experts": 0, "expert_place": "resident"},
 ]
 SESSIONS, TURNS = 3, 3
 
@@ -83,6 +84,8 @@ def check_streamed(device: str, options: dict[str, Any], monkeypatch: pytest.Mon
         layers = len(card.runtime.spec.moe_layers)
         for prompt in prompts:
             card.answer([prompt], 24)
+        locked = card.runtime.status()["device"]["locked_bytes"]
+    assert (locked > 0) == (options.get("expert_place") == "resident")
     assert max(streamed) == 256
     assert len(streamed) >= 3 * layers  # 300 and 600 tokens have three whole chunks
     agreement(cpu.told.seen, card.told.seen).check()

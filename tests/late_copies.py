@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 
 import torch
 
-from k2hybrid.experts.copies import Arrival, Fence, InlineCopies
+from k2hybrid.experts.copies import Arrival, Fence, InlineCopies, copy_pieces
 
 
 class LateCopies(InlineCopies):
@@ -18,13 +19,30 @@ class LateCopies(InlineCopies):
     Attributes:
         copied: bytes, of copies beside the compute.
         pending: copies that did not happen yet.
+        lockable: so many times memory can be locked.
+        locked: bytes by address.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, lockable: int = 1000) -> None:
+        self.lockable = lockable
+        self.locked: dict[int, int] = {}
         self.copied = 0
         self.pending = 0
         self._work = 0
         self._last_read: dict[int, int] = {}
+
+    def lock(self, address: int, nbytes: int) -> str:
+        """See `CopyEngine.lock`."""
+        assert address not in self.locked
+        if len(self.locked) == self.lockable:
+            return "no more"
+        self.locked[address] = nbytes
+        return ""
+
+    def unlock(self, address: int) -> None:
+        """See `CopyEngine.unlock`."""
+        assert not self.pending
+        del self.locked[address]
 
     def computed(self, memory: torch.Tensor) -> None:
         """Work that reads `memory` was queued."""
@@ -35,7 +53,7 @@ class LateCopies(InlineCopies):
         """See `CopyEngine.fence`."""
         return _LateFence(self._work)
 
-    def copy(self, to: torch.Tensor, host: torch.Tensor, after: Fence) -> Arrival:
+    def copy(self, to: torch.Tensor, host: Sequence[torch.Tensor], after: Fence) -> Arrival:
         """See `CopyEngine.copy`."""
         assert isinstance(after, _LateFence)
         assert after.work >= self._last_read.get(to.data_ptr(), 0), "device memory is still being read"
@@ -52,7 +70,7 @@ class _LateFence:
 
 
 class _LateArrival:
-    def __init__(self, copies: LateCopies, to: torch.Tensor, host: torch.Tensor) -> None:
+    def __init__(self, copies: LateCopies, to: torch.Tensor, host: Sequence[torch.Tensor]) -> None:
         self._copies, self._to, self._host = copies, to, host
         self._over = False
         self._lock = threading.Lock()
@@ -64,7 +82,7 @@ class _LateArrival:
     def wait(self) -> None:
         with self._lock:
             if not self._over:
-                self._to.copy_(self._host)
+                copy_pieces(self._to, self._host)
                 self._over = True
                 self._copies.pending -= 1
 

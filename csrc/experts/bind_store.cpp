@@ -54,6 +54,19 @@ py::list Arenas(const ExpertStore& self) {
   return found;
 }
 
+std::vector<std::pair<uintptr_t, size_t>> PlacesOf(const std::vector<MemorySpan>& spans) {
+  std::vector<std::pair<uintptr_t, size_t>> found;
+  for (const MemorySpan& span : spans)
+    found.emplace_back(reinterpret_cast<uintptr_t>(span.begin), span.bytes);
+  return found;
+}
+
+py::object Lend(ExpertStore& self, int layer, int expert) {
+  Loan loan;
+  if (!self.Lend(layer, expert, &loan)) return py::none();
+  return py::make_tuple(PlacesOf(loan.parts), PlacesOf(loan.memory));
+}
+
 }  // namespace
 
 void bind_store(py::module_& m) {
@@ -93,6 +106,8 @@ void bind_store(py::module_& m) {
             return self.Copy(layer, expert, reinterpret_cast<uint8_t*>(to));
           },
           py::arg("layer"), py::arg("expert"), py::arg("to"), py::call_guard<py::gil_scoped_release>())
+      .def("lend", &Lend, py::arg("layer"), py::arg("expert"))
+      .def("give_back", &ExpertStore::GiveBack, py::arg("layer"), py::arg("expert"))
       .def("close_slots", &ExpertStore::CloseSlots, py::call_guard<py::gil_scoped_release>())
       .def("pins", &ExpertStore::pins)
       .def("in_slot", &ExpertStore::in_slot)

@@ -37,6 +37,11 @@ struct ExpertView {
   std::array<Int4Matrix, kMaxNodes> down;  // [down rows of the node, inter]
 };
 
+struct MemorySpan {
+  const void* begin;
+  size_t bytes;
+};
+
 // Where an expert's bytes are, in memory: gate, up, down.
 struct ExpertBytes {
   const uint8_t* packed[3] = {};

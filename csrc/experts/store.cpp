@@ -366,8 +366,54 @@ bool ExpertStore::Release(int layer, int expert) {
   const int slot = entry.slot;
   memory_->Mark(slot, false);
   Free(entry);
-  for (int node = 0; node < layout_.nodes(); ++node) memory_->Forget(slot, node);
+  if (!slots_[slot].lent)
+    for (int node = 0; node < layout_.nodes(); ++node) memory_->Forget(slot, node);
   return true;
+}
+
+std::vector<MemorySpan> ExpertStore::Parts(const ExpertView& view) const {
+  std::vector<MemorySpan> parts;
+  const auto add = [&](const void* from, const void* end) {
+    parts.push_back(
+        {from, static_cast<size_t>(static_cast<const char*>(end) - static_cast<const char*>(from))});
+  };
+  const std::array<Int4Matrix, kMaxNodes>* const matrices[] = {&view.gate, &view.up, &view.down};
+  for (const auto* matrix : matrices)
+    for (int node = 0; node < layout_.nodes(); ++node)
+      add((*matrix)[node].packed, (*matrix)[node].PackedRow((*matrix)[node].out));
+  for (const auto* matrix : matrices)
+    for (int node = 0; node < layout_.nodes(); ++node)
+      add((*matrix)[node].scale, (*matrix)[node].ScaleRow((*matrix)[node].out));
+  return parts;
+}
+
+bool ExpertStore::Lend(int layer, int expert, Loan* loan) {
+  Entry& entry = At(layer, expert);
+  ExpertView view;
+  {
+    const std::lock_guard lock(mutex_);
+    if (entry.state.load() != kIn) return false;
+    View(entry, &view);
+    ++entry.copies;
+    ++copies_;
+    slots_[entry.slot].lent = true;
+  }
+  loan->parts = Parts(view);
+  loan->memory.clear();
+  for (int node = 0; node < layout_.nodes(); ++node)
+    loan->memory.push_back({memory_->at(entry.slot, node), layout_.slot_bytes(node)});
+  return true;
+}
+
+void ExpertStore::GiveBack(int layer, int expert) {
+  Entry& entry = At(layer, expert);
+  {
+    const std::lock_guard lock(mutex_);
+    Require(entry.copies > 0, "an expert is given back that nobody borrowed");
+    --entry.copies;
+    --copies_;
+  }
+  arrived_.notify_all();
 }
 
 bool ExpertStore::Copy(int layer, int expert, uint8_t* to) {
@@ -387,30 +433,14 @@ bool ExpertStore::Copy(int layer, int expert, uint8_t* to) {
       layout_.ViewWhole(entry.bytes, &view);
     }
   }
-  std::vector<std::pair<const void*, size_t>> parts;
-  const auto add = [&](const void* from, const void* end) {
-    parts.emplace_back(from,
-                       static_cast<size_t>(static_cast<const char*>(end) - static_cast<const char*>(from)));
-  };
-  const std::array<Int4Matrix, kMaxNodes>* const matrices[] = {&view.gate, &view.up, &view.down};
-  for (const auto* matrix : matrices)
-    for (int node = 0; node < layout_.nodes(); ++node)
-      add((*matrix)[node].packed, (*matrix)[node].PackedRow((*matrix)[node].out));
-  for (const auto* matrix : matrices)
-    for (int node = 0; node < layout_.nodes(); ++node)
-      add((*matrix)[node].scale, (*matrix)[node].ScaleRow((*matrix)[node].out));
+  const std::vector<MemorySpan> parts = Parts(view);
   for (const auto& [from, bytes] : parts) {
     std::memcpy(to, from, bytes);
     to += bytes;
   }
   bool whole = true;
   if (in_slot) {
-    {
-      const std::lock_guard lock(mutex_);
-      --entry.copies;
-      --copies_;
-    }
-    arrived_.notify_all();
+    GiveBack(layer, expert);
   } else {
     FileMaps::Look();  // after reading: what became shorter within a page gave zeros without a signal
     for (const auto& [from, bytes] : parts) whole = whole && !FileMaps::Failed(from, bytes);

@@ -34,6 +34,12 @@ struct StoreStats {
   int64_t bytes_read = 0;
 };
 
+// An expert's bytes in its slot: in the order of its file's, and the memory of the slot on each node.
+struct Loan {
+  std::vector<MemorySpan> parts;
+  std::vector<MemorySpan> memory;
+};
+
 class ExpertStore {
  public:
   using Clock = std::chrono::steady_clock;
@@ -106,6 +112,10 @@ class ExpertStore {
   // The bytes of an expert as its file has them to `to` [expert_bytes()]: packed rows of gate, up and down, then their
   // scales. From its slot, where it stays meanwhile, else through the map. False if they could not be read.
   bool Copy(int layer, int expert, uint8_t* to);
+  // The same bytes where they lie in the expert's slot, which stays as it is until GiveBack: as many of them. False, and
+  // nothing to give back, if it is in none. The slot's memory is kept until CloseSlots: whoever borrows may lock it.
+  bool Lend(int layer, int expert, Loan* loan);
+  void GiveBack(int layer, int expert);
 
   StoreStats stats() const;
 
@@ -116,7 +126,7 @@ class ExpertStore {
     ExpertSpans spans;
     std::atomic<int> pins{0};
     std::atomic<uint8_t> state{kOut};
-    int copies = 0;  // under way, from its slot
+    int copies = 0;  // under way from its slot, and loans of it
     int slot = -1;
     double score = Recency::kNever;
   };
@@ -126,12 +136,14 @@ class ExpertStore {
     Fetch gate_up, down;
     int parts = 0;      // on their way
     bool whole = true;  // so far
+    bool lent = false;  // once, or now
   };
 
   static bool OnItsWay(uint8_t state) { return state == kFilling || state == kGateUp; }
   int Index(int layer, int expert) const;
   Entry& At(int layer, int expert) const { return entries_[Index(layer, expert)]; }
   void View(const Entry& entry, ExpertView* view) const;
+  std::vector<MemorySpan> Parts(const ExpertView& view) const;
   // The slots that `count` experts may take, worst first, as far as there are; whether others will be.
   bool Victims(size_t count, std::vector<int>* victims) const;
   void BeginFetch(int slot, int entry);

@@ -76,6 +76,11 @@ class DeviceExperts:
         """Steps of more rows are streamed."""
         return self._handoff.max_rows
 
+    @property
+    def locked_bytes(self) -> int:
+        """Of slots in RAM that experts are streamed from, page-locked."""
+        return 0 if self._streamed is None else self._streamed.locked_bytes
+
     def settle(self) -> None:
         """Until nothing is on its way to the card: what is captured then has the stream to itself."""
         self.keeper.slots.wait()

@@ -19,10 +19,11 @@ import torch
 from k2hybrid.errors import EngineError
 from k2hybrid.experts.copies import Arrival, CopyEngine, Fence
 from k2hybrid.experts.hot import Counts, Key, Move
+from k2hybrid.experts.locked_slots import Lender
 from k2hybrid.experts.placement import ExpertSizes
 
 
-class ExpertSource(Protocol):
+class ExpertSource(Lender, Protocol):
     """Where experts' bytes come from (`store.ExpertStore`)."""
 
     def copy_expert(self, layer: int, expert: int, to: torch.Tensor) -> bool:
@@ -153,7 +154,7 @@ class DeviceSlots:
     def _fill(self, key: Key, slot: int, after: Fence) -> bool:
         if not self._source.copy_expert(*key, self._staging):
             return False
-        self._copies.copy(self.bytes[slot], self._staging, after).wait()
+        self._copies.copy(self.bytes[slot], [self._staging], after).wait()
         return True
 
     def _send(self, changes: dict[Key, int]) -> None:

@@ -1,7 +1,8 @@
 """Routed experts of a large chunk: those that it uses go over the bus, through rings of buffers.
 
-    source ──threads──► ring of page-locked buffers ──copies──► ring of slots on the card ──► compute
-           ──────────────────────────────────────────────────────────────────────► the CPU: cold experts
+    page-locked slots ───────────────────────────────────┬──copies──► ring of slots on the card ──► compute
+    other sources ──threads──► ring of page-locked buffers ─╯
+                  ──────────────────────────────────────────────────────────────────► the CPU: cold experts
 
 Which expert goes which way is decided layer by layer from the routing (`split.plan_stream`), so the host
 waits once a layer for the ids. Experts that lie on the card already are computed while the first copies run;
@@ -22,8 +23,9 @@ import torch
 
 from k2hybrid.errors import ConfigError, EngineError
 from k2hybrid.experts.compute import ExpertCompute
-from k2hybrid.experts.copies import Arrival, CopyEngine, Fence
+from k2hybrid.experts.copies import CopyEngine, Fence
 from k2hybrid.experts.device_slots import DeviceSlots, ExpertSource
+from k2hybrid.experts.feed import ExpertFeed, Feeding
 from k2hybrid.experts.split import SplitRates, StreamPlan, plan_stream
 from k2hybrid.types import RoutedExperts, TicketStats
 
@@ -40,11 +42,13 @@ class StreamReport:
 
     Attributes:
         bus_bytes: counted; less than predicted where experts could not be read.
+        direct: streamed experts that went from their slots, through no buffer.
         lost: experts that could not be read.
     """
 
     plan: StreamPlan
     bus_bytes: int
+    direct: int
     lost: tuple[int, ...]
     seconds: float
 
@@ -74,8 +78,8 @@ class StreamedExperts:
         cpu: takes tensors on the CPU, at most `cpu_rows` rows a call.
         slots: experts that are on the card already.
         source: where the others' bytes come from.
-        buffers, ring: experts that fit into the page-locked memory, and into that of the card.
-        fill_threads: that copy into the former.
+        buffers, ring: experts that fit into the page-locked buffers, and into the card's memory.
+        fill_threads: that read into the former.
 
     Raises:
         ConfigError: a ring is empty, or they are larger together than `MAX_RING_BYTES`.
@@ -103,24 +107,27 @@ class StreamedExperts:
             )
         self._cpu = cpu
         self._slots = slots
-        self._source = source
         self._compute = compute
         self._copies = copies
         self._rates = rates
         self._cpu_rows = cpu_rows
         device = slots.bytes.device
-        self._buffers = [copies.buffer(slots.expert_bytes) for _ in range(buffers)]
-        self._sent: list[Arrival | None] = [None] * buffers
+        self._feed = ExpertFeed(source, copies, slots.expert_bytes, buffers=buffers, threads=fill_threads)
         self._ring = torch.zeros(ring, slots.expert_bytes, dtype=torch.uint8, device=device)
         self._read: list[Fence] = [copies.fence() for _ in range(ring)]
-        self._fillers = ThreadPoolExecutor(fill_threads, thread_name_prefix="expert-stream")
         self._cold = ThreadPoolExecutor(1, thread_name_prefix="cold-experts")
         self._outstanding = False
+        self._direct_share = 0.0  # of what the last layer streamed
 
     @property
     def ring_bytes(self) -> tuple[int, int]:
-        """Page-locked on the host, and on the card."""
-        return sum(buffer.nbytes for buffer in self._buffers), self._ring.nbytes
+        """Buffers on the host, and slots on the card."""
+        return self._feed.nbytes, self._ring.nbytes
+
+    @property
+    def locked_bytes(self) -> int:
+        """Of experts' slots in RAM, page-locked so far."""
+        return self._feed.locked_bytes
 
     def rows_limit(self, nbytes: int, top_k: int) -> int:
         """The most rows whose activations here fit into `nbytes` of the card; x, ids and weights not counted.
@@ -154,38 +161,28 @@ class StreamedExperts:
             host,
             torch.argsort(ids.flatten(), stable=True),
             np.cumsum(count),
-            plan_stream(self._rates, len(host), used, here),
+            plan_stream(self._rates.with_direct(self._direct_share), len(host), used, here),
             begun,
         )
         uses = torch.from_numpy((count[1:] > 0).astype(np.float32)).to(self._slots.counts.device)
         self._slots.counts[layer].add_(uses, alpha=self._rates.streamed_weight)
-        streamed = chunk.plan.streamed[: len(self._buffers)]
-        fills = [self._begin_fill(layer, expert, at) for at, expert in enumerate(streamed)]
+        feeding = Feeding(self._feed, layer, chunk.plan.streamed)
         try:
             cold = self._submit_cold(chunk)
         except BaseException:
-            wait(fills)  # nobody may write into the buffers when the next chunk does
+            feeding.close()  # nobody may write into the buffers when the next chunk does
             raise
         self._outstanding = True
-        return StreamTicket(self, chunk, cold, fills)
+        return StreamTicket(self, chunk, cold, feeding)
 
     def close(self) -> None:
-        """End the threads; no ticket may be outstanding."""
-        self._fillers.shutdown()
+        """End the threads, and unlock the slots, which are there still; no ticket may be outstanding."""
+        self._feed.close()
         self._cold.shutdown()
 
     # --- over the bus -----------------------------------------------------------------------------
 
-    def _begin_fill(self, layer: int, expert: int, buffer: int) -> Future[bool]:
-        return self._fillers.submit(self._fill, layer, expert, buffer)
-
-    def _fill(self, layer: int, expert: int, buffer: int) -> bool:
-        sent = self._sent[buffer]
-        if sent is not None:
-            sent.wait()
-        return self._source.copy_expert(layer, expert, self._buffers[buffer])
-
-    def run(self, chunk: _Chunk, fills: list[Future[bool]]) -> tuple[torch.Tensor, list[int]]:
+    def run(self, chunk: _Chunk, feeding: Feeding) -> tuple[torch.Tensor, list[int]]:
         """What the card computes of a chunk, fp32 [rows, hidden], and the experts that could not be read."""
         out = torch.zeros(chunk.x.shape, dtype=torch.float32, device=chunk.x.device)
         there = self._slots.there
@@ -193,24 +190,19 @@ class StreamedExperts:
             self._add(out, chunk, expert, self._slots.bytes, there[chunk.layer, expert])
         lost: list[int] = []
         sent = 0
-        streamed = chunk.plan.streamed
-        for at, expert in enumerate(streamed):
-            buffer, slot = at % len(self._buffers), sent % len(self._ring)
-            whole = fills[at].result()
-            if whole:
-                sent += 1
-                self._sent[buffer] = self._copies.copy(
-                    self._ring[slot], self._buffers[buffer], self._read[slot]
-                )
-            arrival = self._sent[buffer]
-            if at + len(self._buffers) < len(streamed):
-                fills.append(self._begin_fill(chunk.layer, streamed[at + len(self._buffers)], buffer))
-            if not whole or arrival is None:
+        for expert in chunk.plan.streamed:
+            slot = sent % len(self._ring)
+            pieces = feeding.take()
+            if not pieces:
+                feeding.sent(None)
                 lost.append(expert)
                 continue
+            arrival = self._copies.copy(self._ring[slot], pieces, self._read[slot])
+            feeding.sent(arrival)
             arrival.order()
             self._add(out, chunk, expert, self._ring, slot)
             self._read[slot] = self._copies.fence()
+            sent += 1
         return out, lost
 
     def _add(self, out: torch.Tensor, chunk: _Chunk, expert: int, memory: torch.Tensor, slot: int) -> None:
@@ -254,9 +246,11 @@ class StreamedExperts:
             parts.append(_ColdPart(here, out, frozenset(here[list(ticket.failed_rows)].tolist())))
         return parts
 
-    def release(self) -> None:
-        """The ticket that was outstanding is collected."""
+    def release(self, direct: int, streamed: int) -> None:
+        """The ticket that was outstanding is collected; `direct` of its streamed experts took no buffer."""
         self._outstanding = False
+        if streamed:
+            self._direct_share = direct / streamed
 
     @property
     def expert_bytes(self) -> int:
@@ -279,12 +273,12 @@ class StreamTicket:
         owner: StreamedExperts,
         chunk: _Chunk,
         cold: Future[list[_ColdPart]],
-        fills: list[Future[bool]],
+        feeding: Feeding,
     ) -> None:
         self._owner = owner
         self._chunk = chunk
         self._cold = cold
-        self._fills = fills
+        self._feeding = feeding
         self._failed: tuple[int, ...] = ()
         self._report: StreamReport | None = None
         self._stats: TicketStats | None = None
@@ -299,20 +293,20 @@ class StreamTicket:
             raise EngineError("a chunk's ticket is collected once")
         chunk, start = self._chunk, time.perf_counter()
         try:
-            out, lost = self._owner.run(chunk, self._fills)
+            out, lost = self._owner.run(chunk, self._feeding)
             failed = set(self._rows_of(lost))
             for part in self._cold.result():
                 out.index_add_(0, torch.from_numpy(part.rows).to(out.device), part.out.to(out.device))
                 failed |= part.failed
         finally:
             # Whatever happened: nobody may write into the buffers when the next chunk does.
-            wait(self._fills)
+            self._feeding.close()
             wait([self._cold])
-            self._owner.release()
+            self._owner.release(self._feeding.direct, len(chunk.plan.streamed))
         end = time.perf_counter()
         sent = (len(chunk.plan.streamed) - len(lost)) * self._owner.expert_bytes
         self._failed = tuple(sorted(failed))
-        self._report = StreamReport(chunk.plan, sent, tuple(lost), end - chunk.begun)
+        self._report = StreamReport(chunk.plan, sent, self._feeding.direct, tuple(lost), end - chunk.begun)
         read = sent + len(chunk.plan.cold) * self._owner.expert_bytes
         misses = len(chunk.plan.streamed)
         self._stats = TicketStats(read, misses, (end - start) * 1e3, (end - chunk.begun) * 1e3)

@@ -9,7 +9,7 @@ stay with the CPU, since the bus asks the same for any number of rows.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from k2hybrid.errors import ConfigError
 
@@ -27,7 +27,8 @@ class SplitRates:
         card_launch_s: of the card's kernels, whatever they compute.
         handoff_s: from ring to reply, beside the CPU's work.
         handoff_row_s: a row's input and sum between card and CPU, while neither computes.
-        bus_traffic: how often streamed bytes pass the RAM: read, written to a buffer, read by the card.
+        bus_traffic: how often streamed bytes pass the RAM: read, written to a buffer, read by the card. Those
+            that need no buffer are read once.
         plan_s: of a streamed layer, until the host knows the routing and has made its plan.
     """
 
@@ -57,6 +58,11 @@ class SplitRates:
     def cpu_s(self, rows: float) -> float:
         """Of one expert with `rows` rows, on the CPU."""
         return max(self.expert_bytes / self.ram, rows * self.cpu_row_s)
+
+    def with_direct(self, share: float) -> SplitRates:
+        """These, where such a share of streamed experts needs no buffer."""
+        saved = max(0.0, self.bus_traffic - 1.0) * share
+        return replace(self, bus_traffic=self.bus_traffic - saved)
 
     @property
     def bus_s(self) -> float:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.placement import Placement
-from k2hybrid.native import FillProgress, NativeFiller, NativeStore, StoreStats, file_changes
+from k2hybrid.native import FillProgress, Loan, NativeFiller, NativeStore, StoreStats, file_changes
 from k2hybrid.types import ExpertRef, Int4Ref, TensorRef
 
 Order = Sequence[tuple[int, int]]  # (layer, expert)
@@ -41,6 +41,7 @@ class ExpertStore:
         self.expert_bytes = self.native.expert_bytes
         self._refs: dict[tuple[int, int], ExpertRef] = {}
         self.closing = threading.Event()  # set by `close`, for those that follow what the store does
+        self._guests: list[Callable[[], None]] = []
         self._filler: NativeFiller | None = None
         self._maps: Sequence[object] = ()  # after the filler, which lets go of their pages: it ends first
 
@@ -139,6 +140,14 @@ class ExpertStore:
         # A file that is mapped again, or was written to, may have given anything, and no mark tells.
         return self.native.copy(layer, expert, to) and file_changes() == before
 
+    def lend(self, layer: int, expert: int) -> Loan | None:
+        """See `NativeStore.lend`."""
+        return self.native.lend(layer, expert)
+
+    def give_back(self, layer: int, expert: int) -> None:
+        """See `NativeStore.give_back`."""
+        self.native.give_back(layer, expert)
+
     def _order(self, placement: Placement) -> list[tuple[int, int]]:
         """(layer, expert) as they are to be filled: the most used first, or from the first layer on."""
         known = self.keys
@@ -158,9 +167,15 @@ class ExpertStore:
         """Counts since the start."""
         return self.native.stats()
 
+    def before_close(self, leave: Callable[[], None]) -> None:
+        """Call `leave` before the slots are given back: of somebody who borrows or locks them."""
+        self._guests.append(leave)
+
     def close(self) -> None:
         """Stop filling and give the slots back. No hand-off may be under way; afterwards all is mapped."""
         self.closing.set()
+        while self._guests:
+            self._guests.pop()()
         if self._filler:
             self._filler.stop()
             self._filler = None

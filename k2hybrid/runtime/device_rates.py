@@ -68,7 +68,7 @@ def measure_split_rates(
         weights = torch.ones(chosen.shape, dtype=torch.float32, device=device)
         return compute(x[:rows], slots, chosen, weights, hidden=hidden, inter=inter)
 
-    bus = host.nbytes / seconds(lambda: copies.copy(slots.view(-1), host, copies.fence()).wait())
+    bus = host.nbytes / seconds(lambda: copies.copy(slots.view(-1), [host], copies.fence()).wait())
     card = EXPERTS * expert_bytes / seconds(lambda: run(1, each))
     card_row_s = seconds(lambda: run(MANY_ROWS, one)) / MANY_ROWS
     peak = machine.peak("bf16") or machine.peak("int8") or machine.peak("fp32") or 1e9

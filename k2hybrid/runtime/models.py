@@ -124,6 +124,8 @@ def model_on_device(
                 device, fit, spec, experts.store, machine, experts.routed, max_running=config.max_running
             )
             opened.callback(on_card.close)
+            # Before slots are given back or files closed, nobody may bring an expert from them any more.
+            experts.store.before_close(_leaving(device, on_card))
             steps = MeteredSteps(on_card, meter)
 
         def metered(parts: Parts) -> Parts:
@@ -153,12 +155,19 @@ def model_on_device(
         )
         watch = checkpoint.watch()
         watched = WatchedModel(model, watch, network.embedding, None)
-        # Before its files are given back, nobody may bring an expert from them any more.
         if on_card is not None:
             opened.callback(on_card.close)
         opened.callback(device.enter)  # first: whoever closes need not have been on it
         status = DeviceStatus(card, model, on_card)
         return Made(watched, watch, status.figures, opened.pop_all().close)
+
+
+def _leaving(device: Device, experts: DeviceExperts) -> Callable[[], None]:
+    def leave() -> None:
+        device.enter()  # whoever closes need not have been on it
+        experts.close()
+
+    return leave
 
 
 class DeviceStatus:
@@ -174,8 +183,9 @@ class DeviceStatus:
 
         "holds" are the rows of the memory table in bytes (on the emulated device: what a card would hold),
         "chunk" is the most rows of a pass, "handed_rows" of one whose experts are handed off (more are
-        streamed), "recorded" the batch sizes whose decode steps are recorded. "hot_found" is the share of
-        experts' uses that found theirs on the card, None before any was counted.
+        streamed), "locked_bytes" is slots in RAM that those are copied from, "recorded" the batch sizes whose
+        decode steps are recorded. "hot_found" is the share of experts' uses that found theirs on the card,
+        None before any was counted.
         """
         device, fit, experts = self._card.device, self._card.fit, self._experts
         figures: dict[str, Any] = {
@@ -189,6 +199,7 @@ class DeviceStatus:
             keeper = experts.keeper
             figures |= {
                 "handed_rows": experts.handed_rows,
+                "locked_bytes": experts.locked_bytes,
                 "hot_slots": keeper.slots.count,
                 "hot_experts": len(keeper.slots.there),
                 "hot_found": keeper.found_share,

@@ -50,6 +50,7 @@ _EXPERT_GAUGES = {
 _DEVICE_GAUGES = {
     "chunk": "Rows of a pass on the device at most",
     "handed_rows": "Rows of a pass whose experts are handed off at most; more are streamed",
+    "locked_bytes": "Experts in RAM that are page-locked: chunks send them to the device through no buffer",
     "hot_slots": "Experts that have room on the device",
     "hot_experts": "Experts that lie on the device",
 }

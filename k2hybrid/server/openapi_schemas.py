@@ -329,7 +329,7 @@ _STATUS = _object(
             {
                 "signal": NAME,
                 "holds": {"type": "object", "additionalProperties": COUNT},
-                **dict.fromkeys(("chunk", "handed_rows", "hot_slots", "hot_experts"), COUNT),
+                **dict.fromkeys(("chunk", "handed_rows", "hot_slots", "hot_experts", "locked_bytes"), COUNT),
                 "recorded": _array(COUNT),
                 "hot_found": _number(0, 1),
             },

@@ -18,7 +18,7 @@ from k2hybrid.experts.prefill_stream import StreamedExperts
 from k2hybrid.experts.reference import ReferenceTicket
 from k2hybrid.experts.split import SplitRates
 from k2hybrid.native import Machine
-from tests.expert_source import Source, coming, settled, slots_of
+from tests.expert_source import SlottedSource, Source, coming, settled, slots_of
 from tests.random_experts import EXPERTS, LAYER, TOP_K, relative_error
 
 pytestmark = pytest.mark.gpu
@@ -126,9 +126,10 @@ def test_the_keeper_on_a_card(copies: CopyEngine) -> None:
     slots.close()
 
 
+@pytest.mark.parametrize("lent", [set(), {0, 4, 6}, set(range(EXPERTS)) - {2}])
 @pytest.mark.parametrize(("buffers", "ring"), [(1, 1), (1, 2), (3, 1), (3, 2)])
-def test_a_stream_on_a_card(copies: CopyEngine, buffers: int, ring: int) -> None:
-    source = Source()
+def test_a_stream_on_a_card(copies: CopyEngine, buffers: int, ring: int, lent: set[int]) -> None:
+    source = SlottedSource(lent)
     slots = slots_of(source, 1, copies, DEVICE)
     slots.bring(coming(3))
     settled(slots)
@@ -148,5 +149,10 @@ def test_a_stream_on_a_card(copies: CopyEngine, buffers: int, ring: int) -> None
         assert list(ticket.failed_rows) == failed
         good = [row for row in range(100) if row not in failed]
         assert relative_error(got[good], source.made.want(x, ids, weights)[good]) < BOUND
+        assert ticket.report.direct == len(lent & set(ticket.report.plan.streamed))
+        assert not source.loans.total()
+    assert experts.locked_bytes <= len(lent) * source.slot_bytes
+    assert bool(experts.locked_bytes) == bool(lent)
     experts.close()
+    assert experts.locked_bytes == 0
     slots.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
@@ -21,7 +22,7 @@ from k2hybrid.experts.dispatch import CpuTicket, Dispatcher
 from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts, shard_rows, slot_bytes
 from k2hybrid.experts.simulate import replay_ids
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import Machine, NativeFiller
+from k2hybrid.native import Loan, Machine, NativeFiller
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 4  # the first layer is dense
 HIDDEN, INTER = 224, 96
@@ -404,6 +405,101 @@ def test_copies_are_the_files_bytes(folder: Path, place: Place, nodes: int) -> N
     for layer in range(1, LAYERS):  # of the last, nothing is in a slot
         for expert in range(EXPERTS):
             assert copied(made, layer, expert) == read(made, layer, expert)
+
+
+def lent_bytes(loan: Loan) -> bytes:
+    return b"".join(ctypes.string_at(part.address, part.nbytes) for part in loan.parts)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 3, 5])
+@pytest.mark.parametrize("place", ["resident", "streamed"])
+def test_a_loan_is_the_files_bytes(folder: Path, place: Place, nodes: int) -> None:
+    made = Placed(folder, placed(place, nodes, 2 * EXPERTS))
+    made.filled()
+    for expert in range(EXPERTS):
+        loan = made.store.lend(1, expert)
+        assert loan is not None
+        assert lent_bytes(loan) == read(made, 1, expert)
+        assert len(loan.memory) == nodes
+        for part in loan.parts:  # all within the slot
+            assert any(m.address <= part.address <= part.address + part.nbytes <= m.address + m.nbytes
+                       for m in loan.memory)  # fmt: skip
+        made.store.give_back(1, expert)
+        assert made.store.lend(LAYERS - 1, expert) is None  # of the last layer, nothing is in a slot
+    with pytest.raises(NativeError, match="nobody borrowed"):
+        made.store.give_back(1, 0)
+    made.store.close()
+
+
+def test_nothing_mapped_is_lent(folder: Path) -> None:
+    assert Placed(folder, None).store.lend(1, 0) is None
+
+
+def test_what_is_lent_stays(folder: Path, expected: list[torch.Tensor]) -> None:
+    """It does not leave, and its memory serves whoever comes next."""
+    made = Placed(folder, placed("resident", 2, EXPERTS))
+    made.filled()
+    native = made.store.native
+    first = made.store.lend(1, 0)
+    again = made.store.lend(1, 0)
+    assert first is not None
+    assert again == first
+    assert not native.release(1, 0)
+    made.store.give_back(1, 0)
+    assert not native.release(1, 0)
+    made.store.give_back(1, 0)
+    assert native.release(1, 0)
+    assert made.store.lend(1, 0) is None
+    assert native.release(1, 5)
+    filler = NativeFiller(native, [(2, 7), (2, 8)], [(), ()])
+    deadline = time.monotonic() + 30
+    while filler.progress().running:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    filler.stop()
+    loans = {expert: made.store.lend(2, expert) for expert in (7, 8)}
+    for expert, loan in loans.items():
+        assert loan is not None
+        assert lent_bytes(loan) == read(made, 2, expert)
+        made.store.give_back(2, expert)
+    assert first.memory in {loan.memory for loan in loans.values() if loan is not None}
+    check(made, expected)
+    left: list[str] = []
+    made.store.before_close(lambda: left.append("first"))
+    made.store.before_close(lambda: left.append("second"))
+    made.store.close()
+    assert left == ["second", "first"]
+    assert made.store.lend(2, 7) is None
+
+
+def test_loans_while_serving_and_moving(folder: Path, expected: list[torch.Tensor]) -> None:
+    """With the fewest slots, every ticket needs those that are lent."""
+    made = Placed(folder, placed("streamed", 2, EXPERTS), machine=Machine(1))
+    wanted = {key: read(made, *key) for key in made.store.keys}
+    stop = threading.Event()
+    wrong: list[tuple[int, int]] = []
+    count = 0
+
+    def borrow() -> None:
+        nonlocal count
+        while not stop.is_set():
+            for key, want in wanted.items():
+                loan = made.store.lend(*key)
+                if loan is not None:
+                    count += 1
+                    wrong.extend([key] if lent_bytes(loan) != want else [])
+                    made.store.give_back(*key)
+
+    thread = threading.Thread(target=borrow)
+    thread.start()
+    try:
+        check(made, expected)
+    finally:
+        stop.set()
+        thread.join()
+    assert wrong == []
+    assert count > 0
+    made.store.close()
 
 
 def test_copies_while_serving_and_moving(folder: Path, expected: list[torch.Tensor]) -> None:

@@ -192,7 +192,7 @@ struct Place {
   std::unique_ptr<k2::Dispatcher> dispatcher;
 };
 
-// A thread that copies one expert after the other while others serve and move them.
+// A thread that copies and borrows one expert after the other while others serve and move them.
 class Copier {
  public:
   Copier(const Checkpoint& checkpoint, k2::ExpertStore& store)
@@ -201,16 +201,29 @@ class Copier {
           do {
             for (const auto& [layer, expert] : All())
               wrong_ = wrong_ || !store.Copy(layer, expert, to.data()) ||
-                       to != checkpoint.Bytes(layer * kSizes.experts + expert);
+                       to != checkpoint.Bytes(layer * kSizes.experts + expert) ||
+                       !Borrow(store, layer, expert, to);
           } while (!stop_.load());
         }) {}
   ~Copier() {
     stop_.store(true);
     thread_.join();
-    Check(!wrong_, "a copy has the bytes of the file");
+    Check(!wrong_, "a copy and a loan have the bytes of the file");
   }
 
  private:
+  static bool Borrow(k2::ExpertStore& store, int layer, int expert, const std::vector<uint8_t>& wanted) {
+    k2::Loan loan;
+    if (!store.Lend(layer, expert, &loan)) return true;
+    std::vector<uint8_t> found;
+    for (const k2::MemorySpan& part : loan.parts) {
+      const auto* begin = static_cast<const uint8_t*>(part.begin);
+      found.insert(found.end(), begin, begin + part.bytes);
+    }
+    store.GiveBack(layer, expert);
+    return found == wanted;
+  }
+
   std::atomic<bool> stop_{false};
   bool wrong_ = false;
   std::thread thread_;

@@ -23,10 +23,10 @@ from k2hybrid.experts.hot_keeper import HotKeeper
 from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.prefill_stream import StreamedExperts, StreamTicket
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
-from k2hybrid.experts.split import SplitRates
+from k2hybrid.experts.split import SplitRates, plan_stream
 from k2hybrid.model import card_memory
 from k2hybrid.native import Machine
-from tests.expert_source import Source, coming, settled, slots_of
+from tests.expert_source import SlottedSource, Source, coming, settled, slots_of
 from tests.late_copies import LateCopies
 from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, relative_error
 
@@ -98,15 +98,16 @@ def test_against_float64(hidden: int, inter: int, there: tuple[int, ...], rates:
     experts.close()
 
 
+@pytest.mark.parametrize("lent", [set(), {0, 3}, set(range(EXPERTS)) - {5}])
 @pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("ring", [1, 2, 3])
 @pytest.mark.parametrize("buffers", [1, 2, 3])
 def test_tiny_rings_with_late_copies(
-    buffers: int, ring: int, threads: int, monkeypatch: pytest.MonkeyPatch
+    buffers: int, ring: int, threads: int, lent: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A buffer that was filled again too early, or a slot that was written too early, is seen."""
+    """Who fills a buffer, writes into a slot, or gives an expert back too early is seen."""
     monkeypatch.setattr(prefill_stream, "TILE_ROWS", 6)
-    source = Source()
+    source = SlottedSource(lent)
     copies = LateCopies()
     most = 0
 
@@ -128,10 +129,69 @@ def test_tiny_rings_with_late_copies(
         ticket = experts.submit(LAYER, x, ids, weights)
         assert relative_error(ticket.collect(), source.made.want(x, ids, weights)) < BOUND
         predicted += ticket.report.plan.bus_bytes
+        assert ticket.report.direct == len(lent)
+        assert not source.loans.total()
+    assert source.most <= len(lent)
     assert copies.copied - before == 36 * source.store.expert_bytes
     assert predicted == 36  # of `ALL`, where an expert has one byte
     assert most == 6
+    assert experts.locked_bytes == sum(copies.locked.values()) == len(lent) * source.slot_bytes
     experts.close()
+    assert not copies.locked
+
+
+def test_memory_that_cannot_be_locked(caplog: pytest.LogCaptureFixture) -> None:
+    """All goes through buffers then, and the driver is asked once."""
+    source = SlottedSource(set(range(EXPERTS)))
+    copies = LateCopies(lockable=3)  # two make an expert's
+    experts = streamed(source, copies=copies, fill_threads=1)
+    for _ in range(3):
+        x, ids, weights = source.made.rows(23)
+        ticket = experts.submit(LAYER, x, ids, weights)
+        assert relative_error(ticket.collect(), source.made.want(x, ids, weights)) < BOUND
+        assert not source.loans.total()
+        copies.lockable = 100
+    assert ticket.report.direct == 0
+    assert [record.message for record in caplog.records if "buffers" in record.message] == [
+        "experts go to the card through buffers: their memory cannot be locked (no more)"
+    ]
+    experts.close()
+    assert not copies.locked
+
+
+def test_a_card_that_fails_leaves_the_slots_free() -> None:
+    source = SlottedSource({1, 2, 5, 6})
+
+    def compute(*args: Any, **sizes: int) -> torch.Tensor:
+        raise RuntimeError("the card is gone")
+
+    experts = streamed(source, compute=compute, copies=LateCopies())
+    x, ids, weights = source.made.rows(23)
+    with pytest.raises(RuntimeError, match="is gone"):
+        experts.submit(LAYER, x, ids, weights).collect()
+    assert source.most > 0
+    assert not source.loans.total()
+
+
+def test_what_needs_no_buffer_passes_the_ram_once() -> None:
+    rates = SplitRates(expert_bytes=1, card=100, ram=2, bus=1, cpu_row_s=1 / 17)
+    assert rates.bus_traffic == 3
+    assert rates.with_direct(0.5).bus_traffic == 2
+    assert rates.with_direct(1.0).bus_traffic == 1
+    assert ALL.with_direct(1.0) == ALL
+    # An expert costs the CPU about a second, as it does the bus, and the RAM half of one for each passage:
+    # with buffers the stream waits for the RAM, and without them it does not.
+    source = SlottedSource(set(range(EXPERTS)))
+    experts = streamed(source, rates=rates)
+    cold = []
+    for share in (0.0, 1.0, 1.0):
+        x, ids, weights = source.made.rows(40)
+        ticket = experts.submit(LAYER, x, ids, weights)
+        assert relative_error(ticket.collect(), source.made.want(x, ids, weights)) < BOUND
+        uses = {expert: int((ids == expert).sum()) for expert in range(EXPERTS)}
+        assert ticket.report.plan == plan_stream(rates.with_direct(share), 40, uses, ())
+        cold.append(len(ticket.report.plan.cold))
+    assert cold[0] > max(cold[1:])
 
 
 @pytest.mark.parametrize("seed", range(5))

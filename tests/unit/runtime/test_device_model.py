@@ -14,7 +14,7 @@ def test_batches_say_what_the_cpu_says(options: dict[str, Any], monkeypatch: pyt
     device_checks.check_batches("emulated", (1, 3, 5), options, monkeypatch)
 
 
-@pytest.mark.parametrize("options", device_checks.VARIANTS[:2], ids=str)
+@pytest.mark.parametrize("options", device_checks.VARIANTS[:2] + device_checks.VARIANTS[-1:], ids=str)
 def test_streamed_chunks_say_what_the_cpu_says(
     options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
