@@ -21,14 +21,15 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import DenseWeights, LatentRows
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.prediction import ModelSizes
+from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.memory import MachineMemory
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.linears import DeviceLinears
-from k2hybrid.native import Machine
+from k2hybrid.native import Loan, Machine, MemorySpan
 from k2hybrid.runtime.device import Device
 from k2hybrid.runtime.device_weights import DeviceWeights
-from k2hybrid.runtime.random_bytes import ByteWeights, arena_bytes, byte_store, layer_bytes
+from k2hybrid.runtime.random_bytes import ByteWeights, arena_bytes, deal_bytes, layer_bytes
 from k2hybrid.types import LinearWeight, RoutedExperts, WeightSource
 
 MOST_EXPERT_BYTES = 16 << 30
@@ -44,6 +45,31 @@ def expert_memory(spec: ModelSpec, most: int = MOST_EXPERT_BYTES) -> torch.Tenso
     free = (MachineMemory.now().available_bytes or 0) // 2
     least = 2 * max(layer_bytes(spec), ModelSizes.of(spec).experts.expert_bytes)
     return arena_bytes(max(min(free, most), least))
+
+
+class LendingStore(ExpertStore):
+    """Experts in a stretch of whole pages, which `lends` them as slots would.
+
+    Attributes:
+        lends: or has them copied, as mapped ones.
+    """
+
+    def __init__(self, spec: ModelSpec, memory: torch.Tensor) -> None:
+        sizes = ModelSizes.of(spec)
+        e = sizes.experts
+        super().__init__(layers=spec.num_layers, experts=e.experts, hidden=e.hidden, inter=e.inter)
+        deal_bytes(self, sizes, memory, spec.num_layers)
+        self.lends = True
+        self._all = MemorySpan(memory.data_ptr(), memory.nbytes)
+
+    def lend(self, layer: int, expert: int) -> Loan | None:
+        """See `ExpertStore.lend`."""
+        if not self.lends:
+            return None
+        return Loan(tuple(MemorySpan(t.address, t.nbytes) for t in self.tensors(layer, expert)), (self._all,))
+
+    def give_back(self, layer: int, expert: int) -> None:
+        """See `ExpertStore.give_back`. Nothing ever moves."""
 
 
 class Slice:
@@ -72,7 +98,7 @@ class Slice:
         self.device, self.spec = device, spec
         self.context, self.dense, self.rows = context, dense, rows
         self.machine = machine or Machine()
-        self.store = byte_store(ModelSizes.of(spec), memory, spec.num_layers)
+        self.store = LendingStore(spec, memory)
         each = -(-context // LatentPages.PAGE_TOKENS)
         self.pages = pages if pages is not None else self._random_pages(sequences * each)
         self.tables = [torch.tensor(self.pages.allocate(each)) for _ in range(sequences)]

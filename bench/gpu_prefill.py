@@ -1,8 +1,9 @@
 """Tokens a second of a streamed prefill, beside what the bus alone would allow.
 
 A few MoE layers of Kimi-K2-Thinking's widths take a prompt in passes of a chunk each; whatever experts the
-split sends go over the bus. The limit is tokens / (streamed bytes / the rate of a page-locked copy), copies
-and passes in turn; share is measured / limit, the median of the rounds, and should be 0.8.
+split sends go over the bus: out of locked slots, and the first prompt again by way of buffers, as mapped ones
+do. The limit is tokens / (streamed bytes / the rate of a page-locked copy), copies and passes in turn; share
+is measured / limit, the median of the rounds, and should be 0.8.
 
     python -m bench.gpu_prefill [--json FILE] [--layers 2] [--rounds 3] [--chunk 16384]
 """
@@ -34,10 +35,14 @@ BAR = 0.8
 
 
 class Prefill:
-    """Prompts through a slice, chunk after chunk."""
+    """Prompts through a slice, chunk after chunk.
 
-    def __init__(self, made: Slice, chunk: int) -> None:
-        self._made, self._chunk = made, chunk
+    Args:
+        locked: experts are lent, and go over the bus through no buffer.
+    """
+
+    def __init__(self, made: Slice, chunk: int, *, locked: bool = True) -> None:
+        self._made, self._chunk, self._locked = made, chunk, locked
         spec, device = made.spec, made.device
         self.expert_bytes = ModelSizes.of(spec).experts.expert_bytes
         fit = CardFit(chunk=chunk, graph_rows=0, hot=0, needs=())
@@ -57,6 +62,7 @@ class Prefill:
     def run(self, passes: int) -> tuple[float, int]:
         """Seconds, and experts that went over the bus."""
         streamed = 0
+        self._made.store.lends = self._locked
 
         def work() -> None:
             nonlocal streamed
@@ -105,13 +111,15 @@ def measure(prefill: Prefill, chunk: int, passes: int, rounds: int) -> dict[str,
 
 @torch.no_grad()
 def rows(made: Slice, chunk: int, passes: tuple[int, ...], rounds: int) -> Iterator[dict[str, Any]]:
-    """A row a prompt."""
-    prefill = Prefill(made, chunk)
-    try:
-        for count in passes:
-            yield measure(prefill, chunk, count, rounds) | made.conditions()
-    finally:
-        prefill.experts.close()
+    """A row a prompt, and the first again through buffers."""
+    for locked, counts in ((True, passes), (False, passes[:1])):
+        prefill = Prefill(made, chunk, locked=locked)
+        try:
+            for count in counts:
+                row = measure(prefill, chunk, count, rounds) | made.conditions()
+                yield row | {"experts": "locked slots" if locked else "buffers"}
+        finally:
+            prefill.experts.close()
 
 
 def main() -> int:

@@ -349,7 +349,7 @@ class FillProgress(NamedTuple):
     running: bool
 
 
-class Span(NamedTuple):
+class MemorySpan(NamedTuple):
     """Memory of this process."""
 
     address: int
@@ -359,8 +359,8 @@ class Span(NamedTuple):
 class Loan(NamedTuple):
     """An expert in its slot: its bytes in the order of `NativeStore.copy`, and the slot's memory by node."""
 
-    parts: tuple[Span, ...]
-    memory: tuple[Span, ...]
+    parts: tuple[MemorySpan, ...]
+    memory: tuple[MemorySpan, ...]
 
 
 class NativeStore:
@@ -471,7 +471,7 @@ class NativeStore:
         if found is None:
             return None
         parts, memory = found
-        return Loan(tuple(Span(*part) for part in parts), tuple(Span(*slot) for slot in memory))
+        return Loan(tuple(MemorySpan(*part) for part in parts), tuple(MemorySpan(*slot) for slot in memory))
 
     def give_back(self, layer: int, expert: int) -> None:
         """End a loan.

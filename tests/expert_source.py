@@ -14,7 +14,7 @@ from k2hybrid.experts.copies import CopyEngine, InlineCopies
 from k2hybrid.experts.device_slots import DeviceSlots
 from k2hybrid.experts.hot import Move
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import Loan, Span
+from k2hybrid.native import Loan, MemorySpan
 from tests.random_experts import EXPERTS, LAYER, RandomExperts
 
 LAYERS = 2
@@ -86,8 +86,8 @@ class SlottedSource(Source):
         parts = []
         for pages, nbytes in zip(slot, self._sizes, strict=True):
             cuts = [0, 1, nbytes // 3, nbytes // 3, nbytes]
-            parts += [Span(pages.data_ptr() + a, b - a) for a, b in itertools.pairwise(cuts)]
-        return Loan(tuple(parts), tuple(Span(pages.data_ptr(), len(pages)) for pages in slot))
+            parts += [MemorySpan(pages.data_ptr() + a, b - a) for a, b in itertools.pairwise(cuts)]
+        return Loan(tuple(parts), tuple(MemorySpan(pages.data_ptr(), len(pages)) for pages in slot))
 
     def give_back(self, layer: int, expert: int) -> None:
         with self._mutex:

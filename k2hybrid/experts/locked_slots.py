@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from k2hybrid.experts.copies import CopyEngine
-from k2hybrid.native import Loan, Span
+from k2hybrid.native import Loan, MemorySpan
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class LockedSlots:
             self._locked.clear()
             self.nbytes = 0
 
-    def _lock(self, span: Span) -> bool:
+    def _lock(self, span: MemorySpan) -> bool:
         with self._mutex:
             if span.address in self._locked or not span.nbytes:
                 return True
@@ -85,5 +85,5 @@ class LockedSlots:
             return True
 
 
-def _bytes_at(span: Span) -> torch.Tensor:
+def _bytes_at(span: MemorySpan) -> torch.Tensor:
     return torch.frombuffer((ctypes.c_uint8 * span.nbytes).from_address(span.address), dtype=torch.uint8)

@@ -22,7 +22,7 @@ from k2hybrid.experts.prediction import CHUNK_ROWS, ModelSizes
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.native import Machine
 from k2hybrid.runtime.hollow import TimedNetwork, few_layers
-from k2hybrid.types import ExpertRef, Int4Ref, TensorRef, Ticket
+from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef, Ticket
 
 PATTERN_BYTES = 32 << 20
 LAYERS = 2  # of the network
@@ -113,13 +113,19 @@ def _apart(sizes: ExpertSizes, memory: torch.Tensor) -> int:
 
 
 def byte_store(sizes: ModelSizes, memory: torch.Tensor, layers: int) -> ExpertStore:
-    """Experts of some layers, dealt over a stretch of memory: what fits lies apart, the others on them."""
+    """Experts of some layers, mapped: `deal_bytes`."""
     e = sizes.experts
     store = ExpertStore(layers=layers, experts=e.experts, hidden=e.hidden, inter=e.inter)
+    deal_bytes(store, sizes, memory, layers)
+    return store
+
+
+def deal_bytes(sink: ExpertSink, sizes: ModelSizes, memory: torch.Tensor, layers: int) -> None:
+    """Give all experts, dealt over a stretch of memory: what fits lies apart, the others on them."""
+    e = sizes.experts
     for number in range(layers * e.experts):
         address = memory.data_ptr() + SHIFT + number % _apart(e, memory) * e.expert_bytes
-        store.add_expert(number // e.experts, number % e.experts, _expert(e, address))
-    return store
+        sink.add_expert(number // e.experts, number % e.experts, _expert(e, address))
 
 
 def _dispatcher(sizes: ModelSizes, machine: Machine, memory: torch.Tensor, layers: int) -> Dispatcher:

@@ -125,8 +125,9 @@ def test_contenders_take_turns_and_warm_up() -> None:
 
 
 def test_prefill_rows_count_what_went_over_the_bus(spec: ModelSpec) -> None:
-    one, two = gpu_prefill.rows(slice_of(spec, "int8", "fp8"), CHUNK, (1, 2), rounds=2)
-    assert (one["tokens"], two["tokens"]) == (CHUNK, 2 * CHUNK)
+    one, two, buffered = gpu_prefill.rows(slice_of(spec, "int8", "fp8"), CHUNK, (1, 2), rounds=2)
+    assert (one["tokens"], two["tokens"], buffered["tokens"]) == (CHUNK, 2 * CHUNK, CHUNK)
+    assert [row["experts"] for row in (one, two, buffered)] == ["locked slots", "locked slots", "buffers"]
     # At the emulated rates nothing is left to the CPU but what few rows chose.
     assert 0 < one["streamed_experts"] <= LAYERS * spec.num_experts
     assert one["streamed_experts"] < two["streamed_experts"] <= 2 * LAYERS * spec.num_experts
@@ -134,6 +135,18 @@ def test_prefill_rows_count_what_went_over_the_bus(spec: ModelSpec) -> None:
         one["streamed_experts"] * ModelSizes.of(spec).experts.expert_bytes / 1e9, 3
     )
     assert min(one["tokens_s"], one["copy_gb_s"], one["share_of_limit"]) > 0
+
+
+@pytest.mark.parametrize("locked", [True, False])
+def test_prefill_goes_the_way_it_says(spec: ModelSpec, locked: bool) -> None:
+    prefill = Prefill(slice_of(spec), CHUNK, locked=locked)
+    try:
+        with torch.no_grad():
+            _, streamed = prefill.run(1)
+        assert streamed > 0
+        assert (prefill.experts.locked_bytes > 0) == locked
+    finally:
+        prefill.experts.close()
 
 
 def test_what_is_not_streamed_misses_the_bar(spec: ModelSpec) -> None:
