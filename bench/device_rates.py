@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-REPLAYS = 20
+from k2hybrid.runtime.card_rates import copy_rate, matmul_rate, us_per_call
+
+__all__ = ["Rates", "command", "measured_rates", "report", "rotation", "us_per_call"]
 
 
 @dataclass(frozen=True)
@@ -41,35 +42,9 @@ class Rates:
         }
 
 
-def us_per_call(calls: Sequence[Callable[[], Any]], replays: int = REPLAYS) -> float:
-    """Median over replays of one graph of all calls, one after the other."""
-    for call in calls:
-        call()  # compiles
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    new_event: Any = torch.cuda.Event
-    times: list[float] = []
-    for _ in range(replays + 3):
-        start, end = new_event(enable_timing=True), new_event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    return statistics.median(times[3:]) / len(calls)
-
-
-def measured_rates(copy_bytes: int = 1 << 30, side: int = 8192) -> Rates:
-    source = torch.empty(copy_bytes, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    copy = us_per_call([lambda: target.copy_(source)])
-    a, b = (torch.randn(side, side, device="cuda").bfloat16() for _ in range(2))
-    product = torch.empty_like(a)
-    matmul = us_per_call([lambda: torch.matmul(a, b, out=product)])
-    return Rates(2 * copy_bytes / copy * 1e6, 2 * side**3 / matmul * 1e6)
+def measured_rates() -> Rates:
+    """This card's."""
+    return Rates(copy_rate(), matmul_rate())
 
 
 def rotation(nbytes: int) -> int:

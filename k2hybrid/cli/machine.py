@@ -27,6 +27,7 @@ NUMBERS: tuple[tuple[str, str, str], ...] = (
     ("--nvme-gb-s", "nvme_gb_s", "10⁹ bytes a second of direct reads from the disk"),
     ("--vram", "vram_gib", "GiB of a GPU's memory"),
     ("--gpu-gb-s", "gpu_gb_s", "10⁹ bytes a second that the GPU reads from it"),
+    ("--gpu-tflops", "gpu_tflops", "10¹² operations a second of its bf16 matrix products"),
     ("--pcie-gb-s", "pcie_gb_s", "10⁹ bytes a second between RAM and GPU"),
 )
 CHANNEL_BYTES = 8
@@ -51,6 +52,10 @@ class Description:
     machine: MachineSpec
     rates: Rates
     notes: tuple[str, ...]
+
+    def noting(self, note: str) -> Description:
+        """The same, with a line more."""
+        return dataclasses.replace(self, notes=(*self.notes, note))
 
 
 def read_description(path: Path) -> dict[str, Any]:
@@ -106,6 +111,9 @@ def describe(spec: ModelSpec, said: Mapping[str, Any]) -> Description:
         notes.append(f"RAM: the channels promise {promised:.1f} GB/s; {CHANNEL_SHARE:.0%} of that is assumed")
     if (ram_gb_s, cores) != (rates.ram_gb_s, rates.cores):
         notes.append("another machine: reads keep their share of its RAM's speed, its cores equal these")
+    if said.get("rates") is None and "vram_gib" not in numbers and (card := _card_here()):
+        numbers = card | numbers
+        notes.append("GPU: measured here")
     machine = MachineSpec(
         node_memory=_node_memory(numbers),
         cores=cores,
@@ -114,6 +122,7 @@ def describe(spec: ModelSpec, said: Mapping[str, Any]) -> Description:
         vram_bytes=int(numbers.get("vram_gib", 0) * GIB),
         gpu_gb_s=numbers.get("gpu_gb_s"),
         pcie_gb_s=numbers.get("pcie_gb_s"),
+        gpu_tflops=numbers.get("gpu_tflops"),
     )
     if len(machine.node_memory) > 1:
         notes.append("several nodes: reads at the sum of their speeds, as if all were local")
@@ -155,6 +164,7 @@ def as_said(machine: MachineSpec, rates: Rates, spec: ModelSpec) -> dict[str, An
         "vram_gib": machine.vram_bytes / GIB or None,
         "gpu_gb_s": machine.gpu_gb_s,
         "pcie_gb_s": machine.pcie_gb_s,
+        "gpu_tflops": machine.gpu_tflops,
     }
     widths = {name: getattr(spec, name) for name in _WIDTHS}
     return {
@@ -196,6 +206,23 @@ def _measured(spec: ModelSpec) -> Rates:
 
     print("measuring this machine; other work on it would count against it …", file=sys.stderr)
     return measure_rates(spec, Machine())
+
+
+def _card_here() -> dict[str, float]:
+    """Numbers of this machine's first GPU; none: it has none that torch can use."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    from k2hybrid.runtime.card_rates import measure_card
+
+    memory, rates = measure_card(torch.device("cuda", 0))
+    return {
+        "vram_gib": memory / GIB,
+        "gpu_gb_s": rates.memory_gb_s,
+        "pcie_gb_s": rates.bus_gb_s,
+        "gpu_tflops": rates.tflops,
+    }
 
 
 def _node_memory(numbers: Mapping[str, float]) -> dict[int, int]:

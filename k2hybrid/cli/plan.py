@@ -15,7 +15,8 @@ from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.cli.machine import NUMBERS, Description, as_said, describe, read_description, with_disk
 from k2hybrid.config import DenseWeights
 from k2hybrid.errors import ConfigError
-from k2hybrid.experts.plan import CardPlan, Plan, Wishes, gib, headline_tokens, make_plan
+from k2hybrid.experts.card_prediction import BUS_SHARE, CARD_SHARE
+from k2hybrid.experts.plan import CardPlan, Cards, Plan, Wishes, gib, headline_tokens, make_plan
 from k2hybrid.experts.prediction import ModelSizes, Prediction
 from k2hybrid.model.card_memory import CardWishes, card_plan, largest_chunk
 from k2hybrid.server.options import size
@@ -59,6 +60,9 @@ def add_plan_options(parser: argparse.ArgumentParser) -> None:
     )
     wishes.add_argument("--expert-ram", type=size, metavar="SIZE", help="RAM for experts, such as 200GiB")
     wishes.add_argument(
+        "--cache-ram", type=size, default=0, metavar="SIZE", help="RAM for latents that leave their pool"
+    )
+    wishes.add_argument(
         "--hit-rate", type=_share, metavar="X",
         help="share of streamed experts found in RAM (default: even routing, what share has room)",
     )  # fmt: skip
@@ -86,21 +90,28 @@ def plan(args: argparse.Namespace) -> int:
         concurrency=args.concurrency,
         place=args.expert_place,
         expert_ram=args.expert_ram,
+        cache_ram=args.cache_ram,
         hit_rate=None if rate is None else lambda _: rate,
     )
-    if args.latent_rows != "bf16":
-        note = f"attention: its time is that of bf16 rows; {args.latent_rows} rows are decoded besides"
-        described = dataclasses.replace(described, notes=(*described.notes, note))
     sizes = ModelSizes.of(
         spec,
         row_bytes(args.latent_rows, spec.kv_lora_rank, spec.qk_rope_head_dim),
         dense_weights=args.dense_weights,
     )
-    card = _card(spec, described.machine.vram_bytes, args)
-    found = make_plan(sizes, described.rates, described.machine, wishes, card)
+    cards = _cards(spec, args)
+    found = make_plan(sizes, described.rates, described.machine, wishes, cards)
     if found.placement is None or found.placement.place == "streamed":  # only then does the disk matter
         described = with_disk(described, spec, args.disk or folder or Path.cwd())
-        found = make_plan(sizes, described.rates, described.machine, wishes, card)
+        found = make_plan(sizes, described.rates, described.machine, wishes, cards)
+    if found.on_card:
+        described = described.noting(
+            f"GPU: {CARD_SHARE:.0%} of its own rates and {BUS_SHARE:.0%} of PCIe's are assumed; "
+            "no card has confirmed it"
+        )
+    elif args.latent_rows != "bf16":
+        described = described.noting(
+            f"attention: its time is that of bf16 rows; {args.latent_rows} rows are decoded besides"
+        )
     for line in report(found, described, wishes):
         print(line)
     if args.json:
@@ -108,15 +119,21 @@ def plan(args: argparse.Namespace) -> int:
     return 1 if found.problem else 0
 
 
-def _card(spec: ModelSpec, vram_bytes: int, args: argparse.Namespace) -> CardPlan | None:
-    """What would lie on the GPU, with as large a prefill chunk as fits."""
-    if not vram_bytes or min(args.ctx, args.concurrency) < 1:
-        return None
+def _cards(spec: ModelSpec, args: argparse.Namespace) -> Cards:
+    """What would lie on a card, with as large a prefill chunk as fits."""
     wanted = CardWishes(
-        dense=args.dense_weights, rows=args.latent_rows, context=args.ctx * args.concurrency, longest=args.ctx
+        dense=args.dense_weights,
+        rows=args.latent_rows,
+        context=args.ctx * args.concurrency,
+        longest=args.ctx,
+        moved=args.cache_ram > 0,
     )
-    chunk = largest_chunk(spec, vram_bytes, wanted) or wanted.chunk
-    return card_plan(spec, vram_bytes, dataclasses.replace(wanted, chunk=chunk))
+
+    def planned(vram_bytes: int) -> CardPlan:
+        chunk = largest_chunk(spec, vram_bytes, wanted) or wanted.chunk
+        return card_plan(spec, vram_bytes, dataclasses.replace(wanted, chunk=chunk))
+
+    return planned
 
 
 def _model(name: str) -> tuple[ModelSpec, Path | None]:
@@ -228,6 +245,7 @@ def as_json(
         "needs": [dataclasses.asdict(need) for need in found.needs],
         "placement": dataclasses.asdict(found.placement) if found.placement else None,
         "hit_rate": found.hit_rate,
+        "on_card": found.on_card,
         "gpu": found.gpu,
         "card": dataclasses.asdict(found.card) if found.card else None,
         "predictions": [{"case": case.name, **(one(case.found) or {})} for case in found.cases],

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 from k2hybrid.errors import ConfigError
-from k2hybrid.experts.placement import Placement, place_experts, slot_bytes
+from k2hybrid.experts.card_prediction import CardPredictor, CardRates
+from k2hybrid.experts.placement import ExpertSizes, Placement, place_experts, slot_bytes
 from k2hybrid.experts.prediction import ModelSizes, Prediction, Predictor, Rates
+from k2hybrid.experts.split import BUFFERS
 
 GIB = 1 << 30
 PROCESS_BYTES = GIB  # libraries, and what a pass needs for the moment: each below 512 MB
@@ -18,7 +20,8 @@ SHORT_CONTEXT = 1024
 PROMPTS = (2048, 8192, 30720)
 # GiB that machines are sold with.
 RAM_SIZES = (32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 3072, 4096)
-HELPS = 1.05  # a size of RAM is worth naming from here on
+VRAM_SIZES = (8, 12, 16, 24, 32, 40, 48, 80, 96, 141, 180, 288)
+HELPS = 1.05  # a size is worth naming from here on
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +32,9 @@ class MachineSpec:
         node_memory: bytes usable for a model on each NUMA node that computes.
         ram_gb_s: reads of all nodes together (GB are 10⁹ bytes).
         disk_gb_s: direct reads of whole experts; None: unknown.
-        gpu_gb_s, pcie_gb_s: of a GPU with `vram_bytes`, if any; None: unknown.
+        gpu_gb_s, pcie_gb_s: reads of its memory, and copies to it, of a GPU with `vram_bytes`, if any; None:
+            unknown.
+        gpu_tflops: 10¹² operations a second of its bf16 matrix products; None: unknown.
     """
 
     node_memory: Mapping[int, int]
@@ -39,6 +44,14 @@ class MachineSpec:
     vram_bytes: int = 0
     gpu_gb_s: float | None = None
     pcie_gb_s: float | None = None
+    gpu_tflops: float | None = None
+
+    @property
+    def card_rates(self) -> CardRates | None:
+        """The GPU's; None: too little is known, or there is none."""
+        if not self.vram_bytes or not self.gpu_gb_s or not self.pcie_gb_s or not self.gpu_tflops:
+            return None
+        return CardRates(self.gpu_gb_s, self.pcie_gb_s, self.gpu_tflops)
 
     @property
     def memory(self) -> int:
@@ -53,12 +66,18 @@ class MachineSpec:
 
 @dataclass(frozen=True, slots=True)
 class Wishes:
-    """What is asked of it. `hit_rate` of streamed experts by number of slots; None: even routing."""
+    """What is asked of it.
+
+    Attributes:
+        cache_ram: bytes for latents that leave their pool.
+        hit_rate: of streamed experts by number of slots; None: even routing.
+    """
 
     context: int = 32768
     concurrency: int = 4
     place: Literal["auto", "mapped", "resident", "streamed"] = "auto"
     expert_ram: int | None = None
+    cache_ram: int = 0
     hit_rate: Callable[[int], float] | None = None
 
 
@@ -82,6 +101,7 @@ class CardPlan:
 
     Attributes:
         weights: bytes of the dense weights among `needs`.
+        chunk: rows of a prefill's passes.
         hot: experts that what is left over holds.
         problem: what is lacking, and what would fit; empty if it fits.
     """
@@ -89,6 +109,7 @@ class CardPlan:
     budget: int
     needs: tuple[Need, ...]
     weights: int
+    chunk: int
     hot: int
     problem: str
 
@@ -122,13 +143,17 @@ class Plan:
 
     needs: tuple[Need, ...]
     placement: Placement | None
-    predictor: Predictor | None
+    predictor: Predictor | CardPredictor | None
     hit_rate: float | None  # of streamed experts
     problem: str
     cases: tuple[Case, ...]
     changes: tuple[Change, ...]
-    gpu: str  # what this version makes of a GPU; empty: none was named
-    card: CardPlan | None  # what would lie on it
+    on_card: bool
+    gpu: str  # what is made of the GPU, and why; empty: there is none
+    card: CardPlan | None  # what lies on it, or would
+
+
+Cards = Callable[[int], CardPlan]  # what would lie on a card with so many bytes
 
 
 def make_plan(
@@ -136,24 +161,21 @@ def make_plan(
     rates: Rates,
     machine: MachineSpec,
     wishes: Wishes,
-    card: CardPlan | None = None,
+    cards: Cards | None = None,
 ) -> Plan:
     """Plan `sizes` on `machine`.
 
     Args:
         rates: of the kernels on any machine; they are carried over by bandwidth and cores.
-        card: what would go onto the machine's GPU (`model.card_memory`); None: it has none.
+        cards: plans a card (`model.card_memory`); None: a GPU is left idle.
 
     Raises:
         ConfigError: the wishes make no sense on any machine.
     """
     if wishes.context < 1 or wishes.concurrency < 1:
         raise ConfigError("a plan needs at least one token of context and one sequence")
-    here = _Setup(sizes, rates, machine, wishes)
-    now = here.headline()
-    changes = [Change(name, *setup.headline()) for name, setup in _changes(here) if setup is not None]
-    if card is not None:
-        changes.append(_with_gpu(here, card))
+    here = _Setup(sizes, rates, machine, wishes, cards)
+    changes = [Change(name, *setup.headline()) for name, setup in _changes(here)]
     changes.sort(key=lambda change: [-(p.tokens_s if p else 0.0) for p in (change.decode, change.prefill)])
     return Plan(
         needs=tuple(here.needs()),
@@ -162,25 +184,21 @@ def make_plan(
         hit_rate=here.hit_rate if here.placement and here.placement.place == "streamed" else None,
         problem=here.problem,
         cases=tuple(here.cases()),
-        changes=(Change("as it is", *now), *changes),
-        gpu="" if card is None else _gpu(card),
-        card=card,
+        changes=(Change("as it is", *here.headline()), *changes),
+        on_card=here.on_card,
+        gpu=here.gpu(),
+        card=here.card,
     )
 
 
-def ram_needs(
-    sizes: ModelSizes,
-    tokens: str,
-    latent_bytes: int,
-    placement: Placement | None,
-    *,
-    on_card: bool = False,
-) -> Iterator[Need]:
-    """What a model takes of RAM, in the order of the model.
+LEFT_LATENTS = "RAM, at most; taken as they leave"
+
+
+def ram_needs(sizes: ModelSizes, tokens: str, latent_bytes: int, *, on_card: bool = False) -> Iterator[Need]:
+    """What a model takes of RAM beside its routed experts, in the order of the model.
 
     Args:
         tokens: what the latents are of, for people.
-        placement: of the experts; None: they are mapped, or there was no room to place them.
         on_card: dense weights and latents lie there, and are not counted.
     """
     if on_card:
@@ -193,8 +211,14 @@ def ram_needs(
         yield Need("embedding", sizes.embedding_bytes, "RAM, pages of the files")
     if not on_card:
         yield Need(f"latents, {tokens}", latent_bytes, "RAM, at most; taken as tokens come")
+    elif sizes.experts.count:
+        buffers = BUFFERS * sizes.experts.expert_bytes
+        yield Need("buffers of a streamed prefill", buffers, f"RAM, page-locked; {BUFFERS} experts")
     yield Need("the process", PROCESS_BYTES, "RAM, at most")
-    experts = sizes.experts
+
+
+def expert_needs(experts: ExpertSizes, placement: Placement | None) -> Iterator[Need]:
+    """What routed experts take of RAM. `placement`: None: they are mapped, or there was no room for them."""
     if placement is None or placement.place == "mapped":
         yield Need(f"{experts.count:,} experts", experts.total_bytes, "pages of the files")
         return
@@ -205,14 +229,26 @@ def ram_needs(
 
 
 class _Setup:
-    """One model on one machine."""
+    """One model on one machine. The card is used if all fits on it, and enough is known of its speed."""
 
-    def __init__(self, sizes: ModelSizes, rates: Rates, machine: MachineSpec, wishes: Wishes) -> None:
+    def __init__(
+        self,
+        sizes: ModelSizes,
+        rates: Rates,
+        machine: MachineSpec,
+        wishes: Wishes,
+        cards: Cards | None,
+    ) -> None:
         self.sizes, self.rates, self.machine, self.wishes = sizes, rates, machine, wishes
+        self.cards = cards
+        self.card = cards(machine.vram_bytes) if cards and machine.vram_bytes else None
+        known = machine.card_rates
+        self.used = (self.card, known) if self.card and not self.card.problem and known else None
+        self.on_card = self.used is not None
         self.latents = sizes.latent_bytes * wishes.context * wishes.concurrency
-        self.rest = sizes.resting_bytes + self.latents + PROCESS_BYTES
+        self.rest = sum(need.nbytes for need in self._apart_from_experts())
         self.placement: Placement | None = None
-        self.predictor: Predictor | None = None
+        self.predictor: Predictor | CardPredictor | None = None
         self.hit_rate = 1.0
         self.problem = ""
         if self.rest > machine.memory:
@@ -239,25 +275,51 @@ class _Setup:
             if machine.disk_gb_s is None and self.hit_rate < 1.0:
                 self.problem = "the disk's speed is not known, and streamed experts wait for it"
                 return
-        self.predictor = Predictor(
+        cpu = Predictor(
             sizes,
             rates.at(ram_gb_s=machine.ram_gb_s, cores=machine.cores),
             self.placement.place,
             disk_gb_s=machine.disk_gb_s,
             hit_rate=self.hit_rate,
         )
+        self.predictor = cpu
+        if self.used is not None:
+            card, known = self.used
+            self.predictor = CardPredictor(cpu, known, chunk=card.chunk, hot=card.hot)
 
     def on(self, machine: MachineSpec) -> _Setup:
         """The same on another machine. A budget for experts was meant for the RAM of this one."""
         wishes = self.wishes
         if machine.memory != self.machine.memory:
             wishes = dataclasses.replace(wishes, expert_ram=None)
-        return _Setup(self.sizes, self.rates, machine, wishes)
+        return _Setup(self.sizes, self.rates, machine, wishes, self.cards)
 
     def needs(self) -> Iterator[Need]:
-        """What takes memory, in the order of the model."""
+        """What takes RAM, in the order of the model."""
+        yield from self._apart_from_experts()
+        yield from expert_needs(self.sizes.experts, self.placement)
+
+    def _apart_from_experts(self) -> Iterator[Need]:
         wanted = f"{self.wishes.concurrency} × {self.wishes.context:,} tokens"
-        return ram_needs(self.sizes, wanted, self.latents, self.placement)
+        yield from ram_needs(self.sizes, wanted, self.latents, on_card=self.on_card)
+        if self.wishes.cache_ram:
+            tokens = self.wishes.cache_ram // self.sizes.latent_bytes
+            yield Need(f"latents that left, {tokens:,} tokens", self.wishes.cache_ram, LEFT_LATENTS)
+
+    def gpu(self) -> str:
+        """What is made of it, a line."""
+        card = self.card
+        if card is None:
+            return ""
+        if card.problem:
+            return f"the GPU is left idle: {card.problem}"
+        holds = f"dense weights, latents and {card.hot:,} experts fit on the {gib(card.budget)} of the GPU"
+        if self.on_card:
+            return f"--device cuda: {holds}"
+        return (
+            f"{holds}; planned without it, since its speed is not known: give --gpu-gb-s, --gpu-tflops and "
+            "--pcie-gb-s"
+        )
 
     def headline(self) -> tuple[Prediction | None, Prediction | None]:
         """What changes are judged by: decode of one sequence, and prefill, at `headline_tokens`."""
@@ -291,6 +353,31 @@ def _changes(here: _Setup) -> Iterator[tuple[str, _Setup]]:
         yield "a disk twice as fast", here.on(faster)
     if streamed or here.predictor is None:
         yield from _more_ram(here)
+    if machine.card_rates is not None and here.cards is not None:
+        yield from _other_cards(here)
+
+
+def _other_cards(here: _Setup) -> Iterator[tuple[str, _Setup]]:
+    """No card, one as fast with the next size that helps, and a bus twice as fast."""
+    machine, now = here.machine, here.headline()
+    if here.on_card:
+        yield "without the GPU", here.on(dataclasses.replace(machine, vram_bytes=0))
+        if machine.pcie_gb_s is not None:
+            yield "PCIe twice as fast", here.on(dataclasses.replace(machine, pcie_gb_s=2 * machine.pcie_gb_s))
+    for size in VRAM_SIZES:
+        if size * GIB <= machine.vram_bytes:
+            continue
+        setup = here.on(dataclasses.replace(machine, vram_bytes=size * GIB))
+        if setup.on_card and _helps(setup.headline(), now):
+            yield f"a GPU with {size} GiB, as fast", setup
+            return
+
+
+def _helps(then: tuple[Prediction | None, ...], now: tuple[Prediction | None, ...]) -> bool:
+    return any(
+        t is not None and (n is None or t.tokens_s >= HELPS * n.tokens_s)
+        for t, n in zip(then, now, strict=True)
+    )
 
 
 def _more_ram(here: _Setup) -> Iterator[tuple[str, _Setup]]:
@@ -311,28 +398,6 @@ def _more_ram(here: _Setup) -> Iterator[tuple[str, _Setup]]:
             yield f"{size} GiB of RAM ({setup.placement.place})", setup
         if holds_all:
             return
-
-
-def _gpu(card: CardPlan) -> str:
-    fits = f"no: {card.problem}" if card.problem else f"it would fit, with {card.hot:,} experts"
-    return f"This version computes on the CPU alone and leaves a GPU idle. On its {gib(card.budget)}: {fits}."
-
-
-def _with_gpu(here: _Setup, card: CardPlan) -> Change:
-    """A bound for dense part and attention on the GPU, experts where they are; nothing of it runs yet."""
-    name, machine = "the dense part on the GPU", here.machine
-    if here.predictor is None or machine.gpu_gb_s is None or machine.pcie_gb_s is None:
-        return Change(name, None, None, "not in this version; a bound needs --gpu-gb-s and --pcie-gb-s")
-    if card.problem:
-        return Change(name, None, None, "not in this version, and it does not fit")
-    sizes, context = here.sizes, headline_tokens(here.wishes)
-    read = card.weights + context * sizes.latent_bytes
-    # A row goes to the experts in bf16 and comes back in fp32, with ids and weights.
-    crossing = sizes.experts.layers * (6 * sizes.experts.hidden + 8 * sizes.top_k)
-    parts = here.predictor.experts(1)
-    parts["GPU memory"] = read / machine.gpu_gb_s / 1e9
-    parts["PCIe"] = crossing / machine.pcie_gb_s / 1e9
-    return Change(name, Prediction(1, parts), None, "not in this version; a bound, without its own overhead")
 
 
 def gib(nbytes: float) -> str:

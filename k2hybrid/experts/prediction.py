@@ -35,6 +35,10 @@ class ModelSizes:
     dense_bytes: int  # of all layers and the last norm, read by every pass
     dense_ops: int
     kv_b_ops: int  # of them, those that a prefill spends on its context instead (`Rates.chunk_context_s`)
+    shared_bytes: int  # of dense_bytes, the shared experts'
+    shared_ops: int
+    absorbed_ops: int  # of attention, a layer, row and token of context; in decode
+    expanded_ops: int  # the same in a prefill, beside kv_b's
     head_bytes: int  # lm_head, read for rows whose logits are wanted
     head_ops: int
     embedding_bytes: int  # of which a pass reads some rows
@@ -67,6 +71,10 @@ class ModelSizes:
             dense_bytes=sum(map(nbytes, dense)) + 2 * spec.hidden_size,
             dense_ops=sum(math.prod(t.shape) for t in dense if len(t.shape) == 2),
             kv_b_ops=sum(math.prod(t.shape) for t in dense if t.key.role == "kv_b_proj"),
+            shared_bytes=sum(nbytes(t) for t in dense if t.key.role.startswith("shared_")),
+            shared_ops=sum(math.prod(t.shape) for t in dense if t.key.role.startswith("shared_")),
+            absorbed_ops=spec.num_heads * (spec.latent_dim + spec.kv_lora_rank),
+            expanded_ops=spec.num_heads * (spec.qk_head_dim + spec.v_head_dim),
             head_bytes=weight_bytes("lm_head", head, dense_weights),
             head_ops=math.prod(head),
             embedding_bytes=2 * math.prod(head),
@@ -176,6 +184,11 @@ class Predictor:
         place: of the experts.
         disk_gb_s: of direct reads; needed where experts are streamed.
         hit_rate: share of the experts asked for that have a slot already.
+
+    Attributes:
+        miss_rate: share of them that come from the disk.
+        expert_bytes_s: at which an expert that is there is read.
+        disk_s: of one expert from the disk.
     """
 
     def __init__(
@@ -189,11 +202,12 @@ class Predictor:
     ) -> None:
         self.sizes = sizes
         self.rates = rates
+        self.place = place
         self.miss_rate = 1.0 - hit_rate if place == "streamed" else 0.0
-        self._expert_gb_s = rates.mapped_gb_s if place == "mapped" else rates.arena_gb_s
-        self._disk_s = math.inf  # of one expert
+        self.expert_bytes_s = 1e9 * (rates.mapped_gb_s if place == "mapped" else rates.arena_gb_s)
+        self.disk_s = math.inf
         if disk_gb_s is not None:
-            self._disk_s = sizes.experts.expert_bytes / (disk_gb_s * 1e9)
+            self.disk_s = sizes.experts.expert_bytes / (disk_gb_s * 1e9)
 
     def decode(self, sequences: int, context: int) -> Prediction:
         """One step of `sequences` sequences, each with `context` tokens behind it."""
@@ -239,7 +253,7 @@ class Predictor:
         if not distinct:
             return parts
         rows_each = rows * sizes.top_k / distinct
-        read = sizes.experts.expert_bytes / (self._expert_gb_s * 1e9)
+        read = sizes.experts.expert_bytes / self.expert_bytes_s
         compute = max(0.0, rows_each - 1.0) * sizes.expert_ops / rates.expert_ops
         one = self._overlapped(read, compute)
         name = "RAM bandwidth" if read >= compute else "arithmetic"
@@ -247,7 +261,7 @@ class Predictor:
         # Gate and up arrive first, and are computed while down is read. Of few rows all is computed as it
         # comes, down of the last expert last; of many, all down projections come at the end.
         few = rows * sizes.top_k <= ADDED_LATER
-        late = missed * self._disk_s + (min(1.0, missed) * one / 3 if few else 0.0) if missed else 0.0
+        late = missed * self.disk_s + (min(1.0, missed) * one / 3 if few else 0.0) if missed else 0.0
         waiting = max(0.0, late - (distinct * one if few else 2 / 3 * distinct * one))
         parts[name] += sizes.experts.layers * distinct * one
         parts["disk"] += sizes.experts.layers * waiting

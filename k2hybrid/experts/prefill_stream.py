@@ -26,7 +26,7 @@ from k2hybrid.experts.compute import ExpertCompute
 from k2hybrid.experts.copies import CopyEngine, Fence
 from k2hybrid.experts.device_slots import DeviceSlots, ExpertSource
 from k2hybrid.experts.feed import ExpertFeed, Feeding
-from k2hybrid.experts.split import SplitRates, StreamPlan, plan_stream
+from k2hybrid.experts.split import BUFFERS, SplitRates, StreamPlan, plan_stream
 from k2hybrid.types import RoutedExperts, TicketStats
 
 TILE_ROWS = 1024  # of one expert that are computed together
@@ -95,7 +95,7 @@ class StreamedExperts:
         rates: SplitRates,
         *,
         cpu_rows: int,
-        buffers: int = 12,
+        buffers: int = BUFFERS,
         ring: int = 8,
         fill_threads: int = 3,
     ) -> None:

@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 
 from k2hybrid.errors import ConfigError
 
+BUFFERS = 12  # experts that fit into the page-locked buffers of a streamed prefill
+
 
 @dataclass(frozen=True, slots=True)
 class SplitRates:
@@ -95,6 +97,9 @@ def card_limits(rates: SplitRates, rows: int, top_k: int, experts: int) -> list[
     return [card_experts(rates, d, pairs / max(d, 1)) for d in range(min(experts, pairs) + 1)]
 
 
+_LIMITS = ("CPU", "card", "bus", "RAM")
+
+
 @dataclass(frozen=True, slots=True)
 class StreamPlan:
     """Who computes a chunk's experts of one layer; each tuple ascending.
@@ -104,6 +109,7 @@ class StreamPlan:
         streamed: sent over the bus.
         cold: the CPU's.
         seconds, bus_bytes: predicted.
+        limit: what takes so long: "CPU", "card", "bus" or "RAM".
     """
 
     hot: tuple[int, ...]
@@ -111,6 +117,7 @@ class StreamPlan:
     cold: tuple[int, ...]
     seconds: float
     bus_bytes: float
+    limit: str
 
 
 def plan_stream(
@@ -125,7 +132,7 @@ def plan_stream(
     rest = sorted(set(rows_of) - set(here), key=lambda expert: (rows_of[expert], expert))
     card = sum(rates.card_s(rows_of[expert]) for expert in rows_of)
     cpu = cold_rows = 0.0
-    best: tuple[float, int] | None = None
+    best: tuple[float, int, tuple[float, ...]] | None = None
     for cold in range(len(rest) + 1):  # those with the fewest rows
         if cold:
             each = rows_of[rest[cold - 1]]
@@ -133,15 +140,15 @@ def plan_stream(
             card -= rates.card_s(each)
             cold_rows = min(cold_rows + each, rows)
         streamed = len(rest) - cold
-        seconds = max(
+        each_s = (
             cpu + rates.handoff_s if cold else 0.0,
             rates.card_busy_s + (rates.card_launch_s + card if cold < len(rows_of) else 0.0),
             streamed * rates.bus_s,
             (cold + rates.bus_traffic * streamed) * rates.expert_bytes / rates.ram,
         )
-        seconds += cold_rows * rates.handoff_row_s
+        seconds = max(each_s) + cold_rows * rates.handoff_row_s
         if best is None or seconds <= best[0]:
-            best = seconds, cold
+            best = seconds, cold, each_s
     assert best is not None
     cold_count = best[1]
     return StreamPlan(
@@ -150,6 +157,7 @@ def plan_stream(
         tuple(sorted(rest[:cold_count])),
         best[0],
         (len(rest) - cold_count) * rates.expert_bytes,
+        _LIMITS[best[2].index(max(best[2]))],
     )
 
 

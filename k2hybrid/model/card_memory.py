@@ -72,7 +72,7 @@ def card_plan(spec: ModelSpec, budget: int, wishes: CardWishes) -> CardPlan:
     if spare < 0:
         lacking = f"{_what(wishes)} lack {gib(-spare)} on a card with {budget:,} bytes"
         problem = f"{lacking}; what would fit: {_what_fits(spec, budget, wishes)}"
-        return CardPlan(budget, tuple(needs), weights, 0, problem)
+        return CardPlan(budget, tuple(needs), weights, wishes.chunk, 0, problem)
     sizes = ModelSizes.of(spec).experts
     hot = 0
     tables = HOT_TABLE_BYTES * spec.num_layers * sizes.experts
@@ -82,7 +82,7 @@ def card_plan(spec: ModelSpec, budget: int, wishes: CardWishes) -> CardPlan:
         needs.append(
             Need(f"hot experts, {hot:,} of {sizes.count:,}", hot * sizes.expert_bytes + tables, where)
         )
-    return CardPlan(budget, tuple(needs), weights, hot, "")
+    return CardPlan(budget, tuple(needs), weights, wishes.chunk, hot, "")
 
 
 def require_card(spec: ModelSpec, budget: int, wishes: CardWishes) -> CardPlan:

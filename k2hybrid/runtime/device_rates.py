@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.experts.card_prediction import HANDOFF_S, LAUNCH_S, PLAN_S
 from k2hybrid.experts.compute import ExpertCompute
 from k2hybrid.experts.copies import CopyEngine
 from k2hybrid.experts.prediction import ModelSizes
@@ -22,10 +23,6 @@ MANY_ROWS = 1024
 ROUNDS = 5
 PROBE_BYTES = 256 << 20  # of RAM
 
-# Assumed, since they cannot be timed apart from a model's step; bench/gpu_handoff.py measures the first.
-HANDOFF_S = 20e-6
-CARD_LAUNCH_S = 60e-6
-PLAN_S = 1e-3
 CPU_SHARE = 0.6  # of the CPU's peak that experts with many rows reach
 
 
@@ -72,6 +69,7 @@ def measure_split_rates(
     card = EXPERTS * expert_bytes / seconds(lambda: run(1, each))
     card_row_s = seconds(lambda: run(MANY_ROWS, one)) / MANY_ROWS
     peak = machine.peak("bf16") or machine.peak("int8") or machine.peak("fp32") or 1e9
+    # Launches and the hand-off are assumed: they cannot be timed apart from a model's step.
     shared_bytes = 2 * 3 * hidden * inter * spec.num_shared_experts
     return SplitRates(
         expert_bytes=expert_bytes,
@@ -81,7 +79,7 @@ def measure_split_rates(
         card_row_s=card_row_s,
         cpu_row_s=2 * 3 * hidden * inter / (CPU_SHARE * peak),
         card_busy_s=shared_bytes / card,
-        card_launch_s=CARD_LAUNCH_S,
+        card_launch_s=LAUNCH_S,
         handoff_s=HANDOFF_S,
         handoff_row_s=6 * hidden / bus,  # bf16 there, fp32 back
         plan_s=PLAN_S,

@@ -16,7 +16,7 @@ from k2hybrid.config import RuntimeConfig
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts, slot_bytes
-from k2hybrid.experts.plan import PROCESS_BYTES, SYSTEM_BYTES
+from k2hybrid.experts.plan import SYSTEM_BYTES, ram_needs
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.experts.recorder import TraceWriter
 from k2hybrid.experts.store import ExpertStore
@@ -85,13 +85,13 @@ def placement_for(config: RuntimeConfig, spec: ModelSpec, topology: Topology, la
         memory = {node: nbytes * limit // total for node, nbytes in memory.items()}
     sizes = expert_sizes(spec)
     dense = ModelSizes.of(spec, dense_weights=config.dense_weights)
-    resting = dense.embedding_bytes if config.on_card else dense.resting_bytes
+    rest = sum(need.nbytes for need in ram_needs(dense, "", 0, on_card=config.on_card))
     placement = place_experts(
         sizes,
         node_memory=memory,
         wanted=config.expert_place,
         expert_ram=config.expert_ram,
-        reserved_bytes=resting + latent_bytes + PROCESS_BYTES + SYSTEM_BYTES,
+        reserved_bytes=rest + latent_bytes + SYSTEM_BYTES,
     )
     if config.expert_arena is not None and placement.place != "resident":
         raise ConfigError(

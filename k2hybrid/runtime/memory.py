@@ -8,7 +8,7 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.experts.placement import Placement
-from k2hybrid.experts.plan import Need, ram_needs
+from k2hybrid.experts.plan import LEFT_LATENTS, Need, expert_needs, ram_needs
 from k2hybrid.experts.prediction import ModelSizes
 
 log = logging.getLogger(__name__)
@@ -21,14 +21,13 @@ def start_needs(
     tokens = f"{pages.pages * pages.PAGE_TOKENS:,} tokens in {pages.format.name}"
     sizes = ModelSizes.of(spec, pages.format.row_bytes, dense_weights=config.dense_weights)
     latent_bytes = pages.pages * pages.page_bytes
-    needs = list(ram_needs(sizes, tokens, latent_bytes, placement, on_card=config.on_card))
+    needs = [
+        *ram_needs(sizes, tokens, latent_bytes, on_card=config.on_card),
+        *expert_needs(sizes.experts, placement),
+    ]
     if beside := (config.cache_ram or 0) // pages.page_bytes:
         tokens = f"{beside * pages.PAGE_TOKENS:,} tokens"
-        needs.append(
-            Need(
-                f"latents that left, {tokens}", beside * pages.page_bytes, "RAM, at most; taken as they leave"
-            )
-        )
+        needs.append(Need(f"latents that left, {tokens}", beside * pages.page_bytes, LEFT_LATENTS))
     return needs
 
 

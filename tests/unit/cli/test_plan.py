@@ -13,9 +13,11 @@ import pytest
 
 from k2hybrid.checkpoint.presets import published_config
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.cli import machine as machine_module
 from k2hybrid.cli import main
 from k2hybrid.cli.machine import _WIDTHS, describe, read_description
 from k2hybrid.errors import ConfigError
+from k2hybrid.experts.prediction import Rates
 from k2hybrid.model.card_memory import CardWishes, card_plan
 
 SPEC = ModelSpec.from_config(published_config())
@@ -75,7 +77,7 @@ def test_what_would_lie_on_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[
     options = ["--vram", "24", "--ctx", "262144", "--concurrency", "1", "--json", str(written)]
     assert run(tmp_path, *options, "--dense-weights", "int8", "--latent-rows", "fp8") == 0
     out = capsys.readouterr().out
-    assert "24.0 GiB: it would fit" in out
+    assert "experts fit on the 24.0 GiB of the GPU; planned without it" in out
     card = json.loads(written.read_text())["card"]
     # As large a chunk as fits.
     wanted = card_plan(SPEC, 24 << 30, CardWishes("int8", "fp8", 262_144, 262_144, chunk=7_680))
@@ -232,23 +234,56 @@ def test_dense_weights_of_8_bits_are_planned_and_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     written = tmp_path / "plan.json"
-    card = ("--vram", "48", "--gpu-gb-s", "900", "--pcie-gb-s", "25", "--ctx", "8192")
-    assert run(tmp_path, "--dense-weights", "fp8", "--json", str(written), *card) == 0
+    assert run(tmp_path, "--dense-weights", "fp8", "--json", str(written), "--ctx", "8192") == 0
     out = capsys.readouterr().out
     assert "dense weights, fp8" in out
     assert "made at every start" in out
     eight = json.loads(written.read_text())
     assert eight["dense_weights"] == "fp8"
-    assert run(tmp_path, "--json", str(written), *card) == 0
+    assert run(tmp_path, "--json", str(written), "--ctx", "8192") == 0
     sixteen = json.loads(written.read_text())
     assert sixteen["dense_weights"] == "bf16"
     assert eight["predictions"][0]["tokens_s"] > sixteen["predictions"][0]["tokens_s"]
-    bounds = [
-        change["decode"]["tokens_s"]
-        for found in (eight, sixteen)
-        for change in found["changes"]
-        if change["change"] == "the dense part on the GPU"
-    ]
-    assert bounds[0] > bounds[1]
     with pytest.raises(SystemExit):
         run(tmp_path, "--dense-weights", "int4")
+
+
+def test_a_card_whose_rates_are_known_is_planned_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written = tmp_path / "plan.json"
+    rates = ("--vram", "48", "--gpu-gb-s", "900", "--pcie-gb-s", "25", "--gpu-tflops", "150")
+    options = ("--ctx", "8192", "--cache-ram", "8GiB", "--latent-rows", "fp8", "--json", str(written))
+    assert run(tmp_path, *options, *rates) == 0
+    out = capsys.readouterr().out
+    assert "--device cuda: dense weights, latents and" in out
+    assert "60% of its own rates and 80% of PCIe's are assumed" in out
+    assert "decoded besides" not in out  # by the CPU
+    assert "latents that left" in out
+    assert "without the GPU" in out
+    found = json.loads(written.read_text())
+    assert found["on_card"] is True
+    assert {"GPU memory", "GPU arithmetic", "PCIe"} <= set(found["predictions"][0]["parts"])
+    assert found["machine"]["gpu_tflops"] == 150
+    assert main(["plan", "--machine", str(written), *options[:-2]]) == 0
+    assert capsys.readouterr().out == out
+    # Pages that leave pass the card.
+    assert any(need["name"] == "pages on their way" for need in found["card"]["needs"])
+
+
+def test_a_card_that_is_here_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = {"vram_gib": 48.0, "gpu_gb_s": 900.0, "pcie_gb_s": 25.0, "gpu_tflops": 150.0}
+    monkeypatch.setattr(machine_module, "_card_here", lambda: card)
+    rates = Rates(**{key: value for key, value in RATES.items() if key != "widths"})
+    monkeypatch.setattr(machine_module, "_measured", lambda spec: rates)
+    unsaid = {key: value for key, value in MACHINE.items() if key != "rates"}
+    assert run(tmp_path, "--ctx", "8192", machine=unsaid) == 0
+    out = capsys.readouterr().out
+    assert "GPU: measured here" in out
+    assert "--device cuda" in out
+    assert run(tmp_path, "--ctx", "8192", "--vram", "24", machine=unsaid) == 0  # another one
+    assert "GPU: measured here" not in capsys.readouterr().out
+    assert run(tmp_path, "--ctx", "8192") == 0  # another machine
+    assert "GPU" not in capsys.readouterr().out

@@ -11,10 +11,11 @@ from k2hybrid.checkpoint.presets import published_config
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import DenseWeights
 from k2hybrid.errors import ConfigError
+from k2hybrid.experts.card_prediction import CardPredictor, CardRates
 from k2hybrid.experts.placement import slot_bytes
-from k2hybrid.experts.plan import GIB, PROCESS_BYTES, MachineSpec, Plan, Wishes, make_plan
+from k2hybrid.experts.plan import GIB, PROCESS_BYTES, CardPlan, MachineSpec, Plan, Wishes, make_plan
 from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
-from k2hybrid.model.card_memory import CardWishes, card_plan
+from k2hybrid.model.card_memory import CardWishes, card_plan, largest_chunk
 
 SPEC = ModelSpec.from_config(published_config())
 K2 = ModelSizes.of(SPEC)
@@ -109,38 +110,84 @@ def test_wishes_without_sense_are_refused(wishes: dict[str, Any]) -> None:
         plan(TWO_NODES, **wishes)
 
 
-def with_card(machine: MachineSpec) -> Plan:
-    card = card_plan(SPEC, machine.vram_bytes, CardWishes(context=4 * 32768, longest=32768))
-    return make_plan(K2, RATES, machine, Wishes(), card)
+WISHED = CardWishes(context=4 * 32768, longest=32768)
 
 
-def test_a_gpu_changes_nothing_and_its_bound_is_labelled() -> None:
-    found = with_card(dataclasses.replace(TWO_NODES, vram_bytes=48 * GIB, gpu_gb_s=900.0, pcie_gb_s=25.0))
-    assert found.cases == plan(TWO_NODES).cases
-    assert "CPU alone" in found.gpu
-    assert "it would fit, with" in found.gpu
-    bound = next(change for change in found.changes if "GPU" in change.name)
-    assert "not in this version" in bound.note
-    assert bound.decode is not None
-    experts = 60 * 8 * K2.experts.expert_bytes / (85e9 * 4)
-    assert found.card is not None
-    read = (found.card.weights + 8192 * 70_272) / 900e9
-    crossing = 60 * (6 * 7168 + 8 * 8) / 25e9
-    assert bound.decode.seconds == pytest.approx(experts + read + crossing)
+def on_card(vram_bytes: int) -> CardPlan:
+    chunk = largest_chunk(SPEC, vram_bytes, WISHED) or WISHED.chunk
+    return card_plan(SPEC, vram_bytes, dataclasses.replace(WISHED, chunk=chunk))
+
+
+def with_card(machine: MachineSpec, **wishes: Any) -> Plan:
+    return make_plan(K2, RATES, machine, Wishes(**wishes), on_card)
+
+
+CARD = {"vram_bytes": 48 * GIB, "gpu_gb_s": 900.0, "pcie_gb_s": 25.0, "gpu_tflops": 150.0}
+
+
+def test_a_card_holds_all_but_the_experts_and_is_predicted() -> None:
+    machine = dataclasses.replace(TWO_NODES, **CARD)
+    found = with_card(machine)
+    assert found.on_card
+    assert found.gpu.startswith("--device cuda: dense weights, latents and")
+    card, placement = found.card, found.placement
+    assert card is not None
+    assert placement is not None
+    names_in_ram = [need.name for need in found.needs]
+    assert names_in_ram[:3] == ["embedding", "buffers of a streamed prefill", "the process"]
+    assert found.needs[1].nbytes == 12 * K2.experts.expert_bytes
+    assert not any("latents" in name for name in names_in_ram)
+    rates = machine.card_rates
+    assert rates == CardRates(900.0, 25.0, 150.0)
+    cpu = Predictor(K2, RATES.at(ram_gb_s=400.0, cores=64), "resident")
+    want = CardPredictor(cpu, rates, chunk=card.chunk, hot=card.hot)
+    one = next(case for case in found.cases if case.name == "decode, 1 sequence at 32,768 tokens")
+    assert one.found == want.decode(1, 32768)
+    prompt = next(case for case in found.cases if case.name == "prefill, 32,768 tokens")
+    assert prompt.found == want.prefill(32768)
+
+
+def test_latents_that_leave_take_ram_from_the_experts() -> None:
+    machine = dataclasses.replace(SMALL, **CARD)
+    found, more = with_card(machine), with_card(machine, cache_ram=20 * GIB)
+    left = next(need for need in more.needs if need.name.startswith("latents that left"))
+    assert left.nbytes == 20 * GIB
+    assert found.placement is not None
+    assert more.placement is not None
+    slots = 20 * GIB / sum(slot_bytes(K2.experts, 1))
+    assert found.placement.slots - more.placement.slots == pytest.approx(slots, abs=1)
+
+
+def test_changes_of_a_card() -> None:
+    """Without it, a larger one, a faster bus: each is the plan of that machine."""
+    machine = dataclasses.replace(SMALL, **CARD)
+    changes = {change.name: change for change in with_card(machine).changes}
+    alone = plan(SMALL).changes[0]
+    assert changes["without the GPU"] == dataclasses.replace(alone, name="without the GPU")
+    bus = with_card(dataclasses.replace(machine, pcie_gb_s=50.0)).changes[0]
+    assert changes["PCIe twice as fast"] == dataclasses.replace(bus, name="PCIe twice as fast")
+    (larger,) = [name for name in changes if name.startswith("a GPU with")]
+    size = int(larger.split()[3])
+    assert size > 48
+    then = with_card(dataclasses.replace(machine, vram_bytes=size * GIB)).changes[0]
+    assert changes[larger] == dataclasses.replace(then, name=larger)
 
 
 @pytest.mark.parametrize(
-    ("card", "note"),
+    ("card", "said"),
     [
-        ({"vram_bytes": 48 * GIB}, "--gpu-gb-s"),
-        ({"vram_bytes": 16 * GIB, "gpu_gb_s": 900.0, "pcie_gb_s": 25.0}, "does not fit"),
+        ({"vram_bytes": 48 * GIB}, "give --gpu-gb-s, --gpu-tflops and --pcie-gb-s"),
+        (CARD | {"vram_bytes": 16 * GIB}, "left idle: bf16 weights"),
     ],
 )
-def test_a_gpu_of_which_too_little_is_known_or_there_has_no_figure(card: dict[str, Any], note: str) -> None:
+def test_a_card_of_which_too_little_is_known_or_there_is_left_idle(card: dict[str, Any], said: str) -> None:
     found = with_card(dataclasses.replace(TWO_NODES, **card))
-    change = next(change for change in found.changes if "GPU" in change.name)
-    assert (change.decode, change.prefill) == (None, None)
-    assert note in change.note
+    assert not found.on_card
+    assert said in found.gpu
+    assert found.cases == plan(TWO_NODES).cases
+    larger = [change for change in found.changes if change.name.startswith("a GPU with")]
+    assert len(larger) == ("gpu_tflops" in card)
+    assert all(change.decode for change in larger)
 
 
 @pytest.mark.parametrize("kind", ["fp8", "int8"])

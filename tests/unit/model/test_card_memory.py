@@ -22,7 +22,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.placement import place_experts
-from k2hybrid.experts.plan import CardPlan, Need, ram_needs
+from k2hybrid.experts.plan import CardPlan, Need, expert_needs, ram_needs
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.model import card_memory, mla
@@ -292,7 +292,8 @@ def ram_table() -> str:
     placed = place_experts(
         sizes.experts, node_memory={0: 384 << 30, 1: 384 << 30}, reserved_bytes=sizes.resting_bytes
     )
-    return table_of(ram_needs(sizes, "131,072 tokens in fp8", 131_072 * sizes.latent_bytes, placed))
+    needs = ram_needs(sizes, "131,072 tokens in fp8", 131_072 * sizes.latent_bytes)
+    return table_of([*needs, *expert_needs(sizes.experts, placed)])
 
 
 @pytest.mark.parametrize(

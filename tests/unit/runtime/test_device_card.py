@@ -27,7 +27,7 @@ from k2hybrid.runtime.card import CardFit, fit_card
 from k2hybrid.runtime.device import emulated_rates
 from k2hybrid.runtime.device_rates import measure_split_rates
 from k2hybrid.runtime.memory import start_needs
-from tests.mini_sizes import PAGE_BYTES
+from tests.mini_sizes import EXPERT_BYTES, PAGE_BYTES
 
 K2 = ModelSpec.from_config(published_config())
 MINI = read_spec(MINI_MODEL)
@@ -138,6 +138,7 @@ def test_what_lies_on_a_card_is_not_counted_in_ram(dense: str) -> None:
         config = RuntimeConfig.from_mapping({"device": device, "dense_weights": dense})
         rows[device] = {need.name: need.nbytes for need in start_needs(MINI, pages, None, config)}
     assert rows["cuda"].pop("embedding") == embedding
+    assert rows["cuda"].pop("buffers of a streamed prefill") == 12 * EXPERT_BYTES
     assert set(rows["cuda"]) < set(rows["emulated"])
     assert any("latents" in name for name in set(rows["emulated"]) - set(rows["cuda"]))
     assert any("dense weights" in name for name in set(rows["emulated"]) - set(rows["cuda"]))
