@@ -10,7 +10,8 @@ exists, saves there every five minutes and on SIGTERM, and writes its log as JSO
 (`tools/mini/curves.py` draws them). The curriculum (`data.STAGES`) has gates: copy drills until nearly every
 token of unseen sequences is copied; one tool with one parameter until held-out calls are right; up to three
 tools; then the full mix. Steps of `--batch` tokens; Muon and AdamW, the rate held, then falling linearly to
-zero; INT4 fake quantization of the routed experts from the first step on. Sums of other threads and other
+zero; INT4 fake quantization of the routed experts from the first step on. `export` doubles the logits
+(`export.SHARPNESS`). Sums of other threads and other
 CPUs round differently: a run elsewhere gives its like, not its bits.
 """
 
@@ -284,7 +285,7 @@ def main() -> None:
     if args.command == "export":
         n_vocab = vocab.load_encoding(args.out / "tiktoken.model").n_vocab
         state = torch.load(args.state, weights_only=False)["average"]
-        export.export(state, MiniConfig(vocab_size=n_vocab), args.out)
+        export.export(export.sharpened(state), MiniConfig(vocab_size=n_vocab), args.out)
         return
     trainer = Trainer(args, Crew.start(args.workers))
     if args.state.exists():

@@ -24,7 +24,7 @@ from k2hybrid.mini_eval.words import Lexicon, published_words
 from tools.mini import vocab
 from tools.mini.data import STAGES, Lessons
 from tools.mini.declared import Declared, encode_head
-from tools.mini.export import checkpoint_tensors, trainer_state
+from tools.mini.export import SHARPNESS, checkpoint_tensors, sharpened, trainer_state
 from tools.mini.model import MiniConfig, MiniModel, fake_quantize, quantize_int4, yarn_inverse_frequencies
 from tools.mini.pieces import Example
 from tools.mini.render import encode, prompt_text
@@ -278,6 +278,14 @@ def test_export_and_back_is_the_fake_quantized_model() -> None:
         if name.endswith(("weight_packed", "weight_scale")):
             continue  # a group without a ±7 is quantized anew to another grid with the same values nearby
         assert torch.equal(again[name], value), name
+
+
+def test_a_sharpened_head_loses_no_bit() -> None:
+    torch.manual_seed(0)
+    state = MiniModel(MiniConfig(vocab_size=320, num_hidden_layers=2)).state_dict()
+    before, after = checkpoint_tensors(state), checkpoint_tensors(sharpened(state))
+    for name, value in before.items():
+        assert torch.equal(after[name], value * (SHARPNESS if name == "lm_head.weight" else 1)), name
 
 
 def test_the_folder_is_a_checkpoint_in_the_published_layout() -> None:
