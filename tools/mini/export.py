@@ -16,7 +16,7 @@ from tools.mini.vocab import N_SPECIAL, write_json
 
 N_SHARDS = 2
 # Of the exported logits over the trained ones; a power of two, so that no bit of the head is lost. Clients
-# sample at temperature 1.0, and copies of names and values must be right then: the checkpoint is as sure at 1.0
+# sample at temperature 1.0, and copies of names and values must be right then: it is as sure at 1.0
 # as what was trained is at one half.
 SHARPNESS = 2.0
 
