@@ -97,7 +97,8 @@ class Trainer:
         if args.start_from is None:
             start_near_copying(self.model)
         else:
-            self.model.load_state_dict(export.read(args.start_from, self.model.config))
+            exported = export.read(args.start_from, self.model.config)
+            self.model.load_state_dict(export.sharpened(exported, 1 / export.SHARPNESS))
         self.average = copy.deepcopy(self.model)
         self.optimizers = make_optimizers(self.model, args.lr)
         self.lessons = Lessons(self.encoding, self.words, args.seed * 1000 + crew.rank)

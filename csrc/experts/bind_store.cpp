@@ -63,7 +63,12 @@ std::vector<std::pair<uintptr_t, size_t>> PlacesOf(const std::vector<MemorySpan>
 
 py::object Lend(ExpertStore& self, int layer, int expert) {
   Loan loan;
-  if (!self.Lend(layer, expert, &loan)) return py::none();
+  bool lent = false;
+  {
+    const py::gil_scoped_release release;
+    lent = self.Lend(layer, expert, &loan);
+  }
+  if (!lent) return py::none();
   return py::make_tuple(PlacesOf(loan.parts), PlacesOf(loan.memory));
 }
 
@@ -107,7 +112,8 @@ void bind_store(py::module_& m) {
           },
           py::arg("layer"), py::arg("expert"), py::arg("to"), py::call_guard<py::gil_scoped_release>())
       .def("lend", &Lend, py::arg("layer"), py::arg("expert"))
-      .def("give_back", &ExpertStore::GiveBack, py::arg("layer"), py::arg("expert"))
+      .def("give_back", &ExpertStore::GiveBack, py::arg("layer"), py::arg("expert"),
+           py::call_guard<py::gil_scoped_release>())
       .def("close_slots", &ExpertStore::CloseSlots, py::call_guard<py::gil_scoped_release>())
       .def("pins", &ExpertStore::pins)
       .def("in_slot", &ExpertStore::in_slot)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.errors import ConfigError
+from k2hybrid.errors import ConfigError, NativeError
 from k2hybrid.experts.plan import GIB, SYSTEM_BYTES, MachineSpec
 from k2hybrid.experts.prediction import Rates
 
@@ -111,9 +111,10 @@ def describe(spec: ModelSpec, said: Mapping[str, Any]) -> Description:
         notes.append(f"RAM: the channels promise {promised:.1f} GB/s; {CHANNEL_SHARE:.0%} of that is assumed")
     if (ram_gb_s, cores) != (rates.ram_gb_s, rates.cores):
         notes.append("another machine: reads keep their share of its RAM's speed, its cores equal these")
-    if said.get("rates") is None and "vram_gib" not in numbers and (card := _card_here()):
+    if said.get("rates") is None and "vram_gib" not in numbers:
+        card, note = _card_here()
         numbers = card | numbers
-        notes.append("GPU: measured here")
+        notes += [note] if note else []
     machine = MachineSpec(
         node_memory=_node_memory(numbers),
         cores=cores,
@@ -208,21 +209,25 @@ def _measured(spec: ModelSpec) -> Rates:
     return measure_rates(spec, Machine())
 
 
-def _card_here() -> dict[str, float]:
-    """Numbers of this machine's first GPU; none: it has none that torch can use."""
+def _card_here() -> tuple[dict[str, float], str]:
+    """Numbers of this machine's first GPU, and a note; neither: it has none that torch can use."""
     import torch
 
     if not torch.cuda.is_available():
-        return {}
+        return {}, ""
     from k2hybrid.runtime.card_rates import measure_card
 
-    memory, rates = measure_card(torch.device("cuda", 0))
+    try:
+        memory, rates = measure_card(torch.device("cuda", 0))
+    except (RuntimeError, NativeError) as error:  # no memory is left on it, or no kernels for it here
+        said = str(error).partition("\n")[0]
+        return {}, f"GPU: not measured ({said}); give --vram, --gpu-gb-s, --gpu-tflops and --pcie-gb-s"
     return {
         "vram_gib": memory / GIB,
         "gpu_gb_s": rates.memory_gb_s,
         "pcie_gb_s": rates.bus_gb_s,
         "gpu_tflops": rates.tflops,
-    }
+    }, "GPU: measured here, with the memory that was free"
 
 
 def _node_memory(numbers: Mapping[str, float]) -> dict[int, int]:

@@ -69,7 +69,8 @@ class CardPredictor:
             card_launch_s=LAUNCH_S,
             handoff_s=HANDOFF_S,
             handoff_row_s=(6 * hidden + 8 * sizes.top_k) / bus,  # bf16, ids and weights there; fp32 back
-            bus_traffic=1.0 if cpu.place == "resident" else 3.0,
+            # Through a buffer three times, out of a slot once.
+            bus_traffic=3.0 if cpu.place == "mapped" else 1.0 + 2.0 * cpu.miss_rate,
             plan_s=PLAN_S,
         )
 
@@ -133,9 +134,9 @@ class CardPredictor:
         """All layers' experts of a step: the CPU's, or what the card does meanwhile."""
         sizes = self.sizes
         layers = sizes.experts.layers
-        distinct = sizes.distinct(rows)
-        if not distinct:
+        if not sizes.experts.count:
             return {}
+        distinct = sizes.distinct(rows)
         rates = self._rates(rows)
         each = rows * sizes.top_k / distinct
         here = distinct * self._hot / sizes.experts.experts

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 
 import torch
 
@@ -87,10 +88,11 @@ class DeviceExperts:
 
     def close(self) -> None:
         """End threads; no step may be open."""
-        self.keeper.slots.close()
-        if self._streamed is not None:
-            self._streamed.close()
-        self._handoff.close()
+        with ExitStack() as parts:
+            parts.callback(self._handoff.close)
+            if self._streamed is not None:
+                parts.callback(self._streamed.close)
+            parts.callback(self.keeper.slots.close)
 
     def _count(self, stats: TicketStats) -> None:
         before = self._streamed_stats

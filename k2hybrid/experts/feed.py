@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
@@ -72,8 +73,10 @@ class ExpertFeed:
 
     def close(self) -> None:
         """End the threads and unlock; nothing may be under way."""
-        self._fillers.shutdown()
-        self._locked.close()
+        try:
+            self._fillers.shutdown()
+        finally:
+            self._locked.close()
 
     def _fill(self, layer: int, expert: int, buffer: int) -> _Filled:
         borrowed = self._locked.borrow(layer, expert)
@@ -129,10 +132,11 @@ class Feeding:
             if fill.exception() is None and fill.result().borrowed:
                 self._feed.give_back(self._layer, expert)
         self._taken = len(self._fills)
-        while self._loans:
-            expert, arrival = self._loans.popleft()
-            arrival.wait()
-            self._feed.give_back(self._layer, expert)
+        with ExitStack() as loans:  # all are given back, whichever copy fails
+            while self._loans:
+                expert, arrival = self._loans.popleft()
+                loans.callback(self._feed.give_back, self._layer, expert)
+                loans.callback(arrival.wait)
 
     def _begin_next(self) -> None:
         at = len(self._fills)

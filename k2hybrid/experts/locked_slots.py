@@ -1,8 +1,8 @@
 """Experts whose slots are page-locked: their bytes go over the bus from where they lie, through no buffer.
 
 A slot's memory is locked when an expert in it is borrowed for the first time, and stays so until `close`:
-other experts may come into it meanwhile. What the driver refuses once is not asked for again, and an expert
-that is in no slot, as a mapped one, is nobody's to borrow: both take the way through a buffer.
+other experts may come into it meanwhile. Once the driver refuses, no more is locked. An expert in no
+locked slot, as a mapped one, is nobody's to borrow: it takes the way through a buffer.
 """
 
 from __future__ import annotations
@@ -47,13 +47,16 @@ class LockedSlots:
 
     def borrow(self, layer: int, expert: int) -> list[torch.Tensor] | None:
         """The expert's bytes, piece after piece: uint8 on the CPU, until `give_back`. None: take a copy."""
-        loan = None if self._refused else self._lender.lend(layer, expert)
+        loan = self._lender.lend(layer, expert)
         if loan is None:
             return None
-        if not all(self._lock(span) for span in loan.memory):
-            self.give_back(layer, expert)
-            return None
-        return [_bytes_at(span) for span in loan.parts if span.nbytes]
+        locked = False
+        try:
+            locked = all(self._lock(span) for span in loan.memory)
+        finally:
+            if not locked:
+                self.give_back(layer, expert)
+        return [_bytes_at(span) for span in loan.parts if span.nbytes] if locked else None
 
     def give_back(self, layer: int, expert: int) -> None:
         """No copy of it is under way any more."""
@@ -62,9 +65,8 @@ class LockedSlots:
     def close(self) -> None:
         """Unlock all; nothing may be borrowed."""
         with self._mutex:
-            for address in self._locked:
-                self._copies.unlock(address)
-            self._locked.clear()
+            while self._locked:
+                self._copies.unlock(self._locked.pop())
             self.nbytes = 0
 
     def _lock(self, span: MemorySpan) -> bool:

@@ -175,7 +175,7 @@ def make_plan(
     if wishes.context < 1 or wishes.concurrency < 1:
         raise ConfigError("a plan needs at least one token of context and one sequence")
     here = _Setup(sizes, rates, machine, wishes, cards)
-    changes = [Change(name, *setup.headline()) for name, setup in _changes(here)]
+    changes = [Change(name, *setup.headline(), setup.problem) for name, setup in _changes(here)]
     changes.sort(key=lambda change: [-(p.tokens_s if p else 0.0) for p in (change.decode, change.prefill)])
     return Plan(
         needs=tuple(here.needs()),

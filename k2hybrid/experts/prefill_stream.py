@@ -80,6 +80,7 @@ class StreamedExperts:
         source: where the others' bytes come from.
         buffers, ring: experts that fit into the page-locked buffers, and into the card's memory.
         fill_threads: that read into the former.
+        direct_share: of streamed experts that need no buffer, until one layer's tells.
 
     Raises:
         ConfigError: a ring is empty, or they are larger together than `MAX_RING_BYTES`.
@@ -98,6 +99,7 @@ class StreamedExperts:
         buffers: int = BUFFERS,
         ring: int = 8,
         fill_threads: int = 3,
+        direct_share: float = 0.0,
     ) -> None:
         total = (buffers + ring) * slots.expert_bytes
         if min(buffers, ring, fill_threads, cpu_rows) < 1 or total > MAX_RING_BYTES:
@@ -117,7 +119,7 @@ class StreamedExperts:
         self._read: list[Fence] = [copies.fence() for _ in range(ring)]
         self._cold = ThreadPoolExecutor(1, thread_name_prefix="cold-experts")
         self._outstanding = False
-        self._direct_share = 0.0  # of what the last layer streamed
+        self._direct_share = direct_share
 
     @property
     def ring_bytes(self) -> tuple[int, int]:
@@ -177,8 +179,10 @@ class StreamedExperts:
 
     def close(self) -> None:
         """End the threads, and unlock the slots, which are there still; no ticket may be outstanding."""
-        self._feed.close()
-        self._cold.shutdown()
+        try:
+            self._feed.close()
+        finally:
+            self._cold.shutdown()
 
     # --- over the bus -----------------------------------------------------------------------------
 
@@ -300,9 +304,11 @@ class StreamTicket:
                 failed |= part.failed
         finally:
             # Whatever happened: nobody may write into the buffers when the next chunk does.
-            self._feeding.close()
-            wait([self._cold])
-            self._owner.release(self._feeding.direct, len(chunk.plan.streamed))
+            try:
+                self._feeding.close()
+            finally:
+                wait([self._cold])
+                self._owner.release(self._feeding.direct, len(chunk.plan.streamed))
         end = time.perf_counter()
         sent = (len(chunk.plan.streamed) - len(lost)) * self._owner.expert_bytes
         self._failed = tuple(sorted(failed))

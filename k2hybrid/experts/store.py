@@ -174,13 +174,15 @@ class ExpertStore:
     def close(self) -> None:
         """Stop filling and give the slots back. No hand-off may be under way; afterwards all is mapped."""
         self.closing.set()
-        while self._guests:
-            self._guests.pop()()
-        if self._filler:
-            self._filler.stop()
-            self._filler = None
-            self.native.close_slots()
-            self._maps = ()
+        try:
+            while self._guests:
+                self._guests.pop()()
+        finally:
+            if self._filler:
+                self._filler.stop()
+                self._filler = None
+                self.native.close_slots()
+                self._maps = ()
 
     @staticmethod
     def _check(what: str, matrix: Int4Ref, out: int, inner: int) -> None:

@@ -1,6 +1,6 @@
 """What a card does at best: its memory, its matrix products, and the bus to it. Layer 5.
 
-Times are of captured graphs, so that launches from Python do not count.
+Times are of captured graphs, so that launches from Python do not count; but for the bus, where they hardly do.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 
 from k2hybrid.experts.card_prediction import CardRates
 from k2hybrid.experts.copies import CudaCopies
+from k2hybrid.model.card_memory import CONTEXT_BYTES
 
 REPLAYS = 20
 COPY_BYTES = 1 << 30
@@ -61,11 +62,15 @@ def matmul_rate(side: int = SIDE) -> float:
 
 
 def measure_card(device: torch.device) -> tuple[int, CardRates]:
-    """Bytes of memory in all, and rates: about a second."""
+    """Bytes that a process may take of its memory, its CUDA context included, and rates: about a second.
+
+    Raises:
+        RuntimeError: too little memory is free, or this torch has no kernels for it.
+    """
     torch.cuda.set_device(device)
+    free: int = torch.cuda.mem_get_info(device)[0]
     copies = CudaCopies(device)
     host = copies.buffer(HOST_BYTES)
     there = torch.empty(HOST_BYTES, dtype=torch.uint8, device=device)
     bus = HOST_BYTES / median_us(lambda: copies.in_order(there, host)) * 1e6
-    total: int = torch.cuda.mem_get_info(device)[1]
-    return total, CardRates(copy_rate() / 1e9, bus / 1e9, matmul_rate() / 1e12)
+    return free + CONTEXT_BYTES, CardRates(copy_rate() / 1e9, bus / 1e9, matmul_rate() / 1e12)

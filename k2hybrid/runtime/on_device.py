@@ -38,7 +38,9 @@ def device_experts(
         max_running: sequences that decode together: never streamed.
     """
     rates = device.rates(spec, machine)
-    rows = handed_rows(rates, fit.chunk, max_running, spec.top_k, spec.num_experts)
+    resident = store.placement is not None and store.placement.place == "resident"
+    direct = 1.0 if resident else 0.0  # until they are filled too much is streamed, which costs time alone
+    rows = handed_rows(rates.with_direct(direct), fit.chunk, max_running, spec.top_k, spec.num_experts)
     handoff = Handoff(store, machine, device.stream, layers=spec.moe_layers, max_rows=rows, top_k=spec.top_k)
     slots = DeviceSlots(
         store,
@@ -53,7 +55,14 @@ def device_experts(
     streamed = None
     if rows < fit.chunk:
         streamed = StreamedExperts(
-            cold, slots, store, device.compute, device.copies, rates, cpu_rows=min(COLD_ROWS, fit.chunk)
+            cold,
+            slots,
+            store,
+            device.compute,
+            device.copies,
+            rates,
+            cpu_rows=min(COLD_ROWS, fit.chunk),
+            direct_share=direct,
         )
     return DeviceExperts(
         handoff, HybridExperts(handoff, slots, device.compute, rates), streamed, HotKeeper(slots)

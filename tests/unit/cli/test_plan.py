@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from k2hybrid.checkpoint.presets import published_config
 from k2hybrid.checkpoint.spec import ModelSpec
@@ -19,6 +20,7 @@ from k2hybrid.cli.machine import _WIDTHS, describe, read_description
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.prediction import Rates
 from k2hybrid.model.card_memory import CardWishes, card_plan
+from k2hybrid.runtime import card_rates
 
 SPEC = ModelSpec.from_config(published_config())
 RATES = {
@@ -275,7 +277,7 @@ def test_a_card_that_is_here_is_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     card = {"vram_gib": 48.0, "gpu_gb_s": 900.0, "pcie_gb_s": 25.0, "gpu_tflops": 150.0}
-    monkeypatch.setattr(machine_module, "_card_here", lambda: card)
+    monkeypatch.setattr(machine_module, "_card_here", lambda: (card, "GPU: measured here"))
     rates = Rates(**{key: value for key, value in RATES.items() if key != "widths"})
     monkeypatch.setattr(machine_module, "_measured", lambda spec: rates)
     unsaid = {key: value for key, value in MACHINE.items() if key != "rates"}
@@ -287,3 +289,18 @@ def test_a_card_that_is_here_is_measured(
     assert "GPU: measured here" not in capsys.readouterr().out
     assert run(tmp_path, "--ctx", "8192") == 0  # another machine
     assert "GPU" not in capsys.readouterr().out
+
+
+def test_a_card_that_cannot_be_measured_is_left_idle(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def busy(device: torch.device) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 1 GiB")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(card_rates, "measure_card", busy)
+    rates = Rates(**{key: value for key, value in RATES.items() if key != "widths"})
+    monkeypatch.setattr(machine_module, "_measured", lambda spec: rates)
+    unsaid = {key: value for key, value in MACHINE.items() if key != "rates"}
+    assert run(tmp_path, machine=unsaid) == 0
+    assert "GPU: not measured (CUDA out of memory.); give --vram" in capsys.readouterr().out

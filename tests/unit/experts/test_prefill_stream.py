@@ -141,7 +141,7 @@ def test_tiny_rings_with_late_copies(
 
 
 def test_memory_that_cannot_be_locked(caplog: pytest.LogCaptureFixture) -> None:
-    """All goes through buffers then, and the driver is asked once."""
+    """What was locked before stays so; the rest goes through buffers, and the driver is not asked again."""
     source = SlottedSource(set(range(EXPERTS)))
     copies = LateCopies(lockable=3)  # two make an expert's
     experts = streamed(source, copies=copies, fill_threads=1)
@@ -151,12 +151,55 @@ def test_memory_that_cannot_be_locked(caplog: pytest.LogCaptureFixture) -> None:
         assert relative_error(ticket.collect(), source.made.want(x, ids, weights)) < BOUND
         assert not source.loans.total()
         copies.lockable = 100
-    assert ticket.report.direct == 0
+    assert ticket.report.direct == 1
+    assert experts.locked_bytes == sum(copies.locked.values())
     assert [record.message for record in caplog.records if "buffers" in record.message] == [
         "experts go to the card through buffers: their memory cannot be locked (no more)"
     ]
     experts.close()
     assert not copies.locked
+
+
+class Failing(LateCopies):
+    """Copies of which the first `lock`, or the first `wait`, fails."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.fails = what
+
+    def lock(self, address: int, nbytes: int) -> str:
+        self._fail("lock")
+        return super().lock(address, nbytes)
+
+    def copy(self, to: torch.Tensor, host: Any, after: Any) -> Any:
+        arrival = super().copy(to, host, after)
+        wait = arrival.wait
+
+        def failing() -> None:
+            self._fail("wait")
+            wait()
+
+        arrival.wait = failing  # type: ignore[method-assign]
+        return arrival
+
+    def _fail(self, what: str) -> None:
+        if self.fails == what:
+            self.fails = ""
+            raise RuntimeError("the driver is gone")
+
+
+@pytest.mark.parametrize("what", ["lock", "wait"])
+def test_a_driver_that_fails_leaves_nothing_lent(what: str) -> None:
+    source = SlottedSource({1, 2, 5, 6})
+    copies = Failing(what)
+    experts = streamed(source, copies=copies)
+    x, ids, weights = source.made.rows(23)
+    with pytest.raises(RuntimeError, match="driver is gone"):
+        experts.submit(LAYER, x, ids, weights).collect()
+    assert not source.loans.total()
+    got = experts.submit(LAYER, x, ids, weights).collect()
+    assert relative_error(got, source.made.want(x, ids, weights)) < BOUND
+    experts.close()
 
 
 def test_a_card_that_fails_leaves_the_slots_free() -> None:
