@@ -1,6 +1,6 @@
 """What a card does at best: its memory, its matrix products, and the bus to it. Layer 5.
 
-Times are of captured graphs, so that launches from Python do not count; but for the bus, where they hardly do.
+Times are of captured graphs, so that launches from Python do not count. Those of the bus hardly do.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def draw(lines: list[dict[str, Any]], out: Path) -> None:
     lower.set_xlabel("million tokens")
     lower.set_ylim(0, 101)
     lower.grid(alpha=0.3)
-    lower.legend(loc="lower right", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     for gate in gates:
         for axes in (upper, lower):
             axes.axvline(gate["tokens"] / 1e6, color="tab:red", linestyle=":", linewidth=1)
