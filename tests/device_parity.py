@@ -10,11 +10,12 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from k2hybrid.config import MINI_MODEL, RuntimeConfig
+from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.step import StepModel
 from k2hybrid.model.batch import Batch
 from k2hybrid.runtime import Runtime
@@ -22,6 +23,7 @@ from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.types import Message, SamplingParams, TokenEvent
 from tests.mini_sizes import EXPERT_BYTES
 
+MODEL = Path(__file__).parent / "models" / "mini-4"
 GREEDY = SamplingParams(temperature=0)
 OPTIONS: dict[str, Any] = {"threads": 2, "context_tokens": 4096, "idle_prefill": False}
 SOME_HOT = 12 * EXPERT_BYTES
@@ -109,14 +111,14 @@ class Opened:
 
 @contextmanager
 def opened(device: str, forced: Mapping[int, int] | None = None, **options: Any) -> Iterator[Opened]:
-    """The built-in model on a device. `forced`: see `Told`."""
+    """The model that the bounds are for, on a device. `forced`: see `Told`."""
     told: list[Told] = []
 
     def telling(model: StepModel) -> Told:
         told.append(Told(model, forced))
         return told[-1]
 
-    config = RuntimeConfig.from_mapping({"model": MINI_MODEL, "device": device, **OPTIONS, **options})
+    config = RuntimeConfig.from_mapping({"model": MODEL, "device": device, **OPTIONS, **options})
     with open_runtime(config, wrapped=telling) as runtime:
         yield Opened(runtime, told[0])
 

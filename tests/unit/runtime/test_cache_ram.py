@@ -92,7 +92,7 @@ def test_it_is_given_as_a_size() -> None:
 
 def test_it_is_a_row_of_the_memory_table() -> None:
     spec = read_spec(MINI_MODEL)
-    pages = LatentPages(5, 2, Bf16Rows(128))
+    pages = LatentPages(spec.num_layers, 2, Bf16Rows(spec.latent_dim))
     *_, row = start_needs(spec, pages, None, RuntimeConfig(cache_ram=3 * PAGE_BYTES + 5))
     assert (row.name, row.nbytes) == ("latents that left, 192 tokens", 3 * PAGE_BYTES)
     without = start_needs(spec, pages, None, RuntimeConfig())
