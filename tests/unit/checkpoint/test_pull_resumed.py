@@ -42,7 +42,8 @@ def test_a_later_run_goes_on_in_the_middle_of_a_file(
     cache = tmp_path / "hf" / "hub"
     folder = tmp_path / "m" if plain else cache / "models--owner--Small-Model/snapshots" / COMMIT
     where = ["--dir", str(folder)] if plain else []
-    program = (
+    program = (  # what runs behind a shell's & inherits SIGINT ignored
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "import sys; from huggingface_hub import constants; constants.DOWNLOAD_CHUNK_SIZE = 500\n"
         "from k2hybrid.cli import main; sys.exit(main(sys.argv[1:]))"
     )
