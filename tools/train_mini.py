@@ -11,8 +11,8 @@ exists, saves there every five minutes and on SIGTERM, and writes its log as JSO
 token of unseen sequences is copied; one tool with one parameter until held-out calls are right; up to three
 tools; then the full mix. Steps of `--batch` tokens; Muon and AdamW, the rate held, then falling linearly to
 zero; INT4 fake quantization of the routed experts from the first step on. `export` doubles the logits
-(`export.SHARPNESS`). Sums of other threads and other
-CPUs round differently: a run elsewhere gives its like, not its bits.
+(`export.SHARPNESS`). Sums of other threads and other CPUs round differently: a run elsewhere gives its like,
+not its bits.
 """
 
 from __future__ import annotations

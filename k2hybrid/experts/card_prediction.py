@@ -15,14 +15,19 @@ import dataclasses
 from dataclasses import dataclass
 
 from k2hybrid.experts.prediction import RESOURCES, Prediction, Predictor
-from k2hybrid.experts.split import SplitRates, card_experts, plan_stream, streams
+from k2hybrid.experts.split import (
+    HANDOFF_S,
+    LAUNCH_S,
+    PLAN_S,
+    SplitRates,
+    card_experts,
+    plan_stream,
+    streams,
+)
 
 CARD_SHARE = 0.6  # of memory and matrix rates
 BUS_SHARE = 0.8
 LAYER_S = 50e-6
-HANDOFF_S = 20e-6  # a layer, from ring to reply, beside what travels; bench/gpu_handoff.py measures it
-LAUNCH_S = 60e-6  # of the kernels for experts on the card
-PLAN_S = 1e-3  # of a streamed layer, until the host knows the routing and has made its plan
 CARD_RESOURCES = (*RESOURCES, "GPU memory", "GPU arithmetic", "PCIe")
 _STREAM_LIMITS = {"CPU": "arithmetic", "card": "GPU arithmetic", "bus": "PCIe", "RAM": "RAM bandwidth"}
 

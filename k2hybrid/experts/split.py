@@ -14,6 +14,10 @@ from dataclasses import dataclass, replace
 from k2hybrid.errors import ConfigError
 
 BUFFERS = 12  # experts that fit into the page-locked buffers of a streamed prefill
+# Assumed, since they cannot be timed apart from a model's step; bench/gpu_handoff.py measures the first.
+HANDOFF_S = 20e-6
+LAUNCH_S = 60e-6
+PLAN_S = 1e-3
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,11 +9,10 @@ from collections.abc import Callable
 import torch
 
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.experts.card_prediction import HANDOFF_S, LAUNCH_S, PLAN_S
 from k2hybrid.experts.compute import ExpertCompute
 from k2hybrid.experts.copies import CopyEngine
 from k2hybrid.experts.prediction import ModelSizes
-from k2hybrid.experts.split import SplitRates
+from k2hybrid.experts.split import HANDOFF_S, LAUNCH_S, PLAN_S, SplitRates
 from k2hybrid.hardware.bandwidth import quick_gb_s
 from k2hybrid.native import Machine
 from k2hybrid.runtime.random_bytes import arena_bytes
@@ -69,7 +68,6 @@ def measure_split_rates(
     card = EXPERTS * expert_bytes / seconds(lambda: run(1, each))
     card_row_s = seconds(lambda: run(MANY_ROWS, one)) / MANY_ROWS
     peak = machine.peak("bf16") or machine.peak("int8") or machine.peak("fp32") or 1e9
-    # Launches and the hand-off are assumed: they cannot be timed apart from a model's step.
     shared_bytes = 2 * 3 * hidden * inter * spec.num_shared_experts
     return SplitRates(
         expert_bytes=expert_bytes,

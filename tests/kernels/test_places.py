@@ -9,7 +9,7 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -472,33 +472,44 @@ def test_what_is_lent_stays(folder: Path, expected: list[torch.Tensor]) -> None:
     assert made.store.lend(2, 7) is None
 
 
-def test_loans_while_serving_and_moving(folder: Path, expected: list[torch.Tensor]) -> None:
-    """With the fewest slots, every ticket needs those that are lent."""
-    made = Placed(folder, placed("streamed", 2, EXPERTS), machine=Machine(1))
-    wanted = {key: read(made, *key) for key in made.store.keys}
+def while_serving(made: Placed, expected: list[torch.Tensor], take: Callable[[], int]) -> None:
+    """Tickets beside a thread that takes experts in whatever way, again and again; it says how many."""
     stop = threading.Event()
-    wrong: list[tuple[int, int]] = []
     count = 0
 
-    def borrow() -> None:
+    def work() -> None:
         nonlocal count
         while not stop.is_set():
-            for key, want in wanted.items():
-                loan = made.store.lend(*key)
-                if loan is not None:
-                    count += 1
-                    wrong.extend([key] if lent_bytes(loan) != want else [])
-                    made.store.give_back(*key)
+            count += take()
 
-    thread = threading.Thread(target=borrow)
+    thread = threading.Thread(target=work)
     thread.start()
     try:
         check(made, expected)
     finally:
         stop.set()
         thread.join()
-    assert wrong == []
     assert count > 0
+
+
+def test_loans_while_serving_and_moving(folder: Path, expected: list[torch.Tensor]) -> None:
+    """With the fewest slots, every ticket needs those that are lent."""
+    made = Placed(folder, placed("streamed", 2, EXPERTS), machine=Machine(1))
+    wanted = {key: read(made, *key) for key in made.store.keys}
+    wrong: list[tuple[int, int]] = []
+
+    def borrow() -> int:
+        count = 0
+        for key, want in wanted.items():
+            loan = made.store.lend(*key)
+            if loan is not None:
+                count += 1
+                wrong.extend([key] if lent_bytes(loan) != want else [])
+                made.store.give_back(*key)
+        return count
+
+    while_serving(made, expected, borrow)
+    assert wrong == []
     made.store.close()
 
 
@@ -506,26 +517,15 @@ def test_copies_while_serving_and_moving(folder: Path, expected: list[torch.Tens
     """With the fewest slots, every ticket needs those that are being copied."""
     made = Placed(folder, placed("streamed", 2, EXPERTS), machine=Machine(1))
     wanted = {key: read(made, *key) for key in made.store.keys}
-    stop = threading.Event()
     wrong: list[tuple[int, int]] = []
-    count = 0
 
-    def copy() -> None:
-        nonlocal count
-        while not stop.is_set():
-            for key, want in wanted.items():
-                wrong.extend([key] if copied(made, *key) != want else [])
-                count += 1
+    def copy() -> int:
+        for key, want in wanted.items():
+            wrong.extend([key] if copied(made, *key) != want else [])
+        return len(wanted)
 
-    thread = threading.Thread(target=copy)
-    thread.start()
-    try:
-        check(made, expected)
-    finally:
-        stop.set()
-        thread.join()
+    while_serving(made, expected, copy)
     assert wrong == []
-    assert count > 0
     made.store.close()
     assert copied(made, 1, 0) == wanted[1, 0]
 

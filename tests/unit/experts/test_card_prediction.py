@@ -7,28 +7,18 @@ from typing import Any
 
 import pytest
 
-from k2hybrid.checkpoint.presets import published_config
-from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.experts.card_prediction import (
     BUS_SHARE,
     CARD_SHARE,
-    HANDOFF_S,
-    LAUNCH_S,
     LAYER_S,
-    PLAN_S,
     CardPredictor,
     CardRates,
 )
 from k2hybrid.experts.placement import Place
 from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
+from k2hybrid.experts.split import HANDOFF_S, LAUNCH_S, PLAN_S
+from tests.k2_rates import K2, RATES, SPEC
 
-SPEC = ModelSpec.from_config(published_config())
-K2 = ModelSizes.of(SPEC)
-RATES = Rates(
-    cores=8, ram_gb_s=100.0, dense_gb_s=90.0, mapped_gb_s=80.0, arena_gb_s=85.0, dense_ops=2e12,
-    expert_ops=1.5e12, overlap=0.75, step_s=1e-4, sequence_s=2e-5, context_s=1e-7, chunk_s=0.02,
-    chunk_context_s=1e-5, sample_s=1e-3,
-)  # fmt: skip
 EXPERT = 24_772_608  # bytes
 SHARED = 60 * 3 * 7168 * 2048
 MEMORY, FLOP, BUS = CARD_SHARE * 1000e9, CARD_SHARE * 200e12, BUS_SHARE * 25e9

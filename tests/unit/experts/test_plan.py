@@ -14,16 +14,10 @@ from k2hybrid.errors import ConfigError
 from k2hybrid.experts.card_prediction import CardPredictor, CardRates
 from k2hybrid.experts.placement import slot_bytes
 from k2hybrid.experts.plan import GIB, PROCESS_BYTES, CardPlan, MachineSpec, Plan, Wishes, make_plan
-from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
+from k2hybrid.experts.prediction import ModelSizes, Predictor
 from k2hybrid.model.card_memory import CardWishes, card_plan, largest_chunk
+from tests.k2_rates import K2, RATES, SPEC
 
-SPEC = ModelSpec.from_config(published_config())
-K2 = ModelSizes.of(SPEC)
-RATES = Rates(
-    cores=8, ram_gb_s=100.0, dense_gb_s=90.0, mapped_gb_s=80.0, arena_gb_s=85.0, dense_ops=2e12,
-    expert_ops=1.5e12, overlap=0.75, step_s=1e-4, sequence_s=2e-5, context_s=1e-7, chunk_s=0.02,
-    chunk_context_s=1e-5, sample_s=1e-3,
-)  # fmt: skip
 TWO_NODES = MachineSpec({0: 384 * GIB, 1: 384 * GIB}, cores=64, ram_gb_s=400.0, disk_gb_s=12.0)
 SMALL = MachineSpec({0: 254 * GIB}, cores=16, ram_gb_s=80.0, disk_gb_s=6.0)
 

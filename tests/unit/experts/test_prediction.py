@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.loader import open_checkpoint
-from k2hybrid.checkpoint.presets import changed_config, published_config
+from k2hybrid.checkpoint.presets import changed_config
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import MINI_MODEL
 from k2hybrid.experts.prediction import (
@@ -29,14 +29,7 @@ from k2hybrid.experts.reference import ReferenceExperts
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import TorchLinears
-
-K2_SPEC = ModelSpec.from_config(published_config())
-K2 = ModelSizes.of(K2_SPEC)
-RATES = Rates(
-    cores=8, ram_gb_s=100.0, dense_gb_s=90.0, mapped_gb_s=80.0, arena_gb_s=85.0, dense_ops=2e12,
-    expert_ops=1.5e12, overlap=0.75, step_s=1e-4, sequence_s=2e-5, context_s=1e-7, chunk_s=0.02,
-    chunk_context_s=1e-5, sample_s=1e-3,
-)  # fmt: skip
+from tests.k2_rates import K2, RATES
 
 
 def test_sizes_are_those_of_the_published_checkpoint() -> None:
