@@ -1,11 +1,11 @@
 """An agent's run of hundreds of tool calls: what each turn prefills, and how long it takes.
 
     python -m bench.turns               300 calls, 100,000 tokens, nothing computed: all that is not the model
-    python -m bench.turns --compute --calls 60 --tokens 12000
+    python -m bench.turns --compute     the model runs as well
 
 Three clients run the same history: one echoes everything, one drops the reasoning, one renames tool-call ids
 and writes arguments its own way. Bars: tokens prefilled ≤ 1.02 × tokens that were new; the last turns take
-≤ 1.3 × as long as the tenth, apart from attention over the longer history.
+≤ 1.3 × as long as the tenth, apart from attention over the longer history, which is timed by itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,21 @@ import json
 import random
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
 
 from bench.stub import Scripted
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.engine.step import StepModel
+from k2hybrid.model import attention
+from k2hybrid.native import Machine
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.types import ChatRequest, Message, SamplingParams, ToolCall
@@ -68,9 +75,44 @@ class Turn:
     prefilled: int
     ms: float
     model_ms: float
+    attention_ms: float  # of model_ms
 
 
-def run(runtime: Runtime, model: Scripted, client: Client, calls: int, tokens: int, scope: str) -> list[Turn]:
+class AttentionWatch:
+    """Times what attends to contexts: the CPU's kernel for few queries, `attention.expanded` for many."""
+
+    def __init__(self) -> None:
+        self.ms = 0.0
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """While it lasts."""
+        with (
+            mock.patch.object(Machine, "attend", self._timed(Machine.attend)),
+            mock.patch.object(attention, "expanded", self._timed(attention.expanded)),
+        ):
+            yield
+
+    def _timed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def timed(*args: Any, **options: Any) -> torch.Tensor:
+            began = time.perf_counter()
+            try:
+                return function(*args, **options)
+            finally:
+                self.ms += (time.perf_counter() - began) * 1e3
+
+        return timed
+
+
+def run(
+    runtime: Runtime,
+    model: Scripted,
+    watch: AttentionWatch,
+    client: Client,
+    calls: int,
+    tokens: int,
+    scope: str,
+) -> list[Turn]:
     """The turns of one client."""
     rng = random.Random(7)
     encode = runtime.tokenizer.encode_with_specials
@@ -91,7 +133,7 @@ def run(runtime: Runtime, model: Scripted, client: Client, calls: int, tokens: i
             response_id=f"{scope}-{turn}",
         )  # fmt: skip
         runtime.engine.metrics.recent.clear()
-        began = time.perf_counter()
+        began, attended = time.perf_counter(), watch.ms
         model.play(encode(said))
         answer = runtime.chat(request)
         for _ in answer:
@@ -107,6 +149,7 @@ def run(runtime: Runtime, model: Scripted, client: Client, calls: int, tokens: i
                 usage.prompt_tokens - usage.cached_tokens,
                 ms,
                 model_ms,
+                watch.ms - attended,
             )
         )
         known = usage.prompt_tokens + usage.completion_tokens
@@ -124,9 +167,11 @@ def report(name: str, turns: list[Turn]) -> dict[str, object]:
     prefilled, new = sum(t.prefilled for t in turns), sum(t.new for t in turns)
     early, late = turns[5:15], turns[-10:]
 
-    def median(part: list[Turn], own: bool) -> float:
-        return statistics.median(t.ms - t.model_ms if own else t.ms for t in part)
+    def both(ms: Callable[[Turn], float]) -> tuple[float, float]:
+        return statistics.median(map(ms, early)), statistics.median(map(ms, late))
 
+    whole, own = both(lambda t: t.ms), both(lambda t: t.ms - t.model_ms)
+    attending, apart = both(lambda t: t.attention_ms), both(lambda t: t.ms - t.attention_ms)
     figures = {
         "client": name,
         "calls": len(turns),
@@ -134,17 +179,21 @@ def report(name: str, turns: list[Turn]) -> dict[str, object]:
         "prefilled": prefilled,
         "new": new,
         "prefilled_over_new": prefilled / new,
-        "turn_10_ms": median(early, own=False),
-        "last_turn_ms": median(late, own=False),
-        "turn_10_own_ms": median(early, own=True),
-        "last_turn_own_ms": median(late, own=True),
-        "last_over_10": median(late, own=False) / median(early, own=False),
+        "turn_10_ms": whole[0],
+        "last_turn_ms": whole[1],
+        "turn_10_attention_ms": attending[0],
+        "last_turn_attention_ms": attending[1],
+        "turn_10_own_ms": own[0],
+        "last_turn_own_ms": own[1],
+        "last_over_10": apart[1] / apart[0],
     }
     print(
         f"{name:16} {len(turns)} calls, {turns[-1].prompt} tokens: prefilled {prefilled} of {new} new "
-        f"({prefilled / new:.3f}; bar 1.02) · turn 10 {figures['turn_10_ms']:.1f} ms, last "
-        f"{figures['last_turn_ms']:.1f} ms ({figures['last_over_10']:.2f}×; bar 1.3) · outside steps: "
-        f"{figures['turn_10_own_ms']:.1f} and {figures['last_turn_own_ms']:.1f} ms"
+        f"({prefilled / new:.3f}; bar 1.02) · turn 10 {whole[0]:.1f} ms, last {whole[1]:.1f} ms, of it "
+        f"attention {attending[0]:.1f} and {attending[1]:.1f} ms; apart from it "
+        f"{figures['last_over_10']:.2f}× (bar 1.3) · "
+        f"outside steps: {own[0]:.1f} and {own[1]:.1f} ms",
+        flush=True,
     )
     return figures
 
@@ -157,6 +206,7 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=100_000, help="of the history at the end")
     parser.add_argument("--compute", action="store_true", help="run the model as well; it says the same")
+    parser.add_argument("--client", choices=CLIENTS, default=None, help="this one alone")
     parser.add_argument("--json", type=Path, default=None, help="write the figures there")
     args = parser.parse_args()
     config = RuntimeConfig(model=args.model, context_tokens=max(args.tokens * 2, 8192), idle_prefill=False)
@@ -168,10 +218,12 @@ def main() -> None:
         return made[-1]
 
     print(f"{args.model.name}, {'with' if args.compute else 'without'} the model's compute")
-    with open_runtime(config, wrapped=wrapped) as runtime:
+    watch = AttentionWatch()
+    with watch.watching(), open_runtime(config, wrapped=wrapped) as runtime:
         results = [
-            report(name, run(runtime, made[0], client, args.calls, args.tokens, name))
+            report(name, run(runtime, made[0], watch, client, args.calls, args.tokens, name))
             for name, client in CLIENTS.items()
+            if args.client in (None, name)
         ]
     if args.json:
         args.json.write_text(json.dumps({"compute": args.compute, "results": results}, indent=1) + "\n")

@@ -9,6 +9,7 @@
 #include "cpu/bind_fault.h"
 #include "cpu/machine.h"
 #include "cpu/probe.h"
+#include "cpu/rows.h"
 #include "experts/bind_store.h"
 #include "experts/dispatch.h"
 #include "gpu/bind_doorbell.h"
@@ -70,6 +71,41 @@ void BindMachine(py::module_& m) {
              self.Attend({Pointer<uint8_t>(rows), pages, row_bytes, latent, rope, fp8}, given,
                          Pointer<k2::bf16>(q), heads, scale, Pointer<float>(out));
            })
+      .def(
+          "rms_norm",
+          [](k2::Machine& self, uintptr_t x, int rows, ptrdiff_t stride, uintptr_t weight, float eps, int n,
+             uintptr_t out) {
+            k2::RmsNormRows(self, Pointer<float>(x), rows, stride, Pointer<float>(weight), eps, n,
+                            Pointer<k2::bf16>(out));
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "swiglu",
+          [](k2::Machine& self, uintptr_t gate, uintptr_t up, int rows, int n, uintptr_t out) {
+            k2::SwiGluRows(self, Pointer<float>(gate), Pointer<float>(up), rows, n, Pointer<k2::bf16>(out));
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "choose",
+          [](k2::Machine& self, uintptr_t logits, uintptr_t bias, int rows, int experts, int top_k,
+             bool normalize, float scale, uintptr_t ids, uintptr_t weights) {
+            k2::ChooseRows(self, Pointer<float>(logits), Pointer<float>(bias),
+                           {experts, top_k, normalize, scale}, rows, Pointer<int32_t>(ids),
+                           Pointer<float>(weights));
+          },
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "prepare_attention",
+          [](k2::Machine& self, uintptr_t q, uintptr_t kv, int rows, int heads, int nope, int rope,
+             int latent, uintptr_t norm, float eps, uintptr_t cos, uintptr_t sin, uintptr_t q_nope,
+             uintptr_t q_rope, uintptr_t latents) {
+            k2::PrepareAttention(self,
+                                 {heads, nope, rope, latent, eps, Pointer<float>(norm), Pointer<float>(cos),
+                                  Pointer<float>(sin)},
+                                 Pointer<float>(q), Pointer<float>(kv), rows, Pointer<k2::bf16>(q_nope),
+                                 Pointer<k2::bf16>(q_rope), Pointer<k2::bf16>(latents));
+          },
+          py::call_guard<py::gil_scoped_release>())
       .def(
           "probe_read_seconds",
           [](k2::Machine& self, uintptr_t data, size_t bytes, size_t stripe_bytes, int ahead_bytes,

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 
 from k2hybrid.errors import NativeError
+from k2hybrid.native_rows import NativeRows
 from k2hybrid.types import LinearWeight, Weight8
 
 try:
@@ -95,6 +95,8 @@ class Machine:
         self.threads: int = self.handle.threads
         self.isa: str = self.handle.isa
         self.nodes: int = self.handle.groups
+        self.rows = NativeRows(self.handle)
+        self._known_spans: tuple[object, _GivenSpans] = (None, [])  # all layers of a pass have the same
 
     def pin_caller(self) -> None:
         """Bind the calling thread to the pool's first core: for the thread that runs the model, once."""
@@ -197,13 +199,11 @@ class Machine:
                 f"attend takes contiguous q {list(q.shape)} and uint8 rows on the CPU in bf16 or fp8, not "
                 f"{rows.dtype} {list(rows.shape)} on {rows.device} in {row_format}"
             )
-        given = []
-        for table, start, count in spans:
-            if table.dtype != torch.int64 or not table.is_contiguous() or table.device.type != "cpu":
-                raise NativeError(f"a page table must be contiguous int64 on the CPU, not {table.dtype}")
-            if min(start, count) < 0 or start + count > _PAGE_ROWS * table.numel():
-                raise NativeError(f"a page table of {table.numel()} pages lacks rows {start} + {count}")
-            given.append((table.data_ptr(), start, count))
+        known, given = self._known_spans
+        if spans is not known:
+            given = _given_spans(spans)
+            if isinstance(spans, tuple):  # which does not change
+                self._known_spans = spans, given
         rope, row_bytes = width - latent, rows.shape[1]
         least = 2 * width if row_format == "bf16" else latent + 4 * -(-latent // 128) + 2 * rope
         if row_bytes != least or sum(count for *_, count in given) != tokens:
@@ -692,6 +692,21 @@ class NativeHandoff:
         self.handle.stall_at(layer)
 
 
+_GivenSpans = list[tuple[int, int, int]]
+
+
+def _given_spans(spans: Sequence[tuple[torch.Tensor, int, int]]) -> _GivenSpans:
+    """Address of the table, start and count of each."""
+    given = []
+    for table, start, count in spans:
+        if table.dtype != torch.int64 or not table.is_contiguous() or table.device.type != "cpu":
+            raise NativeError(f"a page table must be contiguous int64 on the CPU, not {table.dtype}")
+        if min(start, count) < 0 or start + count > _PAGE_ROWS * table.numel():
+            raise NativeError(f"a page table of {table.numel()} pages lacks rows {start} + {count}")
+        given.append((table.data_ptr(), start, count))
+    return given
+
+
 def _slot(handle: Any, slot: int, hidden: int, max_rows: int, top_k: int) -> NativeSlot:
     x, ids, weights, out = handle.buffers(slot)
     return NativeSlot(
@@ -744,9 +759,18 @@ def _require_heads(what: str, x: torch.Tensor, weight: torch.Tensor, contracted:
         raise NativeError(f"{what}: x {list(x.shape)} does not fit weight {list(weight.shape)}")
 
 
-@contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except ExtensionError as error:
-        raise NativeError(str(error)) from None
+class _Errors:
+    """Turns what the extension raises into `NativeError`. A decode step enters it hundreds of times."""
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, ExtensionError):
+            raise NativeError(str(error)) from None
+
+
+_ERRORS = _Errors()
+
+
+def _errors() -> _Errors:
+    return _ERRORS

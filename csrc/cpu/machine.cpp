@@ -15,6 +15,8 @@ namespace {
 constexpr ptrdiff_t kFewTokensChunkBytes = 1536 << 10;
 constexpr ptrdiff_t kChunkBytes = 384 << 10;
 constexpr int kFewTokens = 8;
+// Multiply-adds that take no longer than it takes to call the pool together.
+constexpr int64_t kAloneOps = 1 << 19;
 constexpr int kTokenTile = 64;
 
 struct LinearCall {
@@ -185,9 +187,14 @@ void Machine::Linear(const Activations& x, const Weights& w, float* y) {
   const int fair = std::max(2, w.rows * w.heads / (8 * pool_.threads()));
   const int rows = std::min(std::min(fit, fair) & ~1, w.rows + 1);
   LinearCall call{kernels_, x, w, y, rows, (w.rows + rows - 1) / rows};
-  Job job;
-  job.Reset(&call, {{RunLinear, call.chunks_per_head * w.heads}});
-  pool_.Run(&job);
+  const int chunks = call.chunks_per_head * w.heads;
+  if (static_cast<int64_t>(w.rows) * w.heads * w.columns * x.tokens <= kAloneOps) {
+    for (int chunk = 0; chunk < chunks; ++chunk) RunLinear(&call, chunk, 0);
+  } else {
+    Job job;
+    job.Reset(&call, {{RunLinear, chunks}});
+    pool_.Run(&job);
+  }
   RequireReadable(w);
 }
 

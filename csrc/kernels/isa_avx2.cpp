@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "kernels/isa.h"
@@ -214,14 +215,18 @@ struct Simd {
 //
 #include "kernels/ffn.inl.h"
 //
+#include "kernels/rows.inl.h"
+//
 #include "kernels/attend.inl.h"
 
 }  // namespace
 }  // namespace avx2
 
 const KernelTable kAvx2Kernels = {
-    "avx2",         avx2::Prepare,  avx2::Int4Rows,     avx2::SwiGlu, avx2::AddScaled,  avx2::DenseRows,
-    avx2::Int8Rows, avx2::E4m3Rows, avx2::DenseColumns, avx2::Attend, avx2::DecodeRows, nullptr};
+    "avx2",         avx2::Prepare,  avx2::Int4Rows,     avx2::SwiGlu, avx2::AddScaled,
+    avx2::RmsNorm,  avx2::Sigmoid,  avx2::Rotate,       avx2::Round,  avx2::DenseRows,
+    avx2::Int8Rows, avx2::E4m3Rows, avx2::DenseColumns, avx2::Attend, avx2::DecodeRows,
+    nullptr};
 
 }  // namespace k2
 

@@ -3,6 +3,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "kernels/isa.h"
@@ -106,15 +107,18 @@ struct Simd : Lanes {
 //
 #include "kernels/ffn.inl.h"
 //
+#include "kernels/rows.inl.h"
+//
 #include "kernels/attend.inl.h"
 
 }  // namespace
 }  // namespace avx512
 
-const KernelTable kAvx512Kernels = {"avx512",         avx512::Prepare,    avx512::Int4Rows,
-                                    avx512::SwiGlu,   avx512::AddScaled,  avx512::DenseRows,
-                                    avx512::Int8Rows, avx512::E4m3Rows,   avx512::DenseColumns,
-                                    avx512::Attend,   avx512::DecodeRows, nullptr};
+const KernelTable kAvx512Kernels = {
+    "avx512",         avx512::Prepare,  avx512::Int4Rows,     avx512::SwiGlu, avx512::AddScaled,
+    avx512::RmsNorm,  avx512::Sigmoid,  avx512::Rotate,       avx512::Round,  avx512::DenseRows,
+    avx512::Int8Rows, avx512::E4m3Rows, avx512::DenseColumns, avx512::Attend, avx512::DecodeRows,
+    nullptr};
 
 }  // namespace k2
 

@@ -2,6 +2,7 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 
+#include <cmath>
 #include <cstring>
 
 #include "kernels/isa.h"
@@ -88,16 +89,29 @@ struct Simd : Lanes {
 //
 #include "kernels/ffn.inl.h"
 //
+#include "kernels/rows.inl.h"
+//
 #include "kernels/attend.inl.h"
 
 }  // namespace
 }  // namespace avx512_bf16
 
-const KernelTable kAvx512Bf16Kernels = {
-    "avx512_bf16",         avx512_bf16::Prepare,    avx512_bf16::Int4Rows,
-    avx512_bf16::SwiGlu,   avx512_bf16::AddScaled,  avx512_bf16::DenseRows,
-    avx512_bf16::Int8Rows, avx512_bf16::E4m3Rows,   avx512_bf16::DenseColumns,
-    avx512_bf16::Attend,   avx512_bf16::DecodeRows, nullptr};
+const KernelTable kAvx512Bf16Kernels = {"avx512_bf16",
+                                        avx512_bf16::Prepare,
+                                        avx512_bf16::Int4Rows,
+                                        avx512_bf16::SwiGlu,
+                                        avx512_bf16::AddScaled,
+                                        avx512_bf16::RmsNorm,
+                                        avx512_bf16::Sigmoid,
+                                        avx512_bf16::Rotate,
+                                        avx512_bf16::Round,
+                                        avx512_bf16::DenseRows,
+                                        avx512_bf16::Int8Rows,
+                                        avx512_bf16::E4m3Rows,
+                                        avx512_bf16::DenseColumns,
+                                        avx512_bf16::Attend,
+                                        avx512_bf16::DecodeRows,
+                                        nullptr};
 
 }  // namespace k2
 

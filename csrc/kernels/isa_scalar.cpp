@@ -146,14 +146,17 @@ struct Simd {
 //
 #include "kernels/ffn.inl.h"
 //
+#include "kernels/rows.inl.h"
+//
 #include "kernels/attend.inl.h"
 
 }  // namespace
 }  // namespace scalar
 
-const KernelTable kScalarKernels = {"scalar",         scalar::Prepare,    scalar::Int4Rows,
-                                    scalar::SwiGlu,   scalar::AddScaled,  scalar::DenseRows,
-                                    scalar::Int8Rows, scalar::E4m3Rows,   scalar::DenseColumns,
-                                    scalar::Attend,   scalar::DecodeRows, nullptr};
+const KernelTable kScalarKernels = {
+    "scalar",         scalar::Prepare,  scalar::Int4Rows,     scalar::SwiGlu, scalar::AddScaled,
+    scalar::RmsNorm,  scalar::Sigmoid,  scalar::Rotate,       scalar::Round,  scalar::DenseRows,
+    scalar::Int8Rows, scalar::E4m3Rows, scalar::DenseColumns, scalar::Attend, scalar::DecodeRows,
+    nullptr};
 
 }  // namespace k2

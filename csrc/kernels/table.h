@@ -33,6 +33,14 @@ struct KernelTable {
   void (*swiglu)(const float* gate, const float* up, int n, bf16* out);
   void (*add_scaled)(float weight, const float* y, int n, float* out);
 
+  // out = bf16(x / sqrt(mean of squares + eps) * weight), of any n; and out[i] = 1 / (1 + e^-x[i]), n a multiple of 16.
+  void (*rms_norm)(const float* x, const float* weight, float eps, int n, bf16* out);
+  void (*sigmoid)(const float* x, int n, float* out);
+
+  // Adjacent pairs turned by angles (rotary embedding), rounded to bf16; and values rounded to bf16.
+  void (*rotate)(const float* x, const float* cos, const float* sin, int pairs, bf16* out);
+  void (*round)(const float* x, int n, bf16* out);
+
   // y[t * ldy + r] = w.row(r) . x[t] for bf16 weights of `in` columns, rows `ldw` elements apart.
   void (*dense_rows)(const bf16* w, ptrdiff_t ldw, int in, int rows, const bf16* const* x, int tokens,
                      float* y, ptrdiff_t ldy);

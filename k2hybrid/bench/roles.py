@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from k2hybrid.model.attention import ContextKernels
+from k2hybrid.model.layers import RowKernels
 from k2hybrid.types import LinearWeight, RoutedExperts, Ticket, TicketStats, Weight8, WeightSource
 
 
@@ -63,6 +64,11 @@ class RecordingMachine:
     def _record(self, weight: LinearWeight, start: float) -> None:
         role = self._roles.role(weight.data_ptr())
         self.tallies[role].add(weight.nbytes, time.perf_counter() - start)
+
+    @property
+    def rows(self) -> RowKernels:
+        """See `native.Machine.rows`."""
+        return self._kernels.rows
 
     def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         """See `native.Machine.linear`."""

@@ -310,14 +310,20 @@ class Engine:
             self._check_when_idle()
             return False
         self._checked = False
+        started_s = time.perf_counter()
         if plan.shares:
             self._run(plan.shares)
+        passed_s = time.perf_counter()
         if plan.begin:
             self._chunk = self._begin(plan.begin)
         if plan.advance and self._chunk is not None:
             chunk, self._chunk = self._chunk, None
             if not self._advance(chunk, plan.advance):
                 self._chunk = chunk
+        self._scheduler.ran(
+            round((passed_s - started_s) * 1e6) if plan.shares else 0,
+            round((time.perf_counter() - passed_s) * 1e6),
+        )
         return True
 
     def _loop(self) -> None:

@@ -6,9 +6,11 @@ advances some layers per tick, so that decoding goes on between its layers. What
 time, not tokens: at true size a chunk of 512 tokens reads all experts, as many bytes as 48 decode steps.
 
 * A prefill rides along if the pass then takes at most half as long again.
-* Otherwise the chunk is owed as much time as the passes take, and gets it in whole layers: running decodes
-  keep half of their speed, and no gap between two of their tokens exceeds two decode steps, or one and a
-  layer. The chunk has so few rows that a layer takes no longer than a decode step, or a fifth of a second.
+* Otherwise the chunk is owed nearly as much time as the passes take, and gets it in whole layers: running
+  decodes keep half of their speed, and no gap between two of their tokens exceeds two decode steps, or one
+  and a layer. The chunk has so few rows that a layer takes no longer than a decode step, or a fifth of a
+  second. Time that was predicted decides how far the chunk advances now, time that was measured what it is
+  owed next: an error of the prediction cannot add up.
 * With nothing to decode the chunk advances for a moment, so that newcomers are seen soon.
 * Prefills share a chunk evenly; what the short ones leave goes to the others. So a short prompt is answered
   after one chunk, however long the prompts beside it are.
@@ -25,6 +27,9 @@ from k2hybrid.engine.cost import Rows
 ALONE_US = 50_000
 # A layer of a chunk beside decodes takes so long at most, or as long as a decode step, if few rows can.
 GAP_US = 200_000
+# Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
+# chunk 10: a little room is left on both sides of a half for what neither accounts for.
+SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
 LEAST_CHUNK = 32  # rows: smaller ones are not worth the reading of weights
 
 PassCost = Callable[[list[Rows]], int]
@@ -88,7 +93,7 @@ class Scheduler:
         self._layers = layers
         self._cost = cost
         self._last_decoded = -1  # the number after which the next round of decoding begins
-        self._owed_us = 0  # what passes took since the chunk last advanced, beyond what it took
+        self._owed_us = 0  # the chunk's share of what passes took, less what it took; negative: it took more
 
     def plan(self, running: Sequence[Candidate], chunk: Chunk | None = None) -> TickPlan:
         """The next tick for `running`, of whom those in `chunk` wait for it; empty if nothing runs."""
@@ -111,6 +116,11 @@ class Scheduler:
             begin, chunk_rows = self._chunk(prefills, max(decode_us, GAP_US) if turns else None)
             chunk = Chunk(chunk_rows, self._layers, frozenset(share.number for share in begin))
         return TickPlan(tuple(shares), begin, self._slice(chunk, decode_us))
+
+    def ran(self, pass_us: int, chunk_us: int) -> None:
+        """What the planned pass and the chunk's layers took, in microseconds; 0 for what was not planned."""
+        if pass_us:
+            self._owed_us += _share(pass_us) - chunk_us
 
     def _riding(self, prefills: list[Candidate], rows: list[Rows], decode_us: int) -> list[Share]:
         """Prefills that the pass over `rows` takes along whole, shortest first."""
@@ -152,10 +162,9 @@ class Scheduler:
         layer_us = self._layer_us(chunk.rows)
         if not decode_us:
             return min(chunk.layers_left, max(1, ALONE_US // layer_us))
-        self._owed_us += decode_us
-        layers = min(chunk.layers_left, self._owed_us // layer_us)
-        self._owed_us -= layers * layer_us
-        return layers
+        # Not more than a decode step at once, or one layer, whatever has added up.
+        owed = min(self._owed_us + _share(decode_us), max(decode_us, layer_us))
+        return min(chunk.layers_left, max(0, owed // layer_us))
 
     def _turns(self, decodes: list[Candidate]) -> list[Candidate]:
         room = self._max_rows
@@ -165,6 +174,10 @@ class Scheduler:
         chosen = (later + [c for c in decodes if c.number <= self._last_decoded])[:room]
         self._last_decoded = chosen[-1].number
         return sorted(chosen, key=lambda c: c.number)
+
+
+def _share(pass_us: int) -> int:
+    return pass_us * SHARE_NUMERATOR // SHARE_DENOMINATOR
 
 
 def _deal(prefills: list[Candidate], room: int) -> list[Share]:

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 import torch
 
-from k2hybrid.model.layers import LinearKernels
+from k2hybrid.model.layers import LinearKernels, WithRows
 from k2hybrid.model.scratch import Cut
 
 if TYPE_CHECKING:
@@ -69,7 +69,7 @@ class SpanAttention(Protocol):
         """q bf16 [T, heads, latent + rope], spans (table, start, count) -> fp32 [T, heads, latent]."""
 
 
-class ContextKernels(LinearKernels, SpanAttention, Protocol):
+class ContextKernels(LinearKernels, SpanAttention, WithRows, Protocol):
     """All that a network asks of a CPU's kernels."""
 
 

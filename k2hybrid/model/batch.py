@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -30,12 +30,16 @@ class Batch:
     positions: torch.Tensor
     spans: tuple[Span, ...]
     logit_rows: torch.Tensor
+    _row_slices: tuple[slice, ...] = field(init=False, repr=False, compare=False)
 
-    def row_slices(self) -> list[slice]:
-        """The rows of each span."""
+    def __post_init__(self) -> None:
         slices = []
         row = 0
         for span in self.spans:
             slices.append(slice(row, row + span.count))
             row += span.count
-        return slices
+        object.__setattr__(self, "_row_slices", tuple(slices))
+
+    def row_slices(self) -> tuple[slice, ...]:
+        """The rows of each span."""
+        return self._row_slices

@@ -15,7 +15,7 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import ConfigError
 from k2hybrid.model.batch import Batch
-from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm, unquantized
+from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm, row_kernels, unquantized
 from k2hybrid.model.mla import MLA, AttentionPlan, attention_sizes, plan_attention
 from k2hybrid.model.moe import MoE
 from k2hybrid.model.paged import PagedDecode
@@ -109,7 +109,9 @@ class Kimi:
         self.layers = [
             self._layer(layer, weights, experts, kernels, latent_norm_eps) for layer in range(spec.num_layers)
         ]
-        self.norm = RMSNorm(unquantized(weights.take(None, "norm")), spec.rms_norm_eps, dtype)
+        self.norm = RMSNorm(
+            unquantized(weights.take(None, "norm")), spec.rms_norm_eps, dtype, row_kernels(kernels, dtype)
+        )
         self.head = Linear(kernels, weights.take(None, "lm_head"))
 
     def _layer(
@@ -124,7 +126,7 @@ class Kimi:
             return weights.take(layer, role)
 
         def norm(role: str) -> RMSNorm:
-            return RMSNorm(unquantized(take(role)), eps, self.dtype)
+            return RMSNorm(unquantized(take(role)), eps, self.dtype, row_kernels(kernels, self.dtype))
 
         def mlp(prefix: str = "") -> MLP:
             gate, up, down = (take(f"{prefix}{part}_proj") for part in ("gate", "up", "down"))

@@ -1,14 +1,15 @@
 """The layers everything else is made of. Linears read activations in the model's dtype and give fp32.
 
-A row's result of a linear never depends on the other rows (the kernels promise it). Functions built on exp
-are another matter: vectorised and scalar code differ in the last bit, and which of them an element meets
-depends on how many rows there are. They are evaluated span by span, see `span_by_span`.
+A row's result of a linear never depends on the other rows (the kernels promise it), nor does what
+`RowKernels` do to it. Where torch plays them, functions built on exp are another matter: vectorised and
+scalar code differ in the last bit, and which of them an element meets depends on how many rows there are.
+They are evaluated span by span, see `span_by_span`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +30,49 @@ class LinearKernels(Protocol):
 
     def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         """x [T, H, K], weight [H, K, N] (head and row strides free) -> fp32 [T, H, N]."""
+
+
+class RowKernels(Protocol):
+    """What is done to rows between products, row by row and to bf16: `native_rows.NativeRows`."""
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        """x fp32 [T, n] (row stride free), weight fp32 [n] -> bf16 [T, n]."""
+
+    def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """fp32 [T, n] -> bf16 [T, n]: silu(gate) · up."""
+
+    def choose(
+        self, logits: torch.Tensor, bias: torch.Tensor, top_k: int, *, normalize: bool, scale: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """logits fp32 [T, experts] -> ids int32, weights fp32 [T, top_k]: see `router`, without groups."""
+
+    def prepare_attention(
+        self,
+        q: torch.Tensor,
+        kv: torch.Tensor,
+        norm: torch.Tensor,
+        eps: float,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q fp32 [T, heads, nope + rope], kv fp32 [T, latent + rope], angles [T, 1, rope / 2].
+
+        Returns:
+            bf16 queries [T, heads, nope], the same rotated [T, heads, rope], rows [T, latent + rope].
+        """
+
+
+@runtime_checkable
+class WithRows(Protocol):
+    """Kernels that have `RowKernels` as well."""
+
+    @property
+    def rows(self) -> RowKernels: ...
+
+
+def row_kernels(kernels: LinearKernels, dtype: torch.dtype) -> RowKernels | None:
+    """Those that belong to `kernels`, if `dtype` is what they give; None: torch does it."""
+    return kernels.rows if isinstance(kernels, WithRows) and dtype == torch.bfloat16 else None
 
 
 class TorchLinears:
@@ -98,13 +142,18 @@ class HeadLinearT:
 class RMSNorm:
     """x / rms(x) · weight, computed in fp32, given in `dtype`."""
 
-    def __init__(self, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> None:
-        self.weight = weight.float()
+    def __init__(
+        self, weight: torch.Tensor, eps: float, dtype: torch.dtype, rows: RowKernels | None = None
+    ) -> None:
+        self.weight = weight.float().contiguous()
         self.eps = eps
         self.dtype = dtype
+        self._rows = rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x fp32 [..., n] -> dtype [..., n]."""
+        """x fp32 [T, n] -> dtype [T, n]."""
+        if self._rows is not None:
+            return self._rows.rms_norm(x, self.weight, self.eps)
         inverse_rms = (x * x).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
         return (x * inverse_rms).mul_(self.weight).to(self.dtype)
 
@@ -142,7 +191,11 @@ class MLP:
         self.up = Linear(kernels, up)
         self.down = Linear(kernels, down)
         self.dtype = dtype
+        self._rows = row_kernels(kernels, dtype)
 
     def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
         """x [T, hidden], the rows of each span -> fp32 [T, hidden]."""
-        return self.down(swiglu(self.gate(x), self.up(x), rows, self.dtype))
+        gate, up = self.gate(x), self.up(x)
+        if self._rows is not None:
+            return self.down(self._rows.swiglu(gate, up))
+        return self.down(swiglu(gate, up, rows, self.dtype))

@@ -18,7 +18,15 @@ from k2hybrid.errors import EngineError
 from k2hybrid.model import attention
 from k2hybrid.model.attention import AttentionSizes, Context, SpanAttention
 from k2hybrid.model.batch import Batch
-from k2hybrid.model.layers import HeadLinear, HeadLinearT, Linear, LinearKernels, RMSNorm, unquantized
+from k2hybrid.model.layers import (
+    HeadLinear,
+    HeadLinearT,
+    Linear,
+    LinearKernels,
+    RMSNorm,
+    row_kernels,
+    unquantized,
+)
 from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
 from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
 from k2hybrid.model.scratch import IN_RAM, ON_DEVICE
@@ -46,6 +54,7 @@ class AttentionPlan:
     rotation: Rotation
     absorbed: tuple[int, ...]  # spans, by number
     expanded: tuple[int, ...]
+    attended: tuple[tuple[torch.Tensor, int, int], ...] = ()  # the absorbed ones, see `SpanAttention.attend`
     paged: PagedSpans | None = None  # those of one token, where a device attends to them in one call
 
 
@@ -61,12 +70,14 @@ def plan_attention(
     single = [i for i, span in enumerate(batch.spans) if paged and span.count == 1]
     rest = [i for i in range(len(batch.spans)) if i not in single] if single else range(len(batch.spans))
     few = {i: batch.spans[i].count < sizes.absorbed_below for i in rest}
+    absorbed = tuple(i for i, is_few in few.items() if is_few)
     rotation, device = rope.at(batch.positions), pages.device
     return AttentionPlan(
         batch=batch,
         slots=(slots[0] if len(slots) == 1 else torch.cat(slots)).to(device),
         rotation=Rotation(rotation.cos.to(device), rotation.sin.to(device)),
-        absorbed=tuple(i for i, is_few in few.items() if is_few),
+        absorbed=absorbed,
+        attended=tuple((s.page_table, s.start, s.count) for s in (batch.spans[i] for i in absorbed)),
         expanded=tuple(i for i, is_few in few.items() if not is_few),
         paged=_paged(batch, single, device) if single else None,
     )
@@ -99,6 +110,7 @@ class MLA:
         self.pages = pages
         self.dtype = dtype
         self.decode = decode
+        self._rows = row_kernels(kernels, dtype)
         stored = pages.format.name in ("bf16", "fp8") and dtype == torch.bfloat16
         self.attention: SpanAttention | None = None
         if isinstance(kernels, SpanAttention) and stored and sizes.latent % 16 == 0:
@@ -108,7 +120,7 @@ class MLA:
             self.q = Linear(kernels, take("q_proj"))
         else:
             self.q_a = Linear(kernels, take("q_a_proj"))
-            self.q_norm = RMSNorm(unquantized(take("q_a_layernorm")), latent_norm_eps, dtype)
+            self.q_norm = RMSNorm(unquantized(take("q_a_layernorm")), latent_norm_eps, dtype, self._rows)
             self.q = Linear(kernels, take("q_b_proj"))
         self.kv_a = Linear(kernels, take("kv_a_proj"))
         self.latent_norm = RMSNorm(unquantized(take("kv_a_layernorm")), latent_norm_eps, dtype)
@@ -125,12 +137,8 @@ class MLA:
         tokens, heads = x.shape[0], sizes.heads
         q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x)))
         q = q.view(tokens, heads, sizes.nope + sizes.rope)
-        latent, k_rope = self.compress(x)
-        # The key's rotary part is rotated as one more head.
-        rotary = rotate(torch.cat((q[..., sizes.nope :], k_rope[:, None]), dim=1), plan.rotation)
-        rotary = rotary.to(self.dtype)
-        q_nope, q_rope = q[..., : sizes.nope].to(self.dtype), rotary[:, :heads]
-        self.pages.put(self.layer, plan.slots, torch.cat((latent, rotary[:, heads]), dim=-1))
+        q_nope, q_rope, latents = self._prepared(q, x, plan.rotation)
+        self.pages.put(self.layer, plan.slots, latents)
         out = torch.empty((tokens, heads, sizes.value), dtype=self.dtype, device=x.device)
         if plan.paged is not None:
             self._paged(q_nope, q_rope, plan.paged, out)
@@ -141,6 +149,23 @@ class MLA:
             q_span = torch.cat((q_nope[rows[i]], q_rope[rows[i]]), dim=-1)
             out[rows[i]] = attention.expanded(q_span, self._context(plan, i), sizes, self.kernels, self.kv_b)
         return self.o(out.view(tokens, -1))
+
+    def _prepared(
+        self, q: torch.Tensor, x: torch.Tensor, rotation: Rotation
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """q [T, heads, nope + rope], x [T, hidden] -> both parts of the queries, and rows for the pages."""
+        norm, nope, heads = self.latent_norm, self.sizes.nope, self.sizes.heads
+        if self._rows is not None:
+            kv = self.kv_a(x)
+            return self._rows.prepare_attention(q, kv, norm.weight, norm.eps, rotation.cos, rotation.sin)
+        latent, k_rope = self.compress(x)
+        # The key's rotary part is rotated as one more head.
+        rotary = rotate(torch.cat((q[..., nope:], k_rope[:, None]), dim=1), rotation).to(self.dtype)
+        return (
+            q[..., :nope].to(self.dtype),
+            rotary[:, :heads],
+            torch.cat((latent, rotary[:, heads]), dim=-1),
+        )
 
     def compress(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """x [T, hidden] -> normed latent [T, latent] in the model's dtype, unrotated k_rope fp32."""
@@ -178,6 +203,9 @@ class MLA:
         q_latent = self.key_to_latent(_pick(q_nope, rows)).to(self.dtype)
         mixed = self._mixed(q_latent, q_rope, rows, plan)
         values = self.latent_to_value(mixed)
+        if len(rows) == len(all_rows):
+            out.copy_(values)
+            return
         first = 0
         for span_rows in rows:
             last = first + span_rows.stop - span_rows.start
@@ -190,11 +218,10 @@ class MLA:
         """Weighed latents of the absorbed spans, in the model's dtype, as `q_latent` has their queries."""
         if self.attention is not None:
             q = torch.cat((q_latent, _pick(q_rope, rows)), dim=-1)
-            spans = [plan.batch.spans[i] for i in plan.absorbed]
             return self.attention.attend(
                 q,
                 self.pages.rows(self.layer),
-                [(span.page_table, span.start, span.count) for span in spans],
+                plan.attended,
                 latent=self.sizes.latent,
                 row_format=self.pages.format.name,
                 scale=self.sizes.scale,

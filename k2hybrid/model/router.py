@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.model.layers import Linear, LinearKernels, span_by_span
+from k2hybrid.model.layers import Linear, LinearKernels, row_kernels, span_by_span
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +60,23 @@ class Router:
     ) -> None:
         self.spec = spec
         self.linear = Linear(kernels, weight)
-        self.bias = bias.float()
+        self.bias = bias.float().contiguous()
+        self.rows = row_kernels(kernels, weight.dtype) if spec.n_group == 1 else None
 
     def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> Routing:
         """x [T, hidden], the rows of each span -> Routing. bf16 products are exact in fp32."""
-        scores = span_by_span(torch.sigmoid_, self.linear(x), rows)
+        logits = self.linear(x)
+        if self.rows is not None:
+            spec = self.spec
+            return Routing(
+                *self.rows.choose(
+                    logits,
+                    self.bias,
+                    spec.top_k,
+                    normalize=spec.norm_topk_prob,
+                    scale=spec.routed_scaling_factor,
+                )
+            )
+        scores = span_by_span(torch.sigmoid_, logits, rows)
         ids = choose(scores, self.bias, self.spec)
         return Routing(ids.to(torch.int32), weigh(scores, ids, self.spec))

@@ -107,6 +107,7 @@ class _HollowKernels:
 
     def __init__(self, kernels: ContextKernels) -> None:
         self._real = kernels
+        self.rows = kernels.rows
         self._buffers: dict[tuple[int, ...], list[torch.Tensor]] = {}
         self.kv_b = torch.empty(0)  # real, since the context is multiplied with it
 

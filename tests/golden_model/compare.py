@@ -15,6 +15,7 @@ import torch
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model import router
 from k2hybrid.model.attention import AttentionSizes
+from k2hybrid.model.moe import MoE
 from tests.golden_model.noise import SAFETY, disturbed_model
 from tests.golden_model.oracle import OracleRun, run_oracle
 from tests.golden_model.tiny import (
@@ -97,6 +98,9 @@ def run_forced(model: TinyModel, name: str, prefill: Callable[[TinyModel], torch
         run.own_ids.append(choose(scores, bias, spec))
         return next(forced)
 
+    for layer in model.model.layers:
+        if isinstance(layer.feed_forward, MoE):
+            layer.feed_forward.router.rows = None  # the kernel has no place where to force a choice
     with mock.patch.object(router, "choose", forced_choose):
         return ForcedRun(prefill(model), run.biased, run.own_ids)
 

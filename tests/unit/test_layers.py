@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    ("errors", "types", "config", "native"),
+    ("errors", "types", "config", "native", "native_rows"),
     ("checkpoint", "hardware", "kernels"),
     ("experts", "cache"),
     ("model",),

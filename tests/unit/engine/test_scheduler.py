@@ -55,20 +55,44 @@ def test_a_small_prefill_rides_along_with_decodes() -> None:
     assert plan == TickPlan((Share(0, 1, True), Share(1, 57, True)))
 
 
-def test_a_larger_one_becomes_a_chunk_that_takes_as_long_as_the_decodes() -> None:
-    # A chunk of 401 rows costs 4,930 µs, 493 a layer: two layers beside a decode step of 1,000 µs.
-    plan = flat(1000, 8, 10).plan([decode(0), prefill(1, 401)])
-    assert plan == TickPlan((Share(0, 1, True),), (Share(1, 401, True),), 2)
+def test_a_larger_one_becomes_a_chunk_that_takes_nearly_as_long_as_the_decodes() -> None:
+    # A chunk of 351 rows costs 4,430 µs, 443 a layer: two layers in 10/11 of a decode step of 1,000 µs.
+    plan = flat(1000, 8, 10).plan([decode(0), prefill(1, 351)])
+    assert plan == TickPlan((Share(0, 1, True),), (Share(1, 351, True),), 2)
 
 
 def test_a_layer_longer_than_the_decodes_waits_until_it_is_owed() -> None:
-    # A decode step takes 1,000 µs, a layer of the chunk 4,000 µs: one after every fourth step.
+    # A decode step of 1,000 µs earns 909, a layer of the chunk costs 4,000: after 4,400 µs of decoding.
     scheduler = per_row(1000)
     plan = scheduler.plan([decode(0), prefill(1, 40)])
     assert plan == TickPlan((Share(0, 1, True),), (Share(1, 40, True),), 0)
+    assert _advances(scheduler, 9, pass_us=1000, layer_us=4000) == [0, 0, 0, 0, 1, 0, 0, 0, 1]
+
+
+def test_what_a_chunk_is_owed_is_what_was_measured() -> None:
+    # Predicted as above, but a layer took twice as long: half as often. And a tenth: one beside every pass.
+    slow = _advances(per_row(1000), 100, pass_us=1000, layer_us=8000)
+    assert sum(slow) * 8000 <= 100 * 1000 * 10 // 11 <= (sum(slow) + 1) * 8000 + 4000
+    assert _advances(per_row(1000), 5, pass_us=10_000, layer_us=4000) == [0, 1, 1, 1, 1]
+
+
+def test_however_much_a_chunk_is_owed_it_takes_no_longer_than_a_step_or_a_layer() -> None:
+    scheduler = flat(1000, 8, 10)
+    running = [decode(0), prefill(1, 100)]
+    chunk = Chunk((Rows(100, 100),), LAYERS, frozenset({1}))  # 192 µs a layer
+    assert scheduler.plan(running, chunk).advance == 4
+    scheduler.ran(1_000_000, 0)
+    assert scheduler.plan(running, chunk).advance == 5
+
+
+def _advances(scheduler: Scheduler, ticks: int, *, pass_us: int, layer_us: int) -> list[int]:
+    """Layers of a chunk of 40 rows, predicted at 4,000 µs each in `per_row(1000)`, beside a decode."""
     chunk = Chunk((Rows(40, 40),), LAYERS, frozenset({1}))
-    advances = [scheduler.plan([decode(0), prefill(1, 40)], chunk).advance for _ in range(8)]
-    assert advances == [0, 0, 1, 0, 0, 0, 1, 0]
+    advances = []
+    for _ in range(ticks):
+        advances.append(scheduler.plan([decode(0), prefill(1, 40)], chunk).advance)
+        scheduler.ran(pass_us, advances[-1] * layer_us)
+    return advances
 
 
 def test_a_chunk_beside_decodes_has_no_layer_longer_than_a_gap_may_be() -> None:
@@ -83,7 +107,7 @@ def test_a_chunk_beside_decodes_has_no_layer_longer_than_a_gap_may_be() -> None:
 
 
 def test_a_chunk_under_way_goes_on_and_its_sequences_wait() -> None:
-    chunk = Chunk((Rows(10, 512),), 3, frozenset({1}))
+    chunk = Chunk((Rows(9, 512),), 3, frozenset({1}))
     plan = per_row(10).plan([decode(0), prefill(1, 9000), prefill(2, 9000)], chunk)
     assert plan == TickPlan((Share(0, 1, True),), (), 1)
     assert per_row(10).plan([prefill(1, 9000)], chunk) == TickPlan((), (), 3)  # alone, to its end
@@ -182,6 +206,10 @@ def test_every_plan_is_within_bounds_and_everything_is_completed(
             layers = chunk[1].layers_left - plan.advance
             assert (0 if plan.shares else 1) <= plan.advance <= chunk[1].layers_left
             chunk = (chunk[0], Chunk(chunk[1].rows, layers, chunk[1].numbers))
+            scheduler.ran(
+                cost([Rows(s.tokens, s.tokens) for s in plan.shares]),
+                plan.advance * cost(list(chunk[1].rows)) // LAYERS,
+            )
             if not layers:
                 for share in chunk[0]:
                     commit(share)

@@ -74,6 +74,7 @@ class _Recorder:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self.rows = machine.rows
         self.calls: list[tuple[str, tuple[int, ...], tuple[int, ...]]] = []
 
     def attend(self, q: torch.Tensor, rows: torch.Tensor, spans: Any, **options: Any) -> torch.Tensor:
