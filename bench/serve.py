@@ -26,6 +26,7 @@ from bench.stub import Silent
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, STEP_TOKENS, RuntimeConfig
 from k2hybrid.engine.cost import Rows
+from k2hybrid.engine.scheduler import GAP_US, LEAST_CHUNK
 from k2hybrid.runtime.generate import StopTokens
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
@@ -117,7 +118,10 @@ def disturbed(runtime: Runtime, length: int, rounds: int) -> dict[str, Any]:
         step = statistics.fmean(map(statistics.median, (before, after)))
         calm = statistics.fmean(map(statistics.fmean, (before, after)))
         chunk = min(length, runtime.config.max_step_tokens or STEP_TOKENS)
-        layer_s = runtime.engine.predicted_layer_us([Rows(chunk, length)]) / 1e6
+        layer_us = runtime.engine.predicted_layer_us
+        while chunk > LEAST_CHUNK and layer_us([Rows(chunk, length)]) > max(step * 1e6, GAP_US):
+            chunk //= 2  # as the scheduler does
+        layer_s = layer_us([Rows(chunk, length)]) / 1e6
         speeds.append(calm / statistics.fmean(beside))
         gaps.append(statistics.quantiles(beside, n=100)[98])
         longest.append(max(beside))
@@ -143,6 +147,8 @@ def _gaps(streams: list[Stream], *, skip: int = 0, tokens: int = 56) -> list[flo
     """Seconds between the next so many tokens of each stream, after `skip` of them."""
     first = [len(s.at) + skip for s in streams]
     while any(len(s.at) < at + tokens for s, at in zip(streams, first, strict=True)):
+        if not all(s.is_alive() for s in streams):
+            raise SystemExit("a decode ended before it was measured")
         time.sleep(0.01)
     return [b - a for s, at in zip(streams, first, strict=True) for a, b in pairwise(s.at[at : at + tokens])]
 

@@ -23,11 +23,12 @@ class Scripted:
     """Says a script from the next prompt's end on; with `inner`, computes as well.
 
     One sequence at a time, or several with prompts of one length that are to say the same. Beyond the script
-    it says token 0.
+    it says token 0. While `computes` is false nothing is computed.
     """
 
     def __init__(self, vocab_size: int, inner: StepModel | None = None) -> None:
         self._inner = inner
+        self.computes = inner is not None
         self._said = torch.zeros(vocab_size)
         self._position: int | None = None
         self._script: list[int] = []
@@ -39,15 +40,15 @@ class Scripted:
 
     def begin(self, batch: Batch) -> _State:
         self.tokens_run += len(batch.ids)
-        return _State(batch, self._inner.begin(batch) if self._inner else None)
+        return _State(batch, self._inner.begin(batch) if self._inner and self.computes else None)
 
     def forward(self, state: _State, until: int) -> _State:
-        if self._inner:
+        if self._inner and state.inner:
             state.inner = self._inner.forward(state.inner, until)
         return state
 
     def logits(self, state: _State) -> torch.Tensor:
-        if self._inner:
+        if self._inner and state.inner:
             self._inner.logits(state.inner)
         rows = state.batch.logit_rows
         out = torch.zeros(len(rows), len(self._said))

@@ -1,11 +1,12 @@
 """An agent's run of hundreds of tool calls: what each turn prefills, and how long it takes.
 
     python -m bench.turns               300 calls, 100,000 tokens, nothing computed: all that is not the model
-    python -m bench.turns --compute     the model runs as well
+    python -m bench.turns --compute     the model runs as well, in the turns that are compared
 
 Three clients run the same history: one echoes everything, one drops the reasoning, one renames tool-call ids
 and writes arguments its own way. Bars: tokens prefilled ≤ 1.02 × tokens that were new; the last turns take
-≤ 1.3 × as long as the tenth, apart from attention over the longer history, which is timed by itself.
+≤ 1.3 × as long as the tenth, apart from attention over the longer history, which is timed by itself. In turns
+that compute nothing latents are left as they are: attention over them takes the same time.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import json
 import random
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,6 +36,7 @@ from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.types import ChatRequest, Message, SamplingParams, ToolCall
 
+EARLY, LATE = range(5, 15), 10  # turns that are compared: around the tenth, and the last ones
 Client = Callable[[Message, int], Message]
 TOOLS = tuple(
     {
@@ -112,6 +115,8 @@ def run(
     calls: int,
     tokens: int,
     scope: str,
+    *,
+    compute: bool,
 ) -> list[Turn]:
     """The turns of one client."""
     rng = random.Random(7)
@@ -129,18 +134,23 @@ def run(
             f"<|tool_call_argument_begin|>{arguments}<|tool_call_end|><|tool_calls_section_end|><|im_end|>"
         )
         request = ChatRequest(
-            tuple(messages), TOOLS, sampling=SamplingParams(temperature=0.0), max_tokens=256, scope=scope,
+            tuple(messages), TOOLS, sampling=SamplingParams(temperature=0.0), max_tokens=1024, scope=scope,
             response_id=f"{scope}-{turn}",
         )  # fmt: skip
+        model.computes = compute and (turn in EARLY or turn >= calls - LATE)
         runtime.engine.metrics.recent.clear()
         began, attended = time.perf_counter(), watch.ms
-        model.play(encode(said))
+        script = encode(said)
+        model.play(script)
         answer = runtime.chat(request)
         for _ in answer:
             pass
         ms = (time.perf_counter() - began) * 1e3
         model_ms = sum(record.ms for record in runtime.engine.metrics.recent)
-        assert answer.finish_reason == "tool_calls", answer.finish_reason
+        if answer.finish_reason != "tool_calls" or answer.ids != script:
+            raise SystemExit(
+                f"turn {turn} did not say its script, but {runtime.tokenizer.decode(answer.ids)}"
+            )
         usage = answer.usage
         turns.append(
             Turn(
@@ -162,10 +172,10 @@ def run(
     return turns
 
 
-def report(name: str, turns: list[Turn]) -> dict[str, object]:
-    """The client's figures, and whether they are within the bars."""
+def report(name: str, turns: list[Turn], *, compute: bool) -> dict[str, object]:
+    """The client's figures, and whether they are within the bars: of time only where the model computed."""
     prefilled, new = sum(t.prefilled for t in turns), sum(t.new for t in turns)
-    early, late = turns[5:15], turns[-10:]
+    early, late = [turns[at] for at in EARLY], turns[-LATE:]
 
     def both(ms: Callable[[Turn], float]) -> tuple[float, float]:
         return statistics.median(map(ms, early)), statistics.median(map(ms, late))
@@ -186,19 +196,20 @@ def report(name: str, turns: list[Turn]) -> dict[str, object]:
         "turn_10_own_ms": own[0],
         "last_turn_own_ms": own[1],
         "last_over_10": apart[1] / apart[0],
+        "holds": prefilled <= 1.02 * new and (not compute or apart[1] <= 1.3 * apart[0]),
     }
     print(
         f"{name:16} {len(turns)} calls, {turns[-1].prompt} tokens: prefilled {prefilled} of {new} new "
         f"({prefilled / new:.3f}; bar 1.02) · turn 10 {whole[0]:.1f} ms, last {whole[1]:.1f} ms, of it "
         f"attention {attending[0]:.1f} and {attending[1]:.1f} ms; apart from it "
-        f"{figures['last_over_10']:.2f}× (bar 1.3) · "
+        f"{figures['last_over_10']:.2f}× ({'bar 1.3' if compute else 'nothing computed'}) · "
         f"outside steps: {own[0]:.1f} and {own[1]:.1f} ms",
         flush=True,
     )
     return figures
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -221,13 +232,18 @@ def main() -> None:
     watch = AttentionWatch()
     with watch.watching(), open_runtime(config, wrapped=wrapped) as runtime:
         results = [
-            report(name, run(runtime, made[0], watch, client, args.calls, args.tokens, name))
+            report(
+                name,
+                run(runtime, made[0], watch, client, args.calls, args.tokens, name, compute=args.compute),
+                compute=args.compute,
+            )
             for name, client in CLIENTS.items()
             if args.client in (None, name)
         ]
     if args.json:
         args.json.write_text(json.dumps({"compute": args.compute, "results": results}, indent=1) + "\n")
+    return 0 if all(result["holds"] for result in results) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +96,7 @@ class Machine:
         self.threads: int = self.handle.threads
         self.isa: str = self.handle.isa
         self.nodes: int = self.handle.groups
-        self.rows = NativeRows(self.handle)
+        self.rows = NativeRows(self.handle, _ERRORS)
         self._known_spans: tuple[object, _GivenSpans] = (None, [])  # all layers of a pass have the same
 
     def pin_caller(self) -> None:
@@ -759,7 +760,7 @@ def _require_heads(what: str, x: torch.Tensor, weight: torch.Tensor, contracted:
         raise NativeError(f"{what}: x {list(x.shape)} does not fit weight {list(weight.shape)}")
 
 
-class _Errors:
+class _Errors(AbstractContextManager[None]):
     """Turns what the extension raises into `NativeError`. A decode step enters it hundreds of times."""
 
     def __enter__(self) -> None: ...

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from k2hybrid.errors import NativeError
 
-_MOST_CHOSEN = 64  # kMostChosen
+MOST_CHOSEN = 64  # experts of a row; kMostChosen
 
 
 class NativeRows:
@@ -16,12 +17,14 @@ class NativeRows:
 
     Args:
         handle: of the `native.Machine` whose kernels and pool do it.
+        errors: makes NativeError of what the extension raises.
 
     All methods raise NativeError where types or shapes do not fit.
     """
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, errors: AbstractContextManager[None]) -> None:
         self._handle = handle
+        self._errors = errors
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x fp32 [T, n] (row stride free), weight fp32 [n] -> bf16 [T, n]: x / rms(x) · weight."""
@@ -31,7 +34,8 @@ class NativeRows:
         if weight.shape[0] != n or not n:
             raise NativeError(f"rms_norm: x {list(x.shape)} does not fit weight {list(weight.shape)}")
         out = torch.empty(rows, n, dtype=torch.bfloat16)
-        self._handle.rms_norm(x.data_ptr(), rows, x.stride(0), weight.data_ptr(), eps, n, out.data_ptr())
+        with self._errors:
+            self._handle.rms_norm(x.data_ptr(), rows, x.stride(0), weight.data_ptr(), eps, n, out.data_ptr())
         return out
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -42,7 +46,8 @@ class NativeRows:
             raise NativeError(f"swiglu: gate {list(gate.shape)} does not fit up {list(up.shape)}")
         rows, n = gate.shape
         out = torch.empty(rows, n, dtype=torch.bfloat16)
-        self._handle.swiglu(gate.data_ptr(), up.data_ptr(), rows, n, out.data_ptr())
+        with self._errors:
+            self._handle.swiglu(gate.data_ptr(), up.data_ptr(), rows, n, out.data_ptr())
         return out
 
     def choose(
@@ -57,21 +62,22 @@ class NativeRows:
             scale: of the weights.
 
         Returns:
-            ids int32 [T, top_k], weights fp32 [T, top_k]: the sigmoids.
+            ids int32 [T, top_k], weights fp32 [T, top_k]: the sigmoids; NaN where a logit of the row is.
         """
         _require("logits", logits, 2, whole=True)
         _require("bias", bias, 1)
         rows, experts = logits.shape
-        if bias.shape[0] != experts or not 0 < top_k <= min(experts, _MOST_CHOSEN):
+        if bias.shape[0] != experts or not 0 < top_k <= min(experts, MOST_CHOSEN):
             raise NativeError(
-                f"choose: {top_k} of {experts} experts (at most {_MOST_CHOSEN}), bias {list(bias.shape)}"
+                f"choose: {top_k} of {experts} experts (at most {MOST_CHOSEN}), bias {list(bias.shape)}"
             )
         ids = torch.empty(rows, top_k, dtype=torch.int32)
         weights = torch.empty(rows, top_k, dtype=torch.float32)
-        self._handle.choose(
-            logits.data_ptr(), bias.data_ptr(), rows, experts, top_k, normalize, scale,
-            ids.data_ptr(), weights.data_ptr(),
-        )  # fmt: skip
+        with self._errors:
+            self._handle.choose(
+                logits.data_ptr(), bias.data_ptr(), rows, experts, top_k, normalize, scale,
+                ids.data_ptr(), weights.data_ptr(),
+            )  # fmt: skip
         return ids, weights
 
     def prepare_attention(
@@ -111,10 +117,11 @@ class NativeRows:
         q_nope = torch.empty(rows, heads, nope, dtype=torch.bfloat16)
         q_rope = torch.empty(rows, heads, rope, dtype=torch.bfloat16)
         latents = torch.empty(rows, latent + rope, dtype=torch.bfloat16)
-        self._handle.prepare_attention(
-            q.data_ptr(), kv.data_ptr(), rows, heads, nope, rope, latent, norm.data_ptr(), eps,
-            cos.data_ptr(), sin.data_ptr(), q_nope.data_ptr(), q_rope.data_ptr(), latents.data_ptr(),
-        )  # fmt: skip
+        with self._errors:
+            self._handle.prepare_attention(
+                q.data_ptr(), kv.data_ptr(), rows, heads, nope, rope, latent, norm.data_ptr(), eps,
+                cos.data_ptr(), sin.data_ptr(), q_nope.data_ptr(), q_rope.data_ptr(), latents.data_ptr(),
+            )  # fmt: skip
         return q_nope, q_rope, latents
 
 

@@ -56,8 +56,7 @@ void ChooseRow(const KernelTable& kernels, const float* logits, const float* bia
   std::fill(biased + experts, biased + padded, 0.0f);
   kernels.sigmoid(biased, padded, scores);
   for (int e = 0; e < experts; ++e) biased[e] = scores[e] + bias[e];
-  // Insertion into the best so far: an expert moves ahead of those that are strictly less, so equals stay in order. A
-  // score that is no number is never greater, and what is in the list at first are the first experts.
+  // Insertion into the best so far: an expert moves ahead of those that are strictly less, so equals stay in order.
   int best[kMostChosen];
   int count = 0;
   for (int e = 0; e < experts; ++e) {
@@ -66,14 +65,16 @@ void ChooseRow(const KernelTable& kernels, const float* logits, const float* bia
     for (; at > 0 && biased[e] > biased[best[at - 1]]; --at) best[at] = best[at - 1];
     best[at] = e;
   }
+  // A logit that is no number has a score like any other (Exp clamps it): what was lost must not look like a choice.
   float sum = 0.0f;
+  for (int e = 0; e < experts; ++e) sum += logits[e] != logits[e] ? logits[e] : 0.0f;
   for (int i = 0; i < count; ++i) {
     ids[i] = best[i];
     weights[i] = scores[best[i]];
     sum += weights[i];
   }
   for (int i = 0; i < count; ++i)
-    weights[i] = (choice.normalize ? weights[i] / (sum + 1e-20f) : weights[i]) * choice.scale;
+    weights[i] = (choice.normalize || sum != sum ? weights[i] / (sum + 1e-20f) : weights[i]) * choice.scale;
 }
 
 }  // namespace

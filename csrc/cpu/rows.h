@@ -16,7 +16,7 @@ void SwiGluRows(Machine& machine, const float* gate, const float* up, int rows, 
 
 // DeepSeek-V3's choice without groups (arXiv 2412.19437, section 2.1.2): the `top_k` experts with the greatest
 // sigmoid(logit) + bias, best first, equal ones by number; their weights are the sigmoids, divided by their sum if
-// `normalize`, times `scale`.
+// `normalize`, times `scale`. Of a row with a logit that is no number, the weights are none either.
 inline constexpr int kMostChosen = 64;
 struct Choice {
   int experts;

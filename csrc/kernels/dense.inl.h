@@ -46,6 +46,7 @@ struct DensePanel {
   static constexpr int kOneRows = Values::kOneRows;
   static constexpr int kStepBytes = kDenseBlock * 2;
   static constexpr int kPartBytes = 16 << 10;  // its weights are four times as wide
+  static constexpr bool kTwoInOneRow = true;
 
   const Element* w;
   ptrdiff_t ldw;

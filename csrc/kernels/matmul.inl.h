@@ -47,6 +47,7 @@ struct Int4Panel {
   static constexpr int kOneRows = 1;
   static constexpr int kStepBytes = kBlock * 2;
   static constexpr int kPartBytes = 28 << 10;
+  static constexpr bool kTwoInOneRow = false;
 
   const Int4Matrix& matrix;
   int row0;

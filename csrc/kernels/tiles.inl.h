@@ -11,7 +11,8 @@
 // and Tile<R, T, kOnce>(row, begin, end, x, sum): adds the steps begin..end of R rows and T tokens to
 // sum[r * T + t]; kOnce: the weights are not read again by another tile of the same tokens.
 
-inline constexpr int kPanelRows = 128;  // whose sums wait between two parts
+inline constexpr int kPanelRows = 128;        // whose sums wait between two parts
+inline constexpr int kWholeBytes = 28 << 10;  // activations that stay in the first-level cache as they are
 
 template <int R, int T, bool kOnce, class Panel>
 static inline void WalkRows(const Panel& panel, int row, int begin, int end, const bf16* const* x,
@@ -33,23 +34,35 @@ static inline void WalkRows(const Panel& panel, int row, int begin, int end, con
     for (int t = 0; t < T; ++t) y[t * ldy + row + r] = out[r * T + t];
 }
 
-template <int T, bool kOnce, class Panel>
-static void WalkTokens(const Panel& panel, int rows, const bf16* const* x, float* y, ptrdiff_t ldy) {
-  constexpr int R = T == 1 ? Panel::kOneRows : Panel::kRows;
+template <int T, int R, bool kWhole, bool kOnce, class Panel>
+static void WalkPanel(const Panel& panel, int rows, const bf16* const* x, float* y, ptrdiff_t ldy) {
   const int steps = panel.steps();
-  const int parts = T == 1 ? 1 : (T * steps * Panel::kStepBytes + Panel::kPartBytes - 1) / Panel::kPartBytes;
+  const int parts = kWhole ? 1 : (T * steps * Panel::kStepBytes + Panel::kPartBytes - 1) / Panel::kPartBytes;
   const int part = (steps + parts - 1) / parts;
-  typename Simd::F32 waiting[T == 1 ? R : kPanelRows * T];
+  typename Simd::F32 waiting[kWhole ? R * T : kPanelRows * T];
   for (int top = 0; top < rows; top += kPanelRows) {
     const int bottom = rows - top < kPanelRows ? rows : top + kPanelRows;
     for (int begin = 0; begin < steps; begin += part) {
       const int end = steps - begin < part ? steps : begin + part;
       int row = top;
       for (; row + R <= bottom; row += R)
-        WalkRows<R, T, kOnce>(panel, row, begin, end, x, waiting + (T == 1 ? 0 : (row - top) * T), y, ldy);
+        WalkRows<R, T, kOnce>(panel, row, begin, end, x, waiting + (kWhole ? 0 : (row - top) * T), y, ldy);
       for (int left = 1; left < R && row < bottom; ++left, ++row)
-        WalkRows<1, T, kOnce>(panel, row, begin, end, x, waiting + (T == 1 ? 0 : (row - top) * T), y, ldy);
+        WalkRows<1, T, kOnce>(panel, row, begin, end, x, waiting + (kWhole ? 0 : (row - top) * T), y, ldy);
     }
+  }
+}
+
+template <int T, bool kOnce, class Panel>
+static void WalkTokens(const Panel& panel, int rows, const bf16* const* x, float* y, ptrdiff_t ldy) {
+  if constexpr (T == 1) {
+    WalkPanel<T, Panel::kOneRows, true, kOnce>(panel, rows, x, y, ldy);
+  } else {
+    // Two tokens have chains enough for one row at a time, if the cache holds all of their columns.
+    if constexpr (T == 2 && Panel::kOneRows == 1 && Panel::kTwoInOneRow)
+      if (T * panel.steps() * Panel::kStepBytes <= kWholeBytes)
+        return WalkPanel<T, 1, true, kOnce>(panel, rows, x, y, ldy);
+    WalkPanel<T, Panel::kRows, false, kOnce>(panel, rows, x, y, ldy);
   }
 }
 

@@ -27,6 +27,12 @@ from k2hybrid.engine.cost import Rows
 ALONE_US = 50_000
 # A layer of a chunk beside decodes takes so long at most, or as long as a decode step, if few rows can.
 GAP_US = 200_000
+# What a chunk took too much or too little is made good within so many steps, or of its layers; not more,
+# since a stalled disk would otherwise stop it, or the decodes, for minutes.
+MOST_DEBT, MOST_CREDIT = 4, 1
+# Whole layers that fit beside a decode step use so much of what the chunk is owed, or it has fewer rows:
+# where one and a half fit, a third would be lost.
+LEAST_USE_PERCENT = 90
 # Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
 # chunk 10: a little room is left on both sides of a half for what neither accounts for.
 SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
@@ -94,6 +100,7 @@ class Scheduler:
         self._cost = cost
         self._last_decoded = -1  # the number after which the next round of decoding begins
         self._owed_us = 0  # the chunk's share of what passes took, less what it took; negative: it took more
+        self._creditors: frozenset[int] = frozenset()  # whose chunk is, or was, owed that
 
     def plan(self, running: Sequence[Candidate], chunk: Chunk | None = None) -> TickPlan:
         """The next tick for `running`, of whom those in `chunk` wait for it; empty if nothing runs."""
@@ -113,8 +120,11 @@ class Scheduler:
             gone = {share.number for share in riding}
             prefills = [c for c in prefills if c.number not in gone]
         if chunk is None and prefills:
-            begin, chunk_rows = self._chunk(prefills, max(decode_us, GAP_US) if turns else None)
+            begin, chunk_rows = self._chunk(prefills, decode_us)
             chunk = Chunk(chunk_rows, self._layers, frozenset(share.number for share in begin))
+        if chunk is None or not chunk.numbers & self._creditors:
+            self._owed_us = 0
+        self._creditors = chunk.numbers if chunk else frozenset()
         return TickPlan(tuple(shares), begin, self._slice(chunk, decode_us))
 
     def ran(self, pass_us: int, chunk_us: int) -> None:
@@ -138,18 +148,28 @@ class Scheduler:
             shares.append(Share(candidate.number, candidate.pending, True))
         return shares
 
-    def _chunk(
-        self, prefills: list[Candidate], layer_us: int | None
-    ) -> tuple[tuple[Share, ...], tuple[Rows, ...]]:
-        """Shares of a new chunk and their rows; a layer of it takes `layer_us` at most, if few rows can."""
+    def _chunk(self, prefills: list[Candidate], decode_us: int) -> tuple[tuple[Share, ...], tuple[Rows, ...]]:
+        """Shares of a new chunk and their rows, beside decode steps of `decode_us` (0: none)."""
         known = {c.number: c for c in prefills}
-        room = self._max_rows
-        while True:
+
+        def dealt(room: int) -> tuple[tuple[Share, ...], tuple[Rows, ...]]:
             shares = tuple(_deal(prefills, room))
-            rows = tuple(known[share.number].rows(share.tokens) for share in shares)
-            if layer_us is None or room <= LEAST_CHUNK or self._layer_us(rows) <= layer_us:
-                return shares, rows
+            return shares, tuple(known[share.number].rows(share.tokens) for share in shares)
+
+        room = self._max_rows
+        shares, rows = dealt(room)
+        if not decode_us:
+            return shares, rows
+        while room > LEAST_CHUNK and self._layer_us(rows) > max(decode_us, GAP_US):
             room //= 2
+            shares, rows = dealt(room)
+        layer_us, share_us = self._layer_us(rows), _share(decode_us)
+        fit = decode_us // layer_us  # layers beside a step
+        if fit and fit * layer_us < share_us * LEAST_USE_PERCENT // 100:
+            fewer = sum(r.count for r in rows) * share_us // (layer_us * (fit + 1))  # so that one more fits
+            if fewer >= LEAST_CHUNK:
+                shares, rows = dealt(fewer)
+        return shares, rows
 
     def _layer_us(self, rows: Sequence[Rows]) -> int:
         return max(1, self._cost(list(rows)) // self._layers)
@@ -157,14 +177,14 @@ class Scheduler:
     def _slice(self, chunk: Chunk | None, decode_us: int) -> int:
         """Layers that `chunk` advances beside a pass over the decodes."""
         if chunk is None:
-            self._owed_us = 0
             return 0
         layer_us = self._layer_us(chunk.rows)
         if not decode_us:
             return min(chunk.layers_left, max(1, ALONE_US // layer_us))
         # Not more than a decode step at once, or one layer, whatever has added up.
-        owed = min(self._owed_us + _share(decode_us), max(decode_us, layer_us))
-        return min(chunk.layers_left, max(0, owed // layer_us))
+        most = max(decode_us, layer_us)
+        self._owed_us = min(max(self._owed_us, -MOST_DEBT * most), MOST_CREDIT * most)
+        return min(chunk.layers_left, max(0, min(self._owed_us + _share(decode_us), most) // layer_us))
 
     def _turns(self, decodes: list[Candidate]) -> list[Candidate]:
         room = self._max_rows

@@ -53,8 +53,8 @@ class AttentionPlan:
     slots: torch.Tensor  # int64 [T]
     rotation: Rotation
     absorbed: tuple[int, ...]  # spans, by number
+    attended: tuple[tuple[torch.Tensor, int, int], ...]  # the same, as `SpanAttention.attend` takes them
     expanded: tuple[int, ...]
-    attended: tuple[tuple[torch.Tensor, int, int], ...] = ()  # the absorbed ones, see `SpanAttention.attend`
     paged: PagedSpans | None = None  # those of one token, where a device attends to them in one call
 
 

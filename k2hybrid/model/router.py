@@ -13,6 +13,7 @@ import torch
 
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.layers import Linear, LinearKernels, row_kernels, span_by_span
+from k2hybrid.native_rows import MOST_CHOSEN
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,8 @@ class Router:
         self.spec = spec
         self.linear = Linear(kernels, weight)
         self.bias = bias.float().contiguous()
-        self.rows = row_kernels(kernels, weight.dtype) if spec.n_group == 1 else None
+        few = spec.n_group == 1 and spec.top_k <= MOST_CHOSEN
+        self.rows = row_kernels(kernels, weight.dtype) if few else None
 
     def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> Routing:
         """x [T, hidden], the rows of each span -> Routing. bf16 products are exact in fp32."""

@@ -21,6 +21,9 @@ SHAPES = [
     (4, 2, 64),
     (2, 1, 31),
     (33, 66, 96),
+    # Above what one thread does alone (`kAloneOps`).
+    (3, 515, 520),
+    (40, 130, 129),
 ]
 
 

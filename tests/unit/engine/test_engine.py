@@ -130,7 +130,7 @@ def test_decoding_goes_on_between_the_layers_of_a_long_prefill(monkeypatch: pyte
     while not second.tokens:
         engine.tick()
     # Each row costs the same, and prefill gets 10/11 of the time of decoding: 66 steps for 60 tokens.
-    assert abs(len(first.tokens) - before - 66) <= 6
+    assert 64 <= len(first.tokens) - before <= 72
     drain(engine)
     assert first.tokens == expected_tokens([1, 2], 100)
     assert second.tokens == expected_tokens(list(range(60)), 2)

@@ -10,6 +10,8 @@ from k2hybrid.engine.scheduler import (
     ALONE_US,
     GAP_US,
     LEAST_CHUNK,
+    MOST_CREDIT,
+    MOST_DEBT,
     Candidate,
     Chunk,
     Scheduler,
@@ -83,6 +85,70 @@ def test_however_much_a_chunk_is_owed_it_takes_no_longer_than_a_step_or_a_layer(
     assert scheduler.plan(running, chunk).advance == 4
     scheduler.ran(1_000_000, 0)
     assert scheduler.plan(running, chunk).advance == 5
+    # And of what it is owed no more is kept than a step's time.
+    layers = 0
+    for _ in range(50):
+        advance = scheduler.plan(running, chunk).advance
+        scheduler.ran(1000, advance * 192)
+        layers += advance
+    assert layers <= (50 * 909 + MOST_CREDIT * 1000) // 192 + 1
+
+
+def test_a_stall_of_the_chunk_is_made_good_within_some_layers() -> None:
+    scheduler = per_row(1000)
+    running, chunk = [decode(0), prefill(1, 40)], Chunk((Rows(40, 40),), LAYERS, frozenset({1}))
+    scheduler.plan(running, chunk)
+    scheduler.ran(1000, 60_000_000)
+    advances = []
+    while not sum(advances):
+        advances.append(scheduler.plan(running, chunk).advance)
+        scheduler.ran(1000, advances[-1] * 4000)
+    assert (MOST_DEBT * 4000 + 4000) // 909 <= len(advances) <= (MOST_DEBT * 4000 + 4000) // 909 + 2
+
+
+def test_another_requests_chunk_begins_without_credit_or_debt() -> None:
+    scheduler = per_row(1000)
+    owed = Chunk((Rows(40, 40),), LAYERS, frozenset({1}))
+    for _ in range(4):
+        scheduler.plan([decode(0), prefill(1, 40)], owed)
+        scheduler.ran(1000, 0)
+    assert scheduler.plan([decode(0), prefill(1, 40)], owed).advance == 1  # by its credit
+    other = Chunk((Rows(40, 40),), LAYERS, frozenset({2}))
+    assert scheduler.plan([decode(0), prefill(2, 40)], other).advance == 0
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(5_000, 3_000_000), st.integers(50, 150), st.integers(50, 150))
+def test_a_chunk_gets_its_share_of_the_time_whatever_it_and_a_step_take(
+    step_us: int, step_percent: int, layer_percent: int
+) -> None:
+    """Steps from a fraction of a layer to many layers, both predicted wrongly by up to a half."""
+
+    def cost(rows: list[Rows]) -> int:
+        return sum(step_us if r.context == 101 else 1000 + GAP_US * LAYERS // 1024 * r.count for r in rows)
+
+    scheduler = Scheduler(4096, LAYERS, cost)
+    running = [decode(0), prefill(1, 100_000_000)]
+    chunk: Chunk | None = None
+    decoding = chunking = 0
+    for _ in range(400):
+        plan = scheduler.plan(running, chunk)
+        assert 0 < len(plan.shares) == 1
+        if plan.begin:
+            chunk = Chunk((Rows(plan.begin[0].tokens, 5000),), LAYERS, frozenset({1}))
+        assert chunk is not None
+        layer_us = cost(list(chunk.rows)) // LAYERS
+        assert plan.advance <= 1 or plan.advance * layer_us <= step_us, "a gap longer than two steps"
+        took = plan.advance * layer_us * layer_percent // 100
+        scheduler.ran(step_us * step_percent // 100, took)
+        decoding, chunking = decoding + step_us * step_percent // 100, chunking + took
+        left = chunk.layers_left - plan.advance
+        chunk = Chunk(chunk.rows, left, chunk.numbers) if left else None
+    share = chunking / decoding
+    # Never more than its share, but for the last layer; less where the steps are shorter than was predicted
+    # and it may do no more at once.
+    assert share <= 10 / 11 + 2 * layer_us * layer_percent / 100 / decoding
+    assert share >= 0.7 * min(1.0, layer_percent / step_percent)
 
 
 def _advances(scheduler: Scheduler, ticks: int, *, pass_us: int, layer_us: int) -> list[int]:

@@ -8,6 +8,7 @@ import torch
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.layers import TorchLinears
 from k2hybrid.model.router import Router, choose, weigh
+from k2hybrid.native import Machine
 from tests.golden_model.tiny import config
 
 
@@ -47,6 +48,21 @@ def test_only_the_best_groups_take_part() -> None:
     grouped = spec(n_group=3, topk_group=2)
     assert choose(scores, NO_BIAS, grouped).tolist() == [[0, 4]]
     assert choose(scores, NO_BIAS, spec()).tolist() == [[0, 3]]
+
+
+@pytest.mark.parametrize("overrides", [{}, {"norm_topk_prob": False}, {"n_group": 3, "topk_group": 2}])
+def test_kernels_choose_as_torch_does(overrides: dict[str, object]) -> None:
+    random = torch.Generator().manual_seed(5)
+    weight = torch.randn(6, 64, generator=random).bfloat16()
+    bias = torch.randn(6, generator=random) * 0.1
+    x = torch.randn(200, 64, generator=random).bfloat16()
+    ours, reference = (
+        Router(spec(**overrides), kernels, weight, bias)(x, [slice(None)])
+        for kernels in (Machine(1), TorchLinears())
+    )
+    assert ours.ids.dtype == reference.ids.dtype == torch.int32
+    assert torch.equal(ours.ids, reference.ids)
+    torch.testing.assert_close(ours.weights, reference.weights, rtol=1e-5, atol=1e-6)
 
 
 def test_a_row_does_not_depend_on_the_others() -> None:
