@@ -145,9 +145,9 @@ def test_a_chunk_gets_its_share_of_the_time_whatever_it_and_a_step_take(
         left = chunk.layers_left - plan.advance
         chunk = Chunk(chunk.rows, left, chunk.numbers) if left else None
     share = chunking / decoding
-    # Never more than its share, but for the last layer. Less, where whole layers use nine tenths of it, where
-    # the last of ten layers leaves some of its time (four times three for ten), and where steps are shorter than
-    # was predicted and it may do no more at once.
+    # Never more than its share, but for the last layer. Less, where whole layers use nine tenths of it,
+    # where the last of ten layers leaves some of its time (four times three for ten), and where steps are
+    # shorter than was predicted and it may do no more at once.
     assert share <= 10 / 11 + 2 * layer_us * layer_percent / 100 / decoding
     assert share >= 0.98 * (0.9 * 10 / 11 * 10 / 12) * min(1.0, layer_percent / step_percent)
 
