@@ -1,7 +1,7 @@
 #include "cpu/rows.h"
 
 #include <algorithm>
-#include <cstring>
+#include <string>
 #include <vector>
 
 namespace k2 {
