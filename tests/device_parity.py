@@ -7,6 +7,7 @@ They agree where the first's two best logits lie further apart than the bound.
 from __future__ import annotations
 
 import statistics
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -100,7 +101,13 @@ class Opened:
 
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """What is said to all of them at once; remembered in `said` by position."""
-        runs = [self.runtime.generate(ids, GREEDY, tokens, stop_ids=()) for ids in prompts]
+        # All arrive in one tick and share a chunk, so that none is done before another begins to decode.
+        arrived = threading.Event()
+        self.runtime.engine.call(lambda _: arrived.wait())
+        try:
+            runs = [self.runtime.generate(ids, GREEDY, tokens, stop_ids=()) for ids in prompts]
+        finally:
+            arrived.set()
         answers = []
         for ids, run in zip(prompts, runs, strict=True):
             answers.append([event.token for event in run if isinstance(event, TokenEvent)])
