@@ -19,7 +19,7 @@ import torch
 
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
 from k2hybrid.hardware.bandwidth import MEMORY_KINDS, ReadVariant, medians, probe_memory
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 
 PEAKS = ("bf16", "int8", "fp32")
 VARIANTS = (

@@ -31,7 +31,7 @@ from k2hybrid.config import MINI_MODEL, DenseWeights, RuntimeConfig
 from k2hybrid.mini_eval.cases import author_of
 from k2hybrid.mini_eval.toolbox import Toolset
 from k2hybrid.model.batch import Batch, Span
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.assembly import assemble
 from k2hybrid.runtime.experts import native_experts
 from k2hybrid.types import Weight8, Weight8Kind

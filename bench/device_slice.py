@@ -26,7 +26,8 @@ from k2hybrid.hardware.memory import MachineMemory
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.linears import DeviceLinears
-from k2hybrid.native import Loan, Machine, MemorySpan
+from k2hybrid.native.machine import Machine
+from k2hybrid.native.store import Loan, MemorySpan
 from k2hybrid.runtime.device import Device
 from k2hybrid.runtime.device_weights import DeviceWeights
 from k2hybrid.runtime.random_bytes import ByteWeights, arena_bytes, deal_bytes, layer_bytes

@@ -29,7 +29,7 @@ from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.handoff import Handoff
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.streams import SIGNALS, CudaStream, EmulatedStream, SignalStream
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.types import ExpertRef, Int4Ref, TensorRef
 
 HIDDEN, INTER, EXPERTS, TOP_K, LAYERS = 7168, 512, 64, 8, 60

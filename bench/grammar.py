@@ -27,7 +27,7 @@ from k2hybrid.chat.grammar import Grammars
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.config import RuntimeConfig
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.mask import ConstraintMask
 
 BAR_US = 100.0

@@ -22,7 +22,8 @@ from bench.kernel_cases import (
 from k2hybrid.config import DenseWeights
 from k2hybrid.errors import NativeError
 from k2hybrid.hardware.bandwidth import ReadVariant
-from k2hybrid.native import Machine, NativeDispatcher
+from k2hybrid.native.handoff import NativeDispatcher
+from k2hybrid.native.machine import Machine
 from k2hybrid.types import LinearWeight, Weight8
 
 PROBES = (

@@ -25,7 +25,7 @@ from k2hybrid.cache.rows import row_format
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.model.batch import Batch, Span
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime import load
 from k2hybrid.runtime.assembly import assemble
 from k2hybrid.runtime.experts import native_experts

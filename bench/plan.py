@@ -32,7 +32,7 @@ from k2hybrid.experts.card_prediction import CardPredictor
 from k2hybrid.experts.placement import Place
 from k2hybrid.experts.plan import Wishes, make_plan
 from k2hybrid.experts.prediction import ModelSizes, Predictor
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.server.options import size
 from k2hybrid.types import SamplingParams, TokenEvent
 

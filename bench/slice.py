@@ -21,7 +21,7 @@ from k2hybrid.bench.command import Bench
 from k2hybrid.bench.report import Row, conditions, print_report, write_json
 from k2hybrid.hardware.bandwidth import quick_gb_s
 from k2hybrid.hardware.memory import MemoryUse
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 
 PROBE_BYTES = 1 << 30
 BARS = {"submit to collect, one MoE layer": 1.5, "decode step": 2.0}

@@ -32,7 +32,7 @@ from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.experts.placement import BLOCK, place_experts
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.experts import expert_sizes
 from k2hybrid.types import TensorRef
 

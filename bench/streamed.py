@@ -36,7 +36,7 @@ from k2hybrid.experts.traces import Trace
 from k2hybrid.hardware.bandwidth import quick_gb_s
 from k2hybrid.hardware.disk import direct_read_gb_s
 from k2hybrid.hardware.memory import MemoryUse
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.assembly import Parts
 from k2hybrid.runtime.experts import HALF_LIFE_PASSES, expert_sizes
 from k2hybrid.types import RoutedExperts, Ticket

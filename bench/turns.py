@@ -31,7 +31,7 @@ from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.engine.step import StepModel
 from k2hybrid.model import attention
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
 from k2hybrid.types import ChatRequest, Message, SamplingParams, ToolCall

@@ -1,4 +1,4 @@
-// Names only: what Python sees of the extension. Pointers arrive as integers, checked by k2hybrid/native.py.
+// Names only: what Python sees of the extension. Pointers arrive as integers, checked by k2hybrid/native/.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

@@ -14,7 +14,7 @@ from k2hybrid.experts.copies import CopyEngine, InlineCopies
 from k2hybrid.experts.device_slots import DeviceSlots
 from k2hybrid.experts.hot import Move
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import Loan, MemorySpan
+from k2hybrid.native.store import Loan, MemorySpan
 from tests.random_experts import EXPERTS, LAYER, RandomExperts
 
 LAYERS = 2

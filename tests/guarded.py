@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from k2hybrid.native import FileMap
+from k2hybrid.native.files import FileMap
 
 
 @contextmanager

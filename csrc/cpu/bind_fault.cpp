@@ -1,4 +1,4 @@
-// What Python sees of the guard of mapped files: plain functions, made objects by k2hybrid/native.py.
+// What Python sees of the guard of mapped files: plain functions, made objects by k2hybrid/native/files.py.
 #include "cpu/bind_fault.h"
 
 #include <chrono>

@@ -1,4 +1,4 @@
-// Names only: the expert store and what fills it, for k2hybrid/native.py.
+// Names only: the expert store and what fills it, for k2hybrid/native/store.py.
 #include "experts/bind_store.h"
 
 #include <pybind11/stl.h>

@@ -1,4 +1,4 @@
-// Names only: the hand-off of a stream, for k2hybrid/native.py.
+// Names only: the hand-off of a stream, for k2hybrid/native/handoff.py.
 #include "gpu/bind_handoff.h"
 
 #include <pybind11/stl.h>

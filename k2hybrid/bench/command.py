@@ -27,7 +27,7 @@ from k2hybrid.experts.placement import Placement
 from k2hybrid.hardware.bandwidth import Bandwidth, measure
 from k2hybrid.hardware.memory import MemoryUse
 from k2hybrid.model.batch import Batch, Span
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.assembly import Parts, assemble
 from k2hybrid.runtime.experts import native_experts
 

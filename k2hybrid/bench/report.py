@@ -14,7 +14,7 @@ import torch
 
 from k2hybrid.hardware.bandwidth import Bandwidth
 from k2hybrid.hardware.doctor import package_version
-from k2hybrid.native import ALLOWED_CPUS, Machine
+from k2hybrid.native.machine import ALLOWED_CPUS, Machine
 
 Row = dict[str, Any]
 

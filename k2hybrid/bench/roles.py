@@ -54,7 +54,7 @@ class WeightRoles:
 
 
 class RecordingMachine:
-    """`native.Machine`'s linears and attention, timed by the role of what they read."""
+    """`native.machine`'s linears and attention, timed by the role of what they read."""
 
     def __init__(self, kernels: ContextKernels, roles: WeightRoles) -> None:
         self._kernels = kernels
@@ -67,25 +67,25 @@ class RecordingMachine:
 
     @property
     def rows(self) -> RowKernels:
-        """See `native.Machine.rows`."""
+        """See `Machine.rows`."""
         return self._kernels.rows
 
     def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
-        """See `native.Machine.linear`."""
+        """See `Machine.linear`."""
         start = time.perf_counter()
         y = self._kernels.linear(x, weight)
         self._record(weight, start)
         return y
 
     def head_linear(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See `native.Machine.head_linear`."""
+        """See `Machine.head_linear`."""
         start = time.perf_counter()
         y = self._kernels.head_linear(x, weight)
         self._record(weight, start)
         return y
 
     def head_linear_t(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        """See `native.Machine.head_linear_t`."""
+        """See `Machine.head_linear_t`."""
         start = time.perf_counter()
         y = self._kernels.head_linear_t(x, weight)
         self._record(weight, start)
@@ -101,7 +101,7 @@ class RecordingMachine:
         row_format: str,
         scale: float,
     ) -> torch.Tensor:
-        """See `native.Machine.attend`."""
+        """See `Machine.attend`."""
         start = time.perf_counter()
         mixed = self._kernels.attend(q, rows, spans, latent=latent, row_format=row_format, scale=scale)
         nbytes = rows.shape[1] * sum(before + count for _, before, count in spans)

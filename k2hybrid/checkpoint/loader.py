@@ -26,7 +26,7 @@ from k2hybrid.checkpoint.names import (
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.checkpoint.watch import FileWatch
 from k2hybrid.errors import CheckpointError, ShardIndexError, TensorError
-from k2hybrid.native import file_failed, look_at_files
+from k2hybrid.native.files import file_failed, look_at_files
 from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef
 
 if TYPE_CHECKING:

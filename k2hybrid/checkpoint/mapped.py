@@ -15,7 +15,7 @@ import numpy as np
 
 from k2hybrid.checkpoint.header import PREFIX_BYTES, HeaderEntry, header_bytes, parse_header
 from k2hybrid.errors import HeaderError, NativeError, ShardIndexError
-from k2hybrid.native import FileMap
+from k2hybrid.native.files import FileMap
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

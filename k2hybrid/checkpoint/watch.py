@@ -15,7 +15,7 @@ from pathlib import Path
 from k2hybrid.checkpoint.mapped import MappedShard, header_digest
 from k2hybrid.checkpoint.names import expert_of, tensor_name
 from k2hybrid.errors import NativeError
-from k2hybrid.native import FileMap, failed_ranges, file_changes, look_at_files, rewritten_files
+from k2hybrid.native.files import FileMap, failed_ranges, file_changes, look_at_files, rewritten_files
 from k2hybrid.types import TensorRef
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def overlaps(ranges: Iterable[Range], address: int, nbytes: int) -> bool:
 class FileWatch:
     """The shards of one checkpoint. For one thread; holds no map open.
 
-    A page that is gone is read as zeros and marked by whoever reads it (`native.FileMap`). The rest of a
+    A page that is gone is read as zeros and marked by whoever reads it (`native.files`). The rest of a
     file's last page becomes zeros silently, and so does more of a file that is cut and put back at once:
     `look` finds them by sizes, and by the times at which files were written.
 

@@ -202,7 +202,7 @@ def _rates(said: Any, spec: ModelSpec) -> Rates:
 
 
 def _measured(spec: ModelSpec) -> Rates:
-    from k2hybrid.native import Machine
+    from k2hybrid.native.machine import Machine
     from k2hybrid.runtime.probes import measure_rates
 
     print("measuring this machine; other work on it would count against it …", file=sys.stderr)

@@ -6,7 +6,8 @@ import torch
 
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import CollectReport, Machine, NativeDispatcher
+from k2hybrid.native.handoff import CollectReport, NativeDispatcher
+from k2hybrid.native.machine import Machine
 from k2hybrid.types import TicketStats
 
 SLOTS = 2  # one that computes, one that is being filled

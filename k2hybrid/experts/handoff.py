@@ -13,7 +13,8 @@ import torch
 from k2hybrid.errors import EngineError, NativeError
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.streams import SignalStream
-from k2hybrid.native import HandoffReport, Machine, NativeHandoff
+from k2hybrid.native.handoff import HandoffReport, NativeHandoff
+from k2hybrid.native.machine import Machine
 from k2hybrid.types import TicketStats
 
 TIMEOUT_MS = 1000.0  # as the dispatcher's own watchdog

@@ -15,7 +15,7 @@ from typing import Protocol
 import torch
 
 from k2hybrid.experts.copies import CopyEngine
-from k2hybrid.native import Loan, MemorySpan
+from k2hybrid.native.store import Loan, MemorySpan
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ import torch
 
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.placement import Placement
-from k2hybrid.native import FillProgress, Loan, NativeFiller, NativeStore, StoreStats, file_changes
+from k2hybrid.native.files import file_changes
+from k2hybrid.native.store import FillProgress, Loan, NativeFiller, NativeStore, StoreStats
 from k2hybrid.types import ExpertRef, Int4Ref, TensorRef
 
 Order = Sequence[tuple[int, int]]  # (layer, expert)

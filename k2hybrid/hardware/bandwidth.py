@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 
 PROBE_BYTES = 1 << 30
 ROUNDS = 5

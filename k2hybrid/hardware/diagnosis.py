@@ -81,7 +81,7 @@ def diagnose(
 
 def _kernels() -> tuple[tuple[str, ...] | None, str]:
     try:
-        from k2hybrid.native import INSTRUCTION_SETS
+        from k2hybrid.native.extension import INSTRUCTION_SETS
     except NativeError as error:
         return None, str(error)
     return INSTRUCTION_SETS, ""
@@ -91,7 +91,7 @@ def _memory_gb_s(root: Path, topology: Topology) -> tuple[dict[int, float], str]
     """Of each node, read by its own cores; or nothing and what failed."""
     from k2hybrid.hardware.bandwidth import measure
     from k2hybrid.hardware.node_bandwidth import node_gb_s
-    from k2hybrid.native import Machine
+    from k2hybrid.native.machine import Machine
 
     probe_bytes = max(LEAST_PROBE_BYTES, CACHES * last_level_cache_bytes(root, topology.cpus))
     try:

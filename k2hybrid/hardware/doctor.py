@@ -115,7 +115,7 @@ def _gpu_driver(root: Path) -> str:
 def kernel_rows() -> list[tuple[str, str]]:
     """Which instruction set the extension picks here, or why it cannot be used."""
     try:
-        from k2hybrid.native import INSTRUCTION_SETS
+        from k2hybrid.native.extension import INSTRUCTION_SETS
     except NativeError as error:
         return [("kernels", f"unavailable: {error}")]
     if not INSTRUCTION_SETS:

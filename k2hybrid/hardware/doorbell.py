@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import torch
 
-from k2hybrid import native
 from k2hybrid.errors import EngineError
+from k2hybrid.native.doorbell import EchoDoorbell, doorbell_bytes, doorbell_layout, play_device
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class DoorbellWords:
 
     def __init__(self, slots: int, *, pinned: bool = False) -> None:
         self.slots = slots
-        self.layout: dict[str, int] = native.doorbell_layout()
-        self.storage = torch.zeros(native.doorbell_bytes(slots) + 128, dtype=torch.uint8, pin_memory=pinned)
+        self.layout: dict[str, int] = doorbell_layout()
+        self.storage = torch.zeros(doorbell_bytes(slots) + 128, dtype=torch.uint8, pin_memory=pinned)
         self.address = -(-self.storage.data_ptr() // 128) * 128
 
     def word(self, slot: int, field: str) -> int:
@@ -78,7 +78,7 @@ class Doorbell(DoorbellWords):
         self, slots: int, *, timeout_ms: float = 1000.0, work_us: float = 0.0, pinned: bool = False
     ) -> None:
         super().__init__(slots, pinned=pinned)
-        self._cpu = native.EchoDoorbell(self.storage, self.address, slots, timeout_ms, work_us)
+        self._cpu = EchoDoorbell(self.storage, self.address, slots, timeout_ms, work_us)
         self.publish: Callable[..., int] = self._cpu.publish
         self.abort: Callable[[], None] = self._cpu.abort
         self.reset: Callable[[], None] = self._cpu.reset
@@ -90,5 +90,5 @@ class Doorbell(DoorbellWords):
 
     def play_device(self, layers: int, *, seed: int = 0, limit_ms: float = 5000.0) -> dict[str, int]:
         """The device's side of one step, on the calling thread."""
-        played: dict[str, int] = native.play_device(self.address, layers, seed, limit_ms)
+        played: dict[str, int] = play_device(self.address, layers, seed, limit_ms)
         return played

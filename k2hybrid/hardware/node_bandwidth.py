@@ -52,7 +52,7 @@ def main(task: str) -> None:
 
     # Only now: the extension notes the affinity when it is imported.
     from k2hybrid.hardware.bandwidth import measure
-    from k2hybrid.native import Machine
+    from k2hybrid.native.machine import Machine
 
     print(measure(Machine(), wanted["probe_bytes"], ROUNDS).gb_s)
 

@@ -12,11 +12,11 @@ from weakref import WeakKeyDictionary
 
 import torch
 
-from k2hybrid import native
 from k2hybrid.errors import NativeError
 from k2hybrid.hardware.cuda_driver import CudaDriver, wait_op, write_op
 from k2hybrid.hardware.doorbell import DoorbellWords
 from k2hybrid.hardware.nvrtc import compile_cubin
+from k2hybrid.native.doorbell import ring_slot, wait_reply
 
 Signal = Literal["stream_mem_ops", "spinning_kernel"]
 SIGNALS: tuple[Signal, ...] = ("stream_mem_ops", "spinning_kernel")
@@ -127,11 +127,11 @@ class EmulatedStream:
 
     def ring(self, words: DoorbellWords, slot: int, value: int = 0) -> None:
         """See `SignalStream.ring`."""
-        native.ring_slot(words.address, slot, value)
+        ring_slot(words.address, slot, value)
 
     def wait(self, words: DoorbellWords, slot: int) -> None:
         """See `SignalStream.wait`."""
-        if native.wait_reply(words.address, slot, self._limit_ms) == words.layout["idle"]:
+        if wait_reply(words.address, slot, self._limit_ms) == words.layout["idle"]:
             self._given_up += 1
 
     def synchronize(self) -> None:

@@ -54,7 +54,7 @@ class AttentionSizes:
 
 @runtime_checkable
 class SpanAttention(Protocol):
-    """Kernels that attend to whole contexts, absorbed, for several spans in one call (`native.Machine`)."""
+    """Kernels that attend to whole contexts, absorbed, for several spans in one call (`native.machine`)."""
 
     def attend(
         self,

@@ -71,7 +71,7 @@ class Kimi:
 
     Args:
         experts: the routed experts of all layers.
-        kernels: what multiplies: `native.Machine`, `DeviceLinears`, or `TorchLinears` in tests.
+        kernels: what multiplies: `native.machine`, `DeviceLinears`, or `TorchLinears` in tests.
         pages: the latent cache; `pages.format` must hold spec.latent_dim values a row.
         decode: attends for all sequences that have one token in a pass, in one call; None: one by one.
         latent_norm_eps: of the q_a and kv_a norms; 1e-6 in the published code, whatever the config says.

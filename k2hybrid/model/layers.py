@@ -20,7 +20,7 @@ from k2hybrid.types import LinearWeight, Weight8
 
 
 class LinearKernels(Protocol):
-    """What multiplies. `native.Machine` on the CPU in bf16; `TorchLinears` for tests and the fp32 dtype."""
+    """What multiplies. `native.machine` on the CPU in bf16; `TorchLinears` for tests and the fp32 dtype."""
 
     def linear(self, x: torch.Tensor, weight: LinearWeight) -> torch.Tensor:
         """x [T, K] (row stride free), weight [N, K] -> fp32 [T, N]."""
@@ -33,7 +33,7 @@ class LinearKernels(Protocol):
 
 
 class RowKernels(Protocol):
-    """What is done to rows between products, row by row and to bf16: `native_rows.NativeRows`."""
+    """What is done to rows between products, row by row and to bf16: `native.rows`."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x fp32 [T, n] (row stride free), weight fp32 [n] -> bf16 [T, n]."""

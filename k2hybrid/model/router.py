@@ -13,7 +13,7 @@ import torch
 
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.layers import Linear, LinearKernels, row_kernels, span_by_span
-from k2hybrid.native_rows import MOST_CHOSEN
+from k2hybrid.native.rows import MOST_CHOSEN
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from k2hybrid.hardware.streams import CudaStream, EmulatedStream, SignalStream, 
 from k2hybrid.model.card_memory import CONTEXT_BYTES
 from k2hybrid.model.decode_step import Recorder
 from k2hybrid.model.paged import PagedDecode, TorchDecode
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.device_rates import measure_split_rates
 
 

@@ -14,7 +14,7 @@ from k2hybrid.experts.copies import CopyEngine
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.experts.split import HANDOFF_S, LAUNCH_S, PLAN_S, SplitRates
 from k2hybrid.hardware.bandwidth import quick_gb_s
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.random_bytes import arena_bytes
 
 EXPERTS = 8  # that are read one after the other: together larger than a card's cache

@@ -24,7 +24,8 @@ from k2hybrid.experts.traces import TraceHeader
 from k2hybrid.hardware.cgroup import read_limits
 from k2hybrid.hardware.doctor import package_version
 from k2hybrid.hardware.topology import Topology
-from k2hybrid.native import Machine, file_failed
+from k2hybrid.native.files import file_failed
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.fingerprint import weights_digest
 from k2hybrid.types import ExpertSink, RoutedExperts
 

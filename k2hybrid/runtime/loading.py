@@ -23,7 +23,7 @@ from k2hybrid.engine.metrics import ByteMeter
 from k2hybrid.engine.step import StepModel
 from k2hybrid.errors import TokenizerError
 from k2hybrid.hardware.topology import read_topology
-from k2hybrid.native import ALLOWED_CPUS, Machine
+from k2hybrid.native.machine import ALLOWED_CPUS, Machine
 from k2hybrid.runtime.archive import make_archive
 from k2hybrid.runtime.experts import make_experts, trace_writer
 from k2hybrid.runtime.fingerprint import fingerprint

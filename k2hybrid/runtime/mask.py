@@ -7,7 +7,7 @@ from concurrent.futures import Executor, Future
 import torch
 
 from k2hybrid.chat.constraint import Allowed, Constraint
-from k2hybrid.native import mask_logits
+from k2hybrid.native.logits import mask_logits
 
 # A grammar's mask takes longer the larger the vocabulary; handing it to another thread takes longer than a
 # small one.

@@ -18,7 +18,7 @@ from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.experts.recorder import TraceRecorder, TraceWriter
 from k2hybrid.model.device import DeviceModel
 from k2hybrid.model.linears import DeviceLinears
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.assembly import Parts, assemble
 from k2hybrid.runtime.card import CardFit, fit_card
 from k2hybrid.runtime.device import Device, open_device

@@ -13,7 +13,7 @@ from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.prefill_stream import StreamedExperts
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.model.decode_step import Recorder
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.card import CardFit
 from k2hybrid.runtime.device import Device
 from k2hybrid.types import RoutedExperts

@@ -21,7 +21,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.experts.prediction import CHUNK_ROWS, ModelSizes, Predictor, Rates, arithmetic_rates
 from k2hybrid.hardware.bandwidth import quick_gb_s
 from k2hybrid.model.sampler import Sampler
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.hollow import HollowNetwork, few_layers
 from k2hybrid.runtime.loading import WIDE_ATTENTION
 from k2hybrid.runtime.random_bytes import (

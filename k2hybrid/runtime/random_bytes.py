@@ -20,7 +20,7 @@ from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.placement import ExpertSizes
 from k2hybrid.experts.prediction import CHUNK_ROWS, ModelSizes
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.hollow import TimedNetwork, few_layers
 from k2hybrid.types import ExpertRef, ExpertSink, Int4Ref, TensorRef, Ticket
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 
 
 @pytest.fixture(scope="session")

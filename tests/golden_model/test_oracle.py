@@ -9,7 +9,7 @@ from k2hybrid.cache.rows import Fp8Rows
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.golden_model import compare, faults
 from tests.golden_model.compare import bf16_bound, checkpoint, oracle, prefill_at_once, run_forced
 from tests.golden_model.faults import FAULTS, Fault

@@ -17,7 +17,7 @@ from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.prefill_stream import StreamedExperts
 from k2hybrid.experts.reference import ReferenceTicket
 from k2hybrid.experts.split import SplitRates
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.expert_source import SlottedSource, Source, coming, settled, slots_of
 from tests.random_experts import EXPERTS, LAYER, TOP_K, relative_error
 

@@ -12,7 +12,7 @@ from k2hybrid.errors import EngineError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.handoff import Handoff
 from k2hybrid.hardware.streams import SIGNALS, CudaStream, Signal, choose_signal
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.random_experts import TOP_K, RandomLayers
 
 pytestmark = pytest.mark.gpu

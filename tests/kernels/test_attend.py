@@ -10,7 +10,8 @@ import torch
 
 from k2hybrid.cache.rows import Bf16Rows, Fp8Rows, RowFormat
 from k2hybrid.errors import NativeError
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.machine import Machine
 
 PAGE = 64
 U = 2.0**-24

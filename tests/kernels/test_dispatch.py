@@ -13,7 +13,9 @@ import torch
 from k2hybrid.errors import NativeError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import INSTRUCTION_SETS, Machine, look_at_files
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.files import look_at_files
+from k2hybrid.native.machine import Machine
 from tests.guarded import guarded
 from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, RandomExperts, relative_error
 

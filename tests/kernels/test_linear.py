@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from k2hybrid.errors import NativeError
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.machine import Machine
 
 # fp32 sums of exact bf16 products: the error of n terms in 32 lanes is below (n/32 + 6) · 2⁻²⁴ of the sum of
 # magnitudes; for random signs that is far below this bound (docs/numerics.md).

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from k2hybrid.errors import NativeError
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.machine import Machine
 from k2hybrid.types import Weight8
 
 Kind = Literal["int8", "fp8"]

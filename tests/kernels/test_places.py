@@ -22,7 +22,8 @@ from k2hybrid.experts.dispatch import CpuTicket, Dispatcher
 from k2hybrid.experts.placement import ExpertSizes, Place, Placement, place_experts, shard_rows, slot_bytes
 from k2hybrid.experts.simulate import replay_ids
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import Loan, Machine, NativeFiller
+from k2hybrid.native.machine import Machine
+from k2hybrid.native.store import Loan, NativeFiller
 
 EXPERTS, TOP_K, LAYERS = 12, 3, 4  # the first layer is dense
 HIDDEN, INTER = 224, 96

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from k2hybrid.errors import NativeError
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.machine import Machine
 
 BF16 = 2.0**-8  # one rounding to bf16, relative
 FP32 = 2.0**-24

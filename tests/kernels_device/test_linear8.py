@@ -12,7 +12,7 @@ from k2hybrid.checkpoint.dense8 import quantize
 from k2hybrid.errors import KernelError
 from k2hybrid.kernels.card import EMULATED
 from k2hybrid.kernels.linear8 import FEW, FEW_ROWS, MANY, choose_parts, choose_tile, linear8
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.types import Weight8Kind
 
 # fp32 sums of exact products; docs/numerics.md, "Kernels of the device".

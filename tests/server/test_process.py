@@ -13,7 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from k2hybrid.native import INSTRUCTION_SETS
+from k2hybrid.native.extension import INSTRUCTION_SETS
 from tests.server.process import command, started
 
 START_S = 120

@@ -19,7 +19,7 @@ from k2hybrid.hardware.cuda_driver import CudaDriver, pci_link, wait_op, write_o
 from k2hybrid.hardware.doorbell import Doorbell, DoorbellWords
 from k2hybrid.hardware.nvrtc import library_candidates, open_library
 from k2hybrid.hardware.streams import CudaStream
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.random_experts import EXPERTS, LAYER, TOP_K, RandomExperts
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")

@@ -9,11 +9,10 @@ from typing import Any
 
 import pytest
 
-from k2hybrid import native
 from k2hybrid.errors import EngineError
 from k2hybrid.hardware.doorbell import Doorbell, StepOutcome
-
-EXTENSION_ERROR: type[Exception] = native.ExtensionError
+from k2hybrid.native.doorbell import EchoDoorbell, play_device
+from k2hybrid.native.extension import ExtensionError
 
 
 def play_in_background(doorbell: Doorbell, layers: int) -> tuple[threading.Thread, dict[str, Any]]:
@@ -62,9 +61,9 @@ def test_the_watchdog_frees_a_device_that_nobody_answers_and_the_outcome_says_so
     with pytest.raises(EngineError, match="aborted \\(watchdog\\) after 5 of 12 layers"):
         outcome.require_answered()
 
-    with pytest.raises(EXTENSION_ERROR, match="Reset"):
+    with pytest.raises(ExtensionError, match="Reset"):
         doorbell.publish(rows=1, layers=12)
-    with pytest.raises(EXTENSION_ERROR, match="still inside an answer"):
+    with pytest.raises(ExtensionError, match="still inside an answer"):
         doorbell.reset()
     doorbell.stall_at(-1)
     recover(doorbell)
@@ -79,7 +78,7 @@ def recover(doorbell: Doorbell) -> None:
     while True:
         try:
             return doorbell.reset()
-        except EXTENSION_ERROR:
+        except ExtensionError:
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.001)
@@ -141,25 +140,25 @@ def test_a_slow_device_is_not_aborted() -> None:
 
 def test_steps_are_opened_and_closed_in_order() -> None:
     doorbell = Doorbell(2)
-    with pytest.raises(EXTENSION_ERROR, match="no step is open"):
+    with pytest.raises(ExtensionError, match="no step is open"):
         doorbell.finish()
     doorbell.publish(rows=1, layers=2)
-    with pytest.raises(EXTENSION_ERROR, match="is open"):
+    with pytest.raises(ExtensionError, match="is open"):
         doorbell.publish(rows=1, layers=2)
-    with pytest.raises(EXTENSION_ERROR, match="2 slots were not rung"):
+    with pytest.raises(ExtensionError, match="2 slots were not rung"):
         doorbell.finish()
     assert doorbell.play_device(2)["answered"] == 2
     doorbell.finish()
     for layers in (0, 3):
-        with pytest.raises(EXTENSION_ERROR, match="layers for 2 slots"):
+        with pytest.raises(ExtensionError, match="layers for 2 slots"):
             doorbell.publish(rows=1, layers=layers)
 
 
 def test_misaligned_memory_is_refused() -> None:
     buffer = ctypes.create_string_buffer(4096)
     address = -(-ctypes.addressof(buffer) // 128) * 128 + 64
-    with pytest.raises(EXTENSION_ERROR, match="128 bytes"):
-        native.EchoDoorbell(buffer, address, 1, 100.0, 0.0)
+    with pytest.raises(ExtensionError, match="128 bytes"):
+        EchoDoorbell(buffer, address, 1, 100.0, 0.0)
 
 
 def test_tearing_down_in_the_middle_of_a_step_frees_the_device() -> None:
@@ -168,8 +167,7 @@ def test_tearing_down_in_the_middle_of_a_step_frees_the_device() -> None:
     doorbell.stall_at(1)
     doorbell.publish(rows=1, layers=3)
     address, played = doorbell.address, {}
-    play = native.play_device
-    thread = threading.Thread(target=lambda: played.update(play(address, 3, 0, 20_000.0)))
+    thread = threading.Thread(target=lambda: played.update(play_device(address, 3, 0, 20_000.0)))
     thread.start()
     while words(doorbell, "request")[1] == 0:
         time.sleep(0.001)

@@ -14,7 +14,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 LAYERS = (
-    ("errors", "types", "config", "native", "native_rows"),
+    ("errors", "types", "config", "native"),
     ("checkpoint", "hardware", "kernels"),
     ("experts", "cache"),
     ("model",),
@@ -85,7 +85,9 @@ def violations(modules: dict[str, str]) -> list[str]:
         for line, imported in imported_modules(module, is_package, source):
             target = room_of(imported)
             if target == "_native":
-                reason = None if module == "k2hybrid.native" else "only native.py imports the extension"
+                reason = (
+                    None if module == "k2hybrid.native.extension" else "only native/extension.py imports it"
+                )
             elif target in LAYER_OF or target == "chat" or target in ENTRY_POINTS:
                 reason = forbidden(importer, target)
             elif importer in ENTRY_POINTS:
@@ -106,7 +108,7 @@ def package_sources() -> dict[str, str]:
 
 def test_every_import_goes_down() -> None:
     sources = package_sources()
-    assert "k2hybrid.native" in sources
+    assert "k2hybrid.native.extension" in sources
     assert violations(sources) == []
 
 
@@ -125,12 +127,12 @@ def test_every_import_goes_down() -> None:
         ("k2hybrid.cache.pages", "from k2hybrid.experts import store", "rooms of one layer"),
         ("k2hybrid.server.app", "from k2hybrid.agent.loop import run", "rooms of one layer"),
         ("k2hybrid.errors", "from .checkpoint import spec", "layer 0 may not import layer 1"),
-        ("k2hybrid.experts.store", "from k2hybrid import _native", "only native.py"),
-        ("k2hybrid.experts.store", "from .. import _native", "only native.py"),
+        ("k2hybrid.experts.store", "from k2hybrid import _native", "only native/extension.py"),
+        ("k2hybrid.experts.store", "from .. import _native", "only native/extension.py"),
         (
             "k2hybrid.model.mla",
             "import importlib\nimportlib.import_module('k2hybrid._native')",
-            "only native.py",
+            "only native/extension.py",
         ),
         ("k2hybrid.runtime.load", "from k2hybrid.server.app import app", "layer 5 may not import layer 6"),
         ("k2hybrid.model.kimi", "from k2hybrid import load", "import it from where it is defined"),
@@ -152,7 +154,7 @@ def test_a_planted_violation_is_caught(module: str, source: str, reason: str) ->
             "k2hybrid.runtime.chat",
             "from k2hybrid.chat.stream import step\nfrom k2hybrid.engine import engine",
         ),
-        ("k2hybrid.native", "import k2hybrid._native"),
+        ("k2hybrid.native.extension", "import k2hybrid._native"),
         ("k2hybrid.cli", "from k2hybrid.server.__main__ import main\nfrom k2hybrid import __version__"),
         ("k2hybrid.model.__init__", "from .kimi import Kimi\nfrom ..experts import dispatch"),
         ("k2hybrid.chat.stream", "from ..types import Event\nimport torch"),

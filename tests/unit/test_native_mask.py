@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from k2hybrid.errors import NativeError
-from k2hybrid.native import mask_logits
+from k2hybrid.native.logits import mask_logits
 
 SPECIALS = 7
 

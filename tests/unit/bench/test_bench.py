@@ -12,7 +12,7 @@ from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.synth import synthesize
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.bandwidth import measure
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 
 SIZES = {"layers": 3, "experts": 4, "hidden": 64, "heads": 2, "top_k": 2, "vocab_size": 2048}
 SIZES |= {"intermediate": 96, "moe_intermediate": 32}

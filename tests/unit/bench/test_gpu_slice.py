@@ -20,7 +20,7 @@ from k2hybrid.experts.device_slots import DeviceSlots
 from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.model.decode_step import DecodeStep
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.card import CardFit
 from k2hybrid.runtime.device import emulated_rates, open_device
 from k2hybrid.runtime.hollow import few_layers

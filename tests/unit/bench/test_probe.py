@@ -15,7 +15,8 @@ from k2hybrid.hardware.bandwidth import (
     probe_memory,
     quick_gb_s,
 )
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.machine import Machine
 
 DATA = torch.ones((1 << 20) + 24, dtype=torch.uint8)
 

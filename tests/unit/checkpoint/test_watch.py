@@ -16,7 +16,7 @@ import pytest
 from k2hybrid.checkpoint import watch as module
 from k2hybrid.checkpoint.index import ShardIndex
 from k2hybrid.checkpoint.watch import FileWatch
-from k2hybrid.native import failed_ranges
+from k2hybrid.native.files import failed_ranges
 from k2hybrid.types import TensorRef
 
 PAGE = os.sysconf("SC_PAGESIZE")

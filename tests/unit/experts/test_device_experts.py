@@ -18,7 +18,7 @@ from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.prefill_stream import StreamedExperts
 from k2hybrid.experts.split import SplitRates
 from k2hybrid.hardware.streams import EmulatedStream
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.expert_source import Source, slots_of
 from tests.random_experts import EXPERTS, LAYER, relative_error
 

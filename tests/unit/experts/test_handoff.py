@@ -22,7 +22,8 @@ from k2hybrid.experts.placement import Placement, shard_rows
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.doorbell import DoorbellWords
 from k2hybrid.hardware.streams import EmulatedStream, SignalStream
-from k2hybrid.native import INSTRUCTION_SETS, Machine
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.meter import MeteredSteps
 from tests.guarded import guarded
 from tests.random_experts import EXPERTS, TOP_K, RandomLayers

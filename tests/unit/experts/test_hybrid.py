@@ -15,7 +15,7 @@ from k2hybrid.experts.hot import Move
 from k2hybrid.experts.hybrid import HybridExperts
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
 from k2hybrid.experts.split import SplitRates, card_limits
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.expert_source import Source, coming, settled, slots_of
 from tests.no_waiting import NoWaiting, WaitsError
 from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, relative_error

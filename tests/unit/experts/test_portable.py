@@ -20,7 +20,9 @@ from k2hybrid.errors import ConfigError, EngineError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.reference import ReferenceExperts
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.native import INSTRUCTION_SETS, Machine, file_failed, look_at_files
+from k2hybrid.native.extension import INSTRUCTION_SETS
+from k2hybrid.native.files import file_failed, look_at_files
+from k2hybrid.native.machine import Machine
 from k2hybrid.types import ExpertRef, Int4Ref
 from tests.guarded import guarded
 from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, RandomExperts, relative_error

@@ -25,7 +25,7 @@ from k2hybrid.experts.prefill_stream import StreamedExperts, StreamTicket
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
 from k2hybrid.experts.split import SplitRates, plan_stream
 from k2hybrid.model import card_memory
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.expert_source import SlottedSource, Source, coming, settled, slots_of
 from tests.late_copies import LateCopies
 from tests.random_experts import EXPERTS, LAYER, SIZES, TOP_K, relative_error

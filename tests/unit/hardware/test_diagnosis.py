@@ -18,7 +18,7 @@ from k2hybrid.hardware.checks.finding import Finding
 from k2hybrid.hardware.diagnosis import diagnose, last_level_cache_bytes
 from k2hybrid.hardware.node_bandwidth import node_gb_s
 from k2hybrid.hardware.topology import Node, read_topology
-from k2hybrid.native import ALLOWED_CPUS
+from k2hybrid.native.machine import ALLOWED_CPUS
 from tests.unit.hardware.sysfs import GIB, FakeNode, even_machine, put, write_machine
 
 SUBJECTS = {

@@ -18,7 +18,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.mla import MLA, attention_sizes, plan_attention
 from k2hybrid.model.rope import Rope
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.golden_model.tiny import config
 
 SHAPES = {

@@ -38,7 +38,7 @@ from k2hybrid.model.card_memory import (
     weight_bytes,
 )
 from k2hybrid.model.scratch import Cut
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.golden_model.tiny import CONFIGS, batch_of, config, random_ids, tiny_checkpoint, tiny_model
 
 K2 = ModelSpec.from_config(published_config())

@@ -19,7 +19,7 @@ from k2hybrid.model.device import DeviceModel
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.linears import DeviceLinears
 from k2hybrid.model.paged import TorchDecode
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.golden_model.tiny import TinyCheckpoint, batch_of, random_ids, tiny_checkpoint
 
 MAX_ROWS = 80

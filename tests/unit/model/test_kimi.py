@@ -16,7 +16,7 @@ from k2hybrid.experts.store import ExpertStore
 from k2hybrid.model import attention
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import TorchLinears
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.golden_model import compare
 from tests.golden_model.tiny import (
     TinyModel,

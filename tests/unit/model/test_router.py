@@ -8,7 +8,7 @@ import torch
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.model.layers import TorchLinears
 from k2hybrid.model.router import Router, choose, weigh
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from tests.golden_model.tiny import config
 
 

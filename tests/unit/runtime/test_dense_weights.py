@@ -26,7 +26,7 @@ from k2hybrid.errors import ConfigError, ShardIndexError, TensorError
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import TorchLinears
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime import Runtime, load
 from k2hybrid.runtime.assembly import assemble
 from k2hybrid.runtime.dense8 import Dense8Weights

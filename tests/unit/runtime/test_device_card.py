@@ -21,7 +21,7 @@ from k2hybrid.experts.copies import InlineCopies
 from k2hybrid.experts.device_experts import handed_rows
 from k2hybrid.experts.split import SplitRates, streams
 from k2hybrid.model.card_memory import CONTEXT_BYTES, CardWishes, taken
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime import load
 from k2hybrid.runtime.card import CardFit, fit_card
 from k2hybrid.runtime.device import emulated_rates

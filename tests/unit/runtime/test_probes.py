@@ -14,7 +14,7 @@ from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import MINI_MODEL
 from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
 from k2hybrid.model.kimi import Kimi
-from k2hybrid.native import Machine
+from k2hybrid.native.machine import Machine
 from k2hybrid.runtime import hollow
 from k2hybrid.runtime.hollow import HollowNetwork
 from k2hybrid.runtime.probes import measure_rates

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from k2hybrid.errors import NativeError
+from k2hybrid.native.extension import ERRORS
+from k2hybrid.native.tensors import require_fp32
 
 MOST_CHOSEN = 64  # experts of a row; kMostChosen
 
@@ -16,37 +17,35 @@ class NativeRows:
     """Norms, SwiGLU, the choice of experts, rotation. A row's bits never depend on the other rows.
 
     Args:
-        handle: of the `native.Machine` whose kernels and pool do it.
-        errors: makes NativeError of what the extension raises.
+        handle: of the `Machine` whose kernels and pool do it.
 
     All methods raise NativeError where types or shapes do not fit.
     """
 
-    def __init__(self, handle: Any, errors: AbstractContextManager[None]) -> None:
+    def __init__(self, handle: Any) -> None:
         self._handle = handle
-        self._errors = errors
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x fp32 [T, n] (row stride free), weight fp32 [n] -> bf16 [T, n]: x / rms(x) · weight."""
-        _require("x", x, 2)
-        _require("weight", weight, 1)
+        require_fp32("x", x, 2)
+        require_fp32("weight", weight, 1)
         rows, n = x.shape
         if weight.shape[0] != n or not n:
             raise NativeError(f"rms_norm: x {list(x.shape)} does not fit weight {list(weight.shape)}")
         out = torch.empty(rows, n, dtype=torch.bfloat16)
-        with self._errors:
+        with ERRORS:
             self._handle.rms_norm(x.data_ptr(), rows, x.stride(0), weight.data_ptr(), eps, n, out.data_ptr())
         return out
 
     def swiglu(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         """gate and up fp32 [T, n] -> bf16 [T, n]: silu(gate) · up."""
         for name, x in (("gate", gate), ("up", up)):
-            _require(name, x, 2, whole=True)
+            require_fp32(name, x, 2, whole=True)
         if gate.shape != up.shape:
             raise NativeError(f"swiglu: gate {list(gate.shape)} does not fit up {list(up.shape)}")
         rows, n = gate.shape
         out = torch.empty(rows, n, dtype=torch.bfloat16)
-        with self._errors:
+        with ERRORS:
             self._handle.swiglu(gate.data_ptr(), up.data_ptr(), rows, n, out.data_ptr())
         return out
 
@@ -64,8 +63,8 @@ class NativeRows:
         Returns:
             ids int32 [T, top_k], weights fp32 [T, top_k]: the sigmoids; NaN where a logit of the row is.
         """
-        _require("logits", logits, 2, whole=True)
-        _require("bias", bias, 1)
+        require_fp32("logits", logits, 2, whole=True)
+        require_fp32("bias", bias, 1)
         rows, experts = logits.shape
         if bias.shape[0] != experts or not 0 < top_k <= min(experts, MOST_CHOSEN):
             raise NativeError(
@@ -73,7 +72,7 @@ class NativeRows:
             )
         ids = torch.empty(rows, top_k, dtype=torch.int32)
         weights = torch.empty(rows, top_k, dtype=torch.float32)
-        with self._errors:
+        with ERRORS:
             self._handle.choose(
                 logits.data_ptr(), bias.data_ptr(), rows, experts, top_k, normalize, scale,
                 ids.data_ptr(), weights.data_ptr(),
@@ -100,11 +99,11 @@ class NativeRows:
         Returns:
             bf16 [T, heads, nope], [T, heads, rope] and [T, latent + rope].
         """
-        _require("q", q, 3, whole=True)
-        _require("kv", kv, 2, whole=True)
-        _require("norm", norm, 1)
-        _require("cos", cos, 3, whole=True)
-        _require("sin", sin, 3, whole=True)
+        require_fp32("q", q, 3, whole=True)
+        require_fp32("kv", kv, 2, whole=True)
+        require_fp32("norm", norm, 1)
+        require_fp32("cos", cos, 3, whole=True)
+        require_fp32("sin", sin, 3, whole=True)
         rows, heads, width = q.shape
         latent, rope = norm.shape[0], 2 * cos.shape[2]
         fits = kv.shape == (rows, latent + rope) and cos.shape == sin.shape == (rows, 1, rope // 2)
@@ -117,19 +116,9 @@ class NativeRows:
         q_nope = torch.empty(rows, heads, nope, dtype=torch.bfloat16)
         q_rope = torch.empty(rows, heads, rope, dtype=torch.bfloat16)
         latents = torch.empty(rows, latent + rope, dtype=torch.bfloat16)
-        with self._errors:
+        with ERRORS:
             self._handle.prepare_attention(
                 q.data_ptr(), kv.data_ptr(), rows, heads, nope, rope, latent, norm.data_ptr(), eps,
                 cos.data_ptr(), sin.data_ptr(), q_nope.data_ptr(), q_rope.data_ptr(), latents.data_ptr(),
             )  # fmt: skip
         return q_nope, q_rope, latents
-
-
-def _require(name: str, x: torch.Tensor, dims: int, *, whole: bool = False) -> None:
-    """fp32 on the CPU, its last dimension contiguous, or with `whole` all of it."""
-    fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == dims
-    if not fits or (not x.is_contiguous() if whole else x.shape[-1] > 1 and x.stride(-1) != 1):
-        raise NativeError(
-            f"{name} must be contiguous float32 of {dims} dimensions on the CPU, not {x.dtype} "
-            f"{list(x.shape)}, strides {list(x.stride())}, on {x.device}"
-        )
