@@ -11,6 +11,7 @@ from k2hybrid.types import Weight8
 
 
 def require_bf16(name: str, tensor: torch.Tensor, dims: int) -> None:
+    """bf16 on the CPU, its last dimension contiguous; else `NativeError`."""
     if tensor.dtype != torch.bfloat16 or tensor.device.type != "cpu":
         raise NativeError(f"{name} must be bfloat16 on the CPU, not {tensor.dtype} on {tensor.device}")
     if tensor.dim() != dims or (tensor.shape[-1] > 1 and tensor.stride(-1) != 1):
@@ -21,7 +22,7 @@ def require_bf16(name: str, tensor: torch.Tensor, dims: int) -> None:
 
 
 def require_fp32(name: str, x: torch.Tensor, dims: int, *, whole: bool = False) -> None:
-    """fp32 on the CPU, its last dimension contiguous, or with `whole` all of it."""
+    """fp32 on the CPU, its last dimension contiguous, or with `whole` all of it; else `NativeError`."""
     fits = x.dtype == torch.float32 and x.device.type == "cpu" and x.dim() == dims
     if not fits or (not x.is_contiguous() if whole else x.shape[-1] > 1 and x.stride(-1) != 1):
         raise NativeError(
@@ -31,6 +32,7 @@ def require_fp32(name: str, x: torch.Tensor, dims: int, *, whole: bool = False) 
 
 
 def require_weight8(weight: Weight8) -> None:
+    """Values [N, K] of its kind and a scale for each row, on the CPU; else `NativeError`."""
     values, scale = weight.values, weight.scale
     dtype = {"int8": torch.int8, "fp8": torch.uint8}.get(weight.kind)
     if values.dtype != dtype or values.device.type != "cpu":
@@ -49,6 +51,7 @@ def require_weight8(weight: Weight8) -> None:
 
 
 def require_heads(what: str, x: torch.Tensor, weight: torch.Tensor, contracted: int) -> None:
+    """x bf16 [T, H, K] and weight [H, …] with K in dimension `contracted`; else `NativeError`."""
     require_bf16("x", x, 3)
     require_bf16("weight", weight, 3)
     if x.shape[1] != weight.shape[0] or x.shape[2] != weight.shape[contracted]:
@@ -56,6 +59,7 @@ def require_heads(what: str, x: torch.Tensor, weight: torch.Tensor, contracted: 
 
 
 def view_of(owner: object, address: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:
+    """Memory of `owner` as [rows, columns]."""
     nbytes = rows * columns * dtype.itemsize
     buffer = (ctypes.c_uint8 * nbytes).from_address(address)
     buffer._owner = owner  # type: ignore[attr-defined]  # the memory lives as long as a view of it
