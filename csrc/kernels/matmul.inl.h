@@ -12,39 +12,53 @@
 // Ahead of the row stream: 200 ns of DRAM latency at 40 GB/s a core.
 inline constexpr int kPrefetchBytes = 8192;
 
-template <int R, int T>
-static inline void Int4Block(const typename Simd::Weights (&w)[R], const typename Simd::F32 (&scale)[R],
-                             const bf16* const* x, ptrdiff_t at, typename Simd::F32* sum) {
-  constexpr int U = T < Simd::kChains ? T : Simd::kChains;
+template <class S, int R, int T>
+static inline void ChainedBlock(const typename S::Weights (&w)[R], const typename S::F32 (&scale)[R],
+                                const bf16* const* x, ptrdiff_t at, typename S::F32* sum) {
+  constexpr int U = T < S::kChains ? T : S::kChains;
 #pragma GCC unroll 8
   for (int t = 0; t < T; t += U) {
-    typename Simd::F32 dot[R][U];
+    typename S::F32 dot[R][U];
 #pragma GCC unroll 8
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int u = 0; u < U; ++u) dot[r][u] = Simd::Zero();
+      for (int u = 0; u < U; ++u) dot[r][u] = S::Zero();
 #pragma GCC unroll 8
     for (int k = 0; k < 4; ++k)
 #pragma GCC unroll 8
       for (int u = 0; u < U; ++u) {
         if (t + u >= T) break;
-        const typename Simd::Bf16 v = Simd::Load(x[t + u] + at + k * (kBlock / 4));
+        const typename S::Bf16 v = S::Load(x[t + u] + at + k * (kBlock / 4));
 #pragma GCC unroll 8
-        for (int r = 0; r < R; ++r) dot[r][u] = Simd::Dot(dot[r][u], w[r].part[k], v);
+        for (int r = 0; r < R; ++r) dot[r][u] = S::Dot(dot[r][u], w[r].part[k], v);
       }
 #pragma GCC unroll 8
     for (int u = 0; u < U; ++u) {
       if (t + u >= T) break;
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) sum[r * T + t + u] = Simd::Fma(dot[r][u], scale[r], sum[r * T + t + u]);
+      for (int r = 0; r < R; ++r) sum[r * T + t + u] = S::Fma(dot[r][u], scale[r], sum[r * T + t + u]);
     }
   }
+}
+
+// An instruction set with few registers has a way of its own through a block.
+template <class S>
+concept AddsBlocks = requires { S::kAddsBlocks; };
+
+template <class S, int R, int T>
+[[gnu::always_inline]] static inline void Int4Block(const typename S::Weights (&w)[R],
+                                                    const typename S::F32 (&scale)[R], const bf16* const* x,
+                                                    ptrdiff_t at, typename S::F32* sum) {
+  if constexpr (AddsBlocks<S>)
+    S::template AddBlock<R, T>(w, scale, x, at, sum);
+  else
+    ChainedBlock<S, R, T>(w, scale, x, at, sum);
 }
 
 struct Int4Panel {
   static constexpr int kTokens = 4;
   static constexpr int kRows = Simd::kInt4Rows;
-  static constexpr int kOneRows = 1;
+  static constexpr int kOneRows = Simd::kInt4OneRows;
   static constexpr int kStepBytes = kBlock * 2;
   static constexpr int kPartBytes = 28 << 10;
   static constexpr bool kTwoInOneRow = false;
@@ -67,7 +81,8 @@ struct Int4Panel {
     // What comes `ahead` bytes later is read next but a few: of one row the stream itself, of several the same
     // columns of the rows that follow, since a tile takes a part of them only.
     const int tile_bytes = R * (matrix.in / 2);
-    const int ahead = T == 1 ? kPrefetchBytes : (kPrefetchBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
+    const int ahead =
+        R * T == 1 ? kPrefetchBytes : (kPrefetchBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
     const int full = matrix.in / kBlock;
     typename Simd::Weights w[R];
     typename Simd::F32 s[R];
@@ -79,7 +94,7 @@ struct Int4Panel {
         w[r] = Simd::Unpack(packed[r] + b * (kBlock / 2));
         s[r] = Simd::Scales(scale[r] + b * (kBlock / kGroup));
       }
-      Int4Block<R, T>(w, s, x, static_cast<ptrdiff_t>(b) * kBlock, sum);
+      Int4Block<Simd, R, T>(w, s, x, static_cast<ptrdiff_t>(b) * kBlock, sum);
     }
     if (end > full) {
       const int tail = matrix.in % kBlock;
@@ -87,7 +102,7 @@ struct Int4Panel {
         w[r] = Simd::UnpackTail(packed[r] + full * (kBlock / 2), tail / 2);
         s[r] = Simd::ScalesTail(scale[r] + full * (kBlock / kGroup), tail / kGroup);
       }
-      Int4Block<R, T>(w, s, x, static_cast<ptrdiff_t>(full) * kBlock, sum);
+      Int4Block<Simd, R, T>(w, s, x, static_cast<ptrdiff_t>(full) * kBlock, sum);
     }
     for (int i = 0; i < R * T; ++i) total[i] = sum[i];
   }
