@@ -75,19 +75,27 @@ def is_image(part: Any) -> bool:
 
 def _as_dict(message: Message, budget: _Budget) -> dict[str, Any]:
     """The message under the names that chat templates use. Missing content is the empty string."""
-    result: dict[str, Any] = {"role": message.role, "content": message.content or ""}
+
+    def clean(value: Any) -> Any:
+        return budget.clean(value, "messages", 0)
+
+    result: dict[str, Any] = {"role": clean(message.role), "content": clean(message.content or "")}
     if message.name:
-        result["name"] = message.name
+        result["name"] = clean(message.name)
     if message.reasoning is not None:
-        result["reasoning_content"] = message.reasoning
+        result["reasoning_content"] = clean(message.reasoning)
     if message.tool_call_id is not None:
-        result["tool_call_id"] = message.tool_call_id
+        result["tool_call_id"] = clean(message.tool_call_id)
     if message.tool_calls:
         result["tool_calls"] = [
-            {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+            {
+                "function": {"arguments": clean(call.arguments), "name": clean(call.name)},
+                "id": clean(call.id),
+                "type": "function",
+            }
             for call in message.tool_calls
         ]
-    return {key: budget.clean(value, "messages", 0) for key, value in result.items()}
+    return result
 
 
 class _Budget:
@@ -97,11 +105,11 @@ class _Budget:
         self._left = chars
 
     def clean(self, value: Any, param: str, depth: int) -> Any:
-        if depth > MAX_DEPTH:
-            raise RequestError(f"nested more than {MAX_DEPTH} levels deep", param=param)
         if isinstance(value, str):
             self._spend(len(value), param)
             return replace_surrogates(value)
+        if depth > MAX_DEPTH:
+            raise RequestError(f"nested more than {MAX_DEPTH} levels deep", param=param)
         self._spend(1, param)
         if value is None or isinstance(value, bool | float):
             return value

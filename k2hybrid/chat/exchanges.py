@@ -190,7 +190,8 @@ class Exchanges:
                 found = self._find((scope, chain, key), message)
                 if found is not None:
                     known[at] = found
-                    message = replace(message, reasoning=found.reasoning or message.reasoning)
+                    if found.reasoning and found.reasoning != message.reasoning:
+                        message = replace(message, reasoning=found.reasoning)
             result.append(message)
             chain = _chained(chain, key)
         return Recalled(tuple(result), known, chain)

@@ -82,10 +82,10 @@ def assemble(
     first_call_index: int,
     in_reasoning: bool,
 ) -> Prompt:
-    """Tokenize the plain pieces with `encode` and put the control tokens between them."""
+    """Tokenize the plain pieces, `merged` before, with `encode` and put the control tokens between them."""
     ids: list[int] = []
     texts: list[str] = []
-    for piece in merged(pieces):
+    for piece in pieces:
         if isinstance(piece, str):
             ids += encode(piece)
             texts.append(piece)

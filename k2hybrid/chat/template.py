@@ -73,12 +73,13 @@ class ChatTemplate:
         """
         conversation = prepare(messages, tools)
         partial = conversation.partial
-        pieces = self._renderer.render(conversation, add_generation_prompt or partial is not None)
+        pieces = merged(self._renderer.render(conversation, add_generation_prompt or partial is not None))
         in_reasoning = False
         if partial is not None:
-            pieces, in_reasoning = continuation(partial, merged(pieces), self._markers)
+            pieces, in_reasoning = continuation(partial, pieces, self._markers)
+            pieces = merged(pieces)
         elif add_generation_prompt:
-            in_reasoning = bool(pieces) and merged(pieces)[-1:] == [self._markers.think_begin]
+            in_reasoning = pieces[-1:] == [self._markers.think_begin]
         return assemble(pieces, self._tokenizer, self._cache.encode, conversation.calls, in_reasoning)
 
     def close(self) -> None:

@@ -58,7 +58,9 @@ def canonicalise(messages: Sequence[Message]) -> tuple[list[Message], int]:
     while position < len(result):
         message = result[position]
         if message.tool_calls:
-            result[position] = replace(message, tool_calls=history.turn(message.tool_calls))
+            renamed = history.turn(message.tool_calls)
+            if renamed != message.tool_calls:
+                result[position] = replace(message, tool_calls=renamed)
             position += 1
         elif message.role == "tool":
             end = position
@@ -114,6 +116,8 @@ class _History:
             call = call or self._by_order(message)
             if call is None:
                 answer.append(replace(message, tool_call_id=self._next_id(_orphan_name(message))))
+            elif (message.tool_call_id, message.name) == (call.id, call.name):
+                answer.append(message)
             else:
                 answer.append(replace(message, tool_call_id=call.id, name=message.name or call.name))
         return answer
@@ -138,7 +142,7 @@ class _History:
 
     def _take(self, calls: dict[tuple[str, str], deque[_Call]], word: tuple[str, str]) -> _Call | None:
         """The first unanswered call under `word`, which is then answered."""
-        queue = calls.get(word, deque())
+        queue = calls.get(word)
         while queue:
             call = queue.popleft()
             if not call.answered:

@@ -6,6 +6,8 @@ child that exceeds its bounds, or dies, is replaced at the next request.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import selectors
@@ -105,8 +107,10 @@ class _Process:
         if self._process.stdin is None or self._process.stdout is None:
             raise WorkerError("has no pipes to its process")
         self._stdin, self._stdout = self._process.stdin, self._process.stdout
-        os.set_blocking(self._stdin.fileno(), False)
-        os.set_blocking(self._stdout.fileno(), False)
+        for pipe in (self._stdin.fileno(), self._stdout.fileno()):
+            os.set_blocking(pipe, False)
+            with contextlib.suppress(OSError):  # all pipes of a user together have a limit
+                fcntl.fcntl(pipe, fcntl.F_SETPIPE_SZ, _CHUNK_BYTES)
         self._finalizer = weakref.finalize(self, _kill, self._process)
 
     @property
