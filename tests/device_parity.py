@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.step import StepModel
 from k2hybrid.model.batch import Batch
 from k2hybrid.runtime import Runtime
@@ -102,8 +103,14 @@ class Opened:
     def answer(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[list[int]]:
         """What is said to all of them at once; remembered in `said` by position."""
         # All arrive in one tick and share a chunk, so that none is done before another begins to decode.
-        arrived = threading.Event()
-        self.runtime.engine.call(lambda _: arrived.wait())
+        held, arrived = threading.Event(), threading.Event()
+
+        def hold(_: PageMemory) -> None:
+            held.set()
+            arrived.wait()
+
+        self.runtime.engine.call(hold)
+        held.wait()
         try:
             runs = [self.runtime.generate(ids, GREEDY, tokens, stop_ids=()) for ids in prompts]
         finally:

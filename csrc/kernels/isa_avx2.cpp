@@ -128,7 +128,7 @@ struct Simd {
   template <int R, int T>
   K2_ALWAYS_INLINE static void AddBlock(const Weights (&w)[R], const F32 (&scale)[R], const bf16* const* x,
                                         ptrdiff_t at, F32* sum) {
-    if constexpr (T == 1 ? R <= 2 : R * T <= 4) {
+    if constexpr (T == 1 ? R == 1 : R * T <= 4) {
       AddHalves<R, T, 0, 2>(w, scale, x, at, sum);
     } else {
       AddHalves<R, T, 0, 1>(w, scale, x, at, sum);

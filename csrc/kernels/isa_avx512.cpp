@@ -51,7 +51,7 @@ struct Simd : Lanes {
     return _mm512_maskz_loadu_epi16(_bzhi_u32(0xffffffffu, static_cast<unsigned>(n)), p);
   }
   // nibble - 8 as fp32, from a table in one register: the permute reads the low four bits of a lane, whatever lies
-  // above them, so no mask is needed: 15 operations a block. The mantissas of the AVX2 kernels would take 17 (mask and
+  // above them, so no mask is needed: 15 operations a block. A trick with mantissas would take 17 (mask and
   // exponent in one, a subtraction) on the same two ports, and twelve registers of constants that a tile needs.
   static inline F32 Value(__m512i words) {
     const F32 table = _mm512_setr_ps(-8.0f, -7.0f, -6.0f, -5.0f, -4.0f, -3.0f, -2.0f, -1.0f, 0.0f, 1.0f, 2.0f,

@@ -7,11 +7,12 @@
 // are summed as a tree. Four sums of two products of |x| * 8 cannot overflow fp32 for bf16 |x| < 1e36.
 //
 // A tile is R rows times T tokens: the nibbles are unpacked once for T tokens, an activation is loaded once
-// for R rows. The chains of `Simd::kChains` tokens run side by side, which hides the latency of the dot product.
+// for R rows.
 
 // Ahead of the row stream: 200 ns of DRAM latency at 40 GB/s a core.
 inline constexpr int kPrefetchBytes = 8192;
 
+// The chains of `kChains` tokens run side by side, which hides the latency of the dot product.
 template <class S, int R, int T>
 static inline void ChainedBlock(const typename S::Weights (&w)[R], const typename S::F32 (&scale)[R],
                                 const bf16* const* x, ptrdiff_t at, typename S::F32* sum) {
@@ -43,7 +44,7 @@ static inline void ChainedBlock(const typename S::Weights (&w)[R], const typenam
 
 // An instruction set with few registers has a way of its own through a block.
 template <class S>
-concept AddsBlocks = requires { S::kAddsBlocks; };
+concept AddsBlocks = requires { requires S::kAddsBlocks; };
 
 template <class S, int R, int T>
 [[gnu::always_inline]] static inline void Int4Block(const typename S::Weights (&w)[R],

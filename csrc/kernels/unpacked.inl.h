@@ -46,54 +46,54 @@ static void AddUnpacked(const UnpackedRow* rows, const float (*x)[kUnpackStride]
   }
 }
 
-// Token after token of a tile stays in the first-level cache while the panel's rows pass by.
+// The tokens of a tile stay in the first-level cache while the group's rows pass by.
 template <int T>
-static void AddTile(const UnpackedRow* panel, int rows, const float (*x)[kUnpackStride], int blocks,
+static void AddTile(const UnpackedRow* group, int rows, const float (*x)[kUnpackStride], int blocks,
                     typename Simd::F32* sum) {
   int row = 0;
-  for (; row + 2 <= rows; row += 2) AddUnpacked<2, T>(panel + row, x, blocks, sum + row * kUnpackTokens);
-  if (row < rows) AddUnpacked<1, T>(panel + row, x, blocks, sum + row * kUnpackTokens);
+  for (; row + 2 <= rows; row += 2) AddUnpacked<2, T>(group + row, x, blocks, sum + row * kUnpackTokens);
+  if (row < rows) AddUnpacked<1, T>(group + row, x, blocks, sum + row * kUnpackTokens);
 }
 
-// As Int4Rows, for at most kUnpackTokens tokens.
-static void UnpackedTile(const Int4Matrix& m, int row0, int rows, const bf16* const* x, int tokens, float* y,
-                         ptrdiff_t ldy) {
+// As Int4Rows, for at most kUnpackPanel rows and kUnpackTokens tokens. Its frame takes 217 KB of the stack.
+[[gnu::noinline]] static void UnpackedTile(const Int4Matrix& m, int row0, int rows, const bf16* const* x,
+                                           int tokens, float* y, ptrdiff_t ldy) {
   alignas(64) float active[kUnpackTokens][kUnpackStride];
   typename Simd::F32 waiting[kUnpackPanel * kUnpackTokens];
   UnpackedRow unpacked[kUnpackGroup];
+  for (int i = 0; i < rows * kUnpackTokens; ++i) waiting[i] = Simd::Zero();
   const int steps = PaddedBlocks(m.in);
-  for (int top = 0; top < rows; top += kUnpackPanel) {
-    const int count = rows - top < kUnpackPanel ? rows - top : kUnpackPanel;
-    for (int i = 0; i < count * kUnpackTokens; ++i) waiting[i] = Simd::Zero();
-    for (int begin = 0; begin < steps; begin += kUnpackBlocks) {
-      const int end = steps - begin < kUnpackBlocks ? steps : begin + kUnpackBlocks;
-      for (int t = 0; t < tokens; ++t)
-        for (int b = begin; b < end; ++b)
-          Simd::ToFloats(x[t] + static_cast<ptrdiff_t>(b) * kBlock, active[t] + (b - begin) * kBlock);
-      for (int first = 0; first < count; first += kUnpackGroup) {
-        const int group = count - first < kUnpackGroup ? count - first : kUnpackGroup;
-        for (int r = 0; r < group; ++r) UnpackRow(m, row0 + top + first + r, begin, end, unpacked[r]);
-        typename Simd::F32* sum = waiting + first * kUnpackTokens;
-        int t = 0;
-        for (; t + 4 <= tokens; t += 4) AddTile<4>(unpacked, group, active + t, end - begin, sum + t);
-        if (tokens - t == 3) AddTile<3>(unpacked, group, active + t, end - begin, sum + t);
-        if (tokens - t == 2) AddTile<2>(unpacked, group, active + t, end - begin, sum + t);
-        if (tokens - t == 1) AddTile<1>(unpacked, group, active + t, end - begin, sum + t);
-      }
+  for (int begin = 0; begin < steps; begin += kUnpackBlocks) {
+    const int end = steps - begin < kUnpackBlocks ? steps : begin + kUnpackBlocks;
+    for (int t = 0; t < tokens; ++t)
+      for (int b = begin; b < end; ++b)
+        Simd::ToFloats(x[t] + static_cast<ptrdiff_t>(b) * kBlock, active[t] + (b - begin) * kBlock);
+    for (int first = 0; first < rows; first += kUnpackGroup) {
+      const int group = rows - first < kUnpackGroup ? rows - first : kUnpackGroup;
+      for (int r = 0; r < group; ++r) UnpackRow(m, row0 + first + r, begin, end, unpacked[r]);
+      typename Simd::F32* sum = waiting + first * kUnpackTokens;
+      int t = 0;
+      for (; t + 4 <= tokens; t += 4) AddTile<4>(unpacked, group, active + t, end - begin, sum + t);
+      if (tokens - t == 3) AddTile<3>(unpacked, group, active + t, end - begin, sum + t);
+      if (tokens - t == 2) AddTile<2>(unpacked, group, active + t, end - begin, sum + t);
+      if (tokens - t == 1) AddTile<1>(unpacked, group, active + t, end - begin, sum + t);
     }
-    for (int r = 0; r < count; ++r)
-      for (int t = 0; t < tokens; ++t)
-        Simd::template Sums<1>(waiting + r * kUnpackTokens + t, y + t * ldy + top + r);
   }
+  for (int r = 0; r < rows; ++r)
+    for (int t = 0; t < tokens; ++t) Simd::template Sums<1>(waiting + r * kUnpackTokens + t, y + t * ldy + r);
 }
 
+// Panel after panel, so that its weights come from the second-level cache for all tokens but the first 32.
 static void UnpackedRows(const Int4Matrix& m, int row0, int rows, const bf16* const* x, int tokens, float* y,
                          ptrdiff_t ldy) {
   const int tiles = (tokens + kUnpackTokens - 1) / kUnpackTokens;
-  for (int tile = 0, t = 0; tile < tiles; ++tile) {
-    const int take = (tokens - t) / (tiles - tile);
-    UnpackedTile(m, row0, rows, x + t, take, y + t * ldy, ldy);
-    t += take;
+  for (int top = 0; top < rows; top += kUnpackPanel) {
+    const int count = rows - top < kUnpackPanel ? rows - top : kUnpackPanel;
+    for (int tile = 0, t = 0; tile < tiles; ++tile) {
+      const int take = (tokens - t) / (tiles - tile);
+      UnpackedTile(m, row0 + top, count, x + t, take, y + t * ldy + top, ldy);
+      t += take;
+    }
   }
 }
 

@@ -15,6 +15,7 @@ MAX_MESSAGES = 16_384  # a run of 300 tool calls has about 600
 MAX_TOOLS = 2_048
 MAX_CHARS = 64 << 20  # of all texts together; the longest context holds a few million
 MAX_DEPTH = 64  # nesting of tool declarations and content parts
+_CALL_CHARS = 40  # that a tool call counts for beside its texts
 _MAX_INT_BITS = 4_096  # Python refuses to print integers of more than 4,300 digits
 
 
@@ -87,6 +88,7 @@ def _as_dict(message: Message, budget: _Budget) -> dict[str, Any]:
     if message.tool_call_id is not None:
         result["tool_call_id"] = clean(message.tool_call_id)
     if message.tool_calls:
+        budget.spend(_CALL_CHARS * len(message.tool_calls), "messages")
         result["tool_calls"] = [
             {
                 "function": {"arguments": clean(call.arguments), "name": clean(call.name)},
@@ -105,12 +107,12 @@ class _Budget:
         self._left = chars
 
     def clean(self, value: Any, param: str, depth: int) -> Any:
-        if isinstance(value, str):
-            self._spend(len(value), param)
-            return replace_surrogates(value)
         if depth > MAX_DEPTH:
             raise RequestError(f"nested more than {MAX_DEPTH} levels deep", param=param)
-        self._spend(1, param)
+        if isinstance(value, str):
+            self.spend(len(value), param)
+            return replace_surrogates(value)
+        self.spend(1, param)
         if value is None or isinstance(value, bool | float):
             return value
         if isinstance(value, int):
@@ -121,7 +123,7 @@ class _Budget:
             for key in value:
                 if not isinstance(key, str):
                     raise RequestError(f"key {key!r} is not a string", param=param)
-                self._spend(len(key), param)
+                self.spend(len(key), param)
             return {
                 replace_surrogates(key): self.clean(value[key], param, depth + 1) for key in sorted(value)
             }
@@ -129,7 +131,8 @@ class _Budget:
             return [self.clean(item, param, depth + 1) for item in value]
         raise RequestError(f"a value of type {type(value).__name__} is not JSON", param=param)
 
-    def _spend(self, chars: int, param: str) -> None:
+    def spend(self, chars: int, param: str) -> None:
+        """Count so many. Raises RequestError where they are more than are left."""
         self._left -= chars
         if self._left < 0:
             raise RequestError(f"the conversation holds more than {MAX_CHARS} characters", param=param)

@@ -76,13 +76,13 @@ class PieceCache:
 
 
 def assemble(
-    pieces: Iterable[Piece],
+    pieces: list[Piece],
     tokenizer: Tokenizer,
     encode: Callable[[str], list[int]],
     first_call_index: int,
     in_reasoning: bool,
 ) -> Prompt:
-    """Tokenize the plain pieces, `merged` before, with `encode` and put the control tokens between them."""
+    """Tokenize the plain pieces with `encode` and put the control tokens between them; they must be `merged`."""
     ids: list[int] = []
     texts: list[str] = []
     for piece in pieces:

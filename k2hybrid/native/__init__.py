@@ -1,6 +1,6 @@
 """What the C++ extension offers: tensors are checked at the border; pointers cross it, torch does not.
 
-`extension` alone imports it. Each other module wraps what one room of `csrc/` does.
+`extension` alone imports it; the other modules wrap what it does, a subject each.
 """
 
 import os

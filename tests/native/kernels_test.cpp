@@ -164,7 +164,7 @@ struct Shape {
   bool guards;  // beside guard pages too
 };
 
-// Rows around the two of a tile and the 128 of a panel; tokens around every tile.
+// Rows around the one to four of a tile and the 64 and 128 of panels; tokens around every tile.
 std::vector<Shape> Shapes(const std::vector<int>& widths, int wide) {
   std::vector<Shape> shapes;
   const std::vector<int> all_rows = {1, 2, 3, 4, 5, 130, 131};
@@ -615,6 +615,10 @@ int main() {
   Step("pick", TestPick);
   Step("int4 rows", [&] {
     for (const Shape& shape : Shapes({32, 64, 96, 128, 160, 224, 416}, 7168)) TestInt4(shape, seed++);
+    // Around what is unpacked once for many tokens: several parts of columns, panels of rows, tiles of tokens.
+    for (int rows : {5, 67, 130})
+      for (int tokens : {15, 16, 17, 31, 33, 35, 66}) TestInt4({672, rows, tokens, rows == 5}, seed++);
+    TestInt4({7168, 3, 17, true}, seed++);
   });
   Step("dense rows", [&] {
     for (const Shape& shape : Shapes({1, 2, 31, 32, 33, 96, 100, 260, 416}, 7168)) TestDense(shape, seed++);

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -110,11 +111,13 @@ def test_bounds_on_requests(template: ChatTemplate) -> None:
         template.render([HI] * (MAX_MESSAGES + 1))
     with pytest.raises(RequestError, match="tools"):
         template.render([HI], [{}] * (MAX_TOOLS + 1))
-    deep: dict = {}
-    for _ in range(MAX_DEPTH):
-        deep = {"a": deep}
-    with pytest.raises(RequestError, match="nested"):
+    for leaf in ({}, "text", 1):
+        deep: Any = leaf
+        for _ in range(MAX_DEPTH - 1):
+            deep = {"a": deep}
         template.render([HI], [deep])
+        with pytest.raises(RequestError, match="nested"):
+            template.render([HI], [{"a": deep}])
     with pytest.raises(RequestError, match="not JSON"):
         template.render([HI], [{"a": object()}])
     with pytest.raises(RequestError, match="digits"):
