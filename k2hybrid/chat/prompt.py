@@ -82,7 +82,7 @@ def assemble(
     first_call_index: int,
     in_reasoning: bool,
 ) -> Prompt:
-    """Tokenize the plain pieces with `encode` and put the control tokens between them; they must be `merged`."""
+    """Tokenize the plain pieces, `merged` before, with `encode` and put the control tokens between them."""
     ids: list[int] = []
     texts: list[str] = []
     for piece in pieces:
