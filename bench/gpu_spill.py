@@ -29,7 +29,7 @@ from bench.stub import Scripted
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.config import RuntimeConfig
-from k2hybrid.engine.cost import NetworkSizes
+from k2hybrid.engine.cost import DenseWeights, NetworkSizes
 from k2hybrid.engine.engine import Engine
 from k2hybrid.model.batch import Batch
 from k2hybrid.runtime.archive import make_archive
@@ -39,10 +39,7 @@ from k2hybrid.types import DoneEvent, EngineEvent, Job, SamplingParams
 VOCAB = 1000
 ROWS = {"bf16": 1152, "fp8": 656}  # bytes of a row
 BAR = 1.3
-SIZES = NetworkSizes(
-    layers=1, moe_layers=0, dense_bytes=1, expert_bytes=0, experts=0, top_k=0, row_ops=1, context_ops=0,
-    latent_bytes=1,
-)  # fmt: skip
+SIZES = NetworkSizes(layers=1, attention=DenseWeights(1, 1), latent_bytes=1)
 
 
 class Watched(Scripted):

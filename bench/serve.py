@@ -25,8 +25,7 @@ from typing import Any
 from bench.stub import Silent
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, STEP_TOKENS, RuntimeConfig
-from k2hybrid.engine.cost import Rows
-from k2hybrid.engine.scheduler import GAP_US, LEAST_CHUNK
+from k2hybrid.engine.scheduler import Candidate, Scheduler
 from k2hybrid.runtime.generate import StopTokens
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
@@ -117,15 +116,11 @@ def disturbed(runtime: Runtime, length: int, rounds: int) -> dict[str, Any]:
             s.join()
         step = statistics.fmean(map(statistics.median, (before, after)))
         calm = statistics.fmean(map(statistics.fmean, (before, after)))
-        chunk = min(length, runtime.config.max_step_tokens or STEP_TOKENS)
-        layer_us = runtime.engine.predicted_layer_us
-        while chunk > LEAST_CHUNK and layer_us([Rows(chunk, length)]) > max(step * 1e6, GAP_US):
-            chunk //= 2  # as the scheduler does
-        layer_s = layer_us([Rows(chunk, length)]) / 1e6
+        layer_s = layer_seconds(runtime, length, len(decodes))
         speeds.append(calm / statistics.fmean(beside))
         gaps.append(statistics.quantiles(beside, n=100)[98])
         longest.append(max(beside))
-        allowed.append(max(2 * step, step + layer_s))
+        allowed.append(max(2 * step, layer_s))
         ratios.append(long.first_s / alone.first_s)
     speed, gap = statistics.median(speeds), statistics.median(gaps)
     limit, ratio, most = statistics.median(allowed), statistics.median(ratios), statistics.median(longest)
@@ -141,6 +136,15 @@ def disturbed(runtime: Runtime, length: int, rounds: int) -> dict[str, Any]:
         "allowed_ms": limit * 1e3,
         "prefill_ratio": ratio,
     }
+
+
+def layer_seconds(runtime: Runtime, length: int, decodes: int) -> float:
+    """Of the chunk that is run in the middle of a prefill beside so many decodes."""
+    costs, half = runtime.engine.costs, length // 2
+    running = [Candidate(n, 1, True, 64) for n in range(decodes)]
+    prefill = Candidate(decodes, length - half, False, half)
+    plan = Scheduler(runtime.config.max_step_tokens or STEP_TOKENS, costs).plan([*running, prefill])
+    return costs.layer_us([prefill.rows(share.tokens) for share in plan.begin]) / 1e6
 
 
 def _gaps(streams: list[Stream], *, skip: int = 0, tokens: int = 56) -> list[float]:

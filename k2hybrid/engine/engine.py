@@ -16,7 +16,7 @@ from typing import Protocol
 from k2hybrid.config import STEP_TOKENS, RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
-from k2hybrid.engine.cost import CostModel, NetworkSizes, Rows
+from k2hybrid.engine.cost import CostModel, NetworkSizes
 from k2hybrid.engine.inbox import Call, Inbox
 from k2hybrid.engine.memory import PageMemory, PagePool
 from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
@@ -135,8 +135,8 @@ class Engine:
         self._waiting = WaitingLine(self._memory, config.max_running)
         self._cost = CostModel(sizes)
         step_tokens = config.max_step_tokens or STEP_TOKENS
-        self._scheduler = Scheduler(step_tokens, sizes.layers, self._cost.pass_us)
-        self._runner = StepRunner(model, sizes.layers, torch_threads)
+        self._scheduler = Scheduler(step_tokens, self._cost)
+        self._runner = StepRunner(model, sizes.parts, torch_threads)
         self._meter = meter or ByteMeter()
         self._archive = archive
         if archive is not None:
@@ -175,9 +175,10 @@ class Engine:
         """Whether no request runs or waits, as far as another thread can tell."""
         return not (self._inbox or self._waiting or self._running)
 
-    def predicted_layer_us(self, rows: list[Rows]) -> int:
-        """Microseconds that one layer over `rows` takes, as far as is known by now."""
-        return self._cost.layer_us(rows)
+    @property
+    def costs(self) -> CostModel:
+        """What passes take, as far as is known by now. To be asked, not taught."""
+        return self._cost
 
     def start(self) -> None:
         """Start the engine's thread."""
@@ -450,13 +451,13 @@ class Engine:
         if chunk is None:
             return None
         numbers = frozenset(share.number for share in chunk.shares)
-        return Chunk(chunk.rows, self._runner.layers - chunk.layer, numbers)
+        return Chunk(chunk.rows, chunk.part, numbers)
 
     def _run(self, shares: tuple[Share, ...]) -> None:
         """A whole pass."""
         begun = self._begin(shares)
         if begun is not None:
-            self._advance(begun, self._runner.layers)
+            self._advance(begun, self._runner.parts)
 
     def _begin(self, shares: tuple[Share, ...]) -> Pass | None:
         started_s = time.perf_counter()
@@ -472,33 +473,32 @@ class Engine:
             self._fail_pass(shares, error)
             return None
 
-    def _advance(self, run: Pass, layers: int) -> bool:
-        """Some layers more; whether the pass is over: finished and committed, or failed."""
+    def _advance(self, run: Pass, parts: int) -> bool:
+        """Some parts of layers more; whether the pass is over: finished and committed, or failed."""
         started_s = time.perf_counter()
         expert_bytes = self._meter.expert_bytes
-        first = run.layer
+        first = run.part
         result = None
         try:
-            if self._runner.advance(run, layers):
+            if self._runner.advance(run, parts):
                 result = self._runner.finish(run)
         except Exception as error:
             self._fail_pass(run.shares, error)
             return True
-        run_layers = run.layer - first
-        self._cost.observe(list(run.rows), run_layers, (time.perf_counter() - started_s) * 1e6)
+        self._cost.observe(list(run.rows), first, run.part, (time.perf_counter() - started_s) * 1e6)
         decoding = sum(1 for share in run.shares if self._running[share.number].decoding)
         if result is not None:
             for share in run.shares:
                 self._commit(self._running[share.number], share, result)
         read = self._meter.expert_bytes - expert_bytes
-        prefilled = [(run.tokens - decoding) * layer // self._runner.layers for layer in (first, run.layer)]
+        prefilled = [(run.tokens - decoding) * part // self._runner.parts for part in (first, run.part)]
         ended_s = time.perf_counter()
         self.metrics.step(
             StepRecord(
                 decode_tokens=decoding if result is not None else 0,
                 prefill_tokens=prefilled[1] - prefilled[0],
                 ms=(ended_s - started_s) * 1e3,
-                bytes_read=self._meter.step_bytes * run_layers // self._runner.layers + read,
+                bytes_read=self._meter.step_bytes * (run.part - first) // self._runner.parts + read,
                 expert_bytes=read,
                 ended_s=ended_s,
             )

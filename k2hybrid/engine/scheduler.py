@@ -2,15 +2,17 @@
 
 A tick is at most two things. First a *pass* over all layers: every decoding sequence's next token, and
 prefills that are small enough to ride along. Then a *slice* of the *chunk*: a larger piece of prefill that
-advances some layers per tick, so that decoding goes on between its layers. What a tick may cost is predicted
-time, not tokens: at true size a chunk of 512 tokens reads all experts, as many bytes as 48 decode steps.
+advances by some parts of layers per tick (a layer has two, attention and feed-forward), so that decoding goes
+on between them. What a tick may cost is predicted time, not tokens: at true size a chunk of 512 tokens reads
+all experts, as many bytes as 48 decode steps.
 
 * A prefill rides along if the pass then takes at most half as long again.
-* Otherwise the chunk is owed nearly as much time as the passes take, and gets it in whole layers: running
+* Otherwise the chunk is owed nearly as much time as the passes take, and gets it in whole parts: running
   decodes keep half of their speed, and no gap between two of their tokens exceeds two decode steps, or one
-  and a layer. The chunk has so few rows that a layer takes no longer than a decode step, or a fifth of a
-  second. Time that was predicted decides how far the chunk advances now, time that was measured what it is
-  owed next: an error of the prediction cannot add up.
+  layer of the chunk if that is longer. The chunk has so few rows that a layer takes no longer than a decode
+  step, or a fifth of a second, and that its parts fill what it is owed. Time that was predicted decides how
+  far the chunk advances now, time that was measured what it is owed next: an error of the prediction cannot
+  add up.
 * With nothing to decode the chunk advances for a moment, so that newcomers are seen soon.
 * Prefills share a chunk evenly; what the short ones leave goes to the others. So a short prompt is answered
   after one chunk, however long the prompts beside it are.
@@ -18,27 +20,37 @@ time, not tokens: at true size a chunk of 512 tokens reads all experts, as many 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from k2hybrid.engine.cost import Rows
+from k2hybrid.engine.cost import Rows, longest_layer_us
 
-# Longest slice with nothing to decode, in microseconds: what a newcomer waits for at most, or one layer.
+# Longest slice with nothing to decode, in microseconds: what a newcomer waits for at most, or one part.
 ALONE_US = 50_000
 # A layer of a chunk beside decodes takes so long at most, or as long as a decode step, if few rows can.
 GAP_US = 200_000
-# What a chunk took too much or too little is made good within so many steps, or of its layers; not more,
+# What a chunk took too much or too little is made good within so many of its longest slices; not more,
 # since a stalled disk would otherwise stop it, or the decodes, for minutes.
 MOST_DEBT, MOST_CREDIT = 4, 1
-# Whole layers that fit beside a decode step use so much of what the chunk is owed, or it has fewer rows:
-# where one and a half fit, a third would be lost.
-LEAST_USE_PERCENT = 90
+# Whole parts that fit beside a decode step use so much of what the chunk is owed, or it has fewer rows: where
+# one and a half fit, a third would be lost. Rows are tried in such steps, down to so many, of a hundred.
+LEAST_USE_PERCENT = 93
+FEWER_ROWS, FEWEST_ROWS = 3, 25
 # Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
 # chunk 10: a little room is left on both sides of a half for what neither accounts for.
 SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
 LEAST_CHUNK = 32  # rows: smaller ones are not worth the reading of weights
 
-PassCost = Callable[[list[Rows]], int]
+
+class Costs(Protocol):
+    """Predictions in microseconds, as of `CostModel`."""
+
+    def pass_us(self, rows: list[Rows], /) -> int:
+        """A whole pass over rows."""
+
+    def parts_us(self, rows: list[Rows], /) -> list[int]:
+        """Each part of it, two for each layer; at least 1 each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +69,10 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """Prefill under way: its rows, and layers that are still to be run."""
+    """Prefill under way: its rows, and the part that runs next."""
 
     rows: tuple[Rows, ...]
-    layers_left: int
+    part: int
     numbers: frozenset[int]
 
 
@@ -75,7 +87,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class TickPlan:
-    """A pass (no shares: none), a chunk to begin (no shares: none), and layers that the chunk advances."""
+    """A pass (no shares: none), a chunk to begin (no shares: none), and parts that the chunk advances by."""
 
     shares: tuple[Share, ...] = ()
     begin: tuple[Share, ...] = ()
@@ -90,14 +102,12 @@ class Scheduler:
 
     Args:
         max_rows: rows of one pass, and of one chunk, at most.
-        layers: of the network.
-        cost: microseconds of a whole pass over rows.
+        costs: what passes and their parts take.
     """
 
-    def __init__(self, max_rows: int, layers: int, cost: PassCost) -> None:
+    def __init__(self, max_rows: int, costs: Costs) -> None:
         self._max_rows = max_rows
-        self._layers = layers
-        self._cost = cost
+        self._costs = costs
         self._last_decoded = -1  # the number after which the next round of decoding begins
         self._owed_us = 0  # the chunk's share of what passes took, less what it took; negative: it took more
         self._creditors: frozenset[int] = frozenset()  # whose chunk is, or was, owed that
@@ -111,7 +121,7 @@ class Scheduler:
         )
         turns = self._turns(decodes)
         rows = [c.rows(1) for c in turns]
-        decode_us = self._cost(rows)
+        decode_us = self._costs.pass_us(rows)
         shares = [Share(c.number, 1, True) for c in turns]
         begin: tuple[Share, ...] = ()
         if turns:
@@ -121,14 +131,14 @@ class Scheduler:
             prefills = [c for c in prefills if c.number not in gone]
         if chunk is None and prefills:
             begin, chunk_rows = self._chunk(prefills, decode_us)
-            chunk = Chunk(chunk_rows, self._layers, frozenset(share.number for share in begin))
+            chunk = Chunk(chunk_rows, 0, frozenset(share.number for share in begin))
         if chunk is None or not chunk.numbers & self._creditors:
             self._owed_us = 0
         self._creditors = chunk.numbers if chunk else frozenset()
         return TickPlan(tuple(shares), begin, self._slice(chunk, decode_us))
 
     def ran(self, pass_us: int, chunk_us: int) -> None:
-        """What the planned pass and the chunk's layers took, in microseconds; 0 for what was not planned."""
+        """What the planned pass and the chunk's parts took, in microseconds; 0 for what was not planned."""
         if pass_us:
             self._owed_us += _share(pass_us) - chunk_us
 
@@ -141,7 +151,7 @@ class Scheduler:
             if candidate.pending > room:
                 break
             with_it = [*rows, *taken, candidate.rows(candidate.pending)]
-            if 2 * self._cost(with_it) > 3 * decode_us:
+            if 2 * self._costs.pass_us(with_it) > 3 * decode_us:
                 break
             taken.append(with_it[-1])
             room -= candidate.pending
@@ -160,31 +170,34 @@ class Scheduler:
         shares, rows = dealt(room)
         if not decode_us:
             return shares, rows
-        while room > LEAST_CHUNK and self._layer_us(rows) > max(decode_us, GAP_US):
+        while room > LEAST_CHUNK and longest_layer_us(self._parts(rows)) > max(decode_us, GAP_US):
             room //= 2
             shares, rows = dealt(room)
-        layer_us, share_us = self._layer_us(rows), _share(decode_us)
-        fit = decode_us // layer_us  # layers beside a step
-        if fit and fit * layer_us < share_us * LEAST_USE_PERCENT // 100:
-            fewer = sum(r.count for r in rows) * share_us // (layer_us * (fit + 1))  # so that one more fits
-            if fewer >= LEAST_CHUNK:
-                shares, rows = dealt(fewer)
+        count, best = sum(r.count for r in rows), _use_percent(self._parts(rows), decode_us)
+        for percent in range(100 - FEWER_ROWS, FEWEST_ROWS - 1, -FEWER_ROWS):
+            if best >= LEAST_USE_PERCENT or count * percent < 100 * LEAST_CHUNK:
+                break
+            fewer, fewer_rows = dealt(count * percent // 100)
+            if (use := _use_percent(self._parts(fewer_rows), decode_us)) > best:
+                best, shares, rows = use, fewer, fewer_rows
         return shares, rows
 
-    def _layer_us(self, rows: Sequence[Rows]) -> int:
-        return max(1, self._cost(list(rows)) // self._layers)
+    def _parts(self, rows: Sequence[Rows]) -> list[int]:
+        return self._costs.parts_us(list(rows))
 
     def _slice(self, chunk: Chunk | None, decode_us: int) -> int:
-        """Layers that `chunk` advances beside a pass over the decodes."""
+        """Parts that `chunk` advances by beside a pass over the decodes."""
         if chunk is None:
             return 0
-        layer_us = self._layer_us(chunk.rows)
+        parts = self._parts(chunk.rows)
         if not decode_us:
-            return min(chunk.layers_left, max(1, ALONE_US // layer_us))
-        # Not more than a decode step at once, or one layer, whatever has added up.
-        most = max(decode_us, layer_us)
-        self._owed_us = min(max(self._owed_us, -MOST_DEBT * most), MOST_CREDIT * most)
-        return min(chunk.layers_left, max(0, min(self._owed_us + _share(decode_us), most) // layer_us))
+            return max(1, _whole(parts, chunk.part, ALONE_US))
+        most = _longest_slice(parts, decode_us)
+        longest = max(most, *parts)
+        self._owed_us = min(max(self._owed_us, -MOST_DEBT * longest), MOST_CREDIT * longest)
+        owed = self._owed_us + _share(decode_us)
+        # What does not fit at all goes alone.
+        return _whole(parts, chunk.part, min(owed, max(most, parts[chunk.part])))
 
     def _turns(self, decodes: list[Candidate]) -> list[Candidate]:
         room = self._max_rows
@@ -198,6 +211,34 @@ class Scheduler:
 
 def _share(pass_us: int) -> int:
     return pass_us * SHARE_NUMERATOR // SHARE_DENOMINATOR
+
+
+def _longest_slice(parts: Sequence[int], decode_us: int) -> int:
+    """Microseconds of a chunk between two steps, so that no gap is longer than two of them, or a layer."""
+    return max(_share(decode_us), longest_layer_us(parts) - decode_us)
+
+
+def _whole(parts: Sequence[int], first: int, most_us: int) -> int:
+    """How many parts from `first` on take `most_us` together at most."""
+    taken = 0
+    for part_us in parts[first:]:
+        most_us -= part_us
+        if most_us < 0:
+            break
+        taken += 1
+    return taken
+
+
+def _use_percent(parts: Sequence[int], decode_us: int) -> int:
+    """How much of its share of the time a chunk of such parts can use; 0 if one takes longer than it may."""
+    most = _longest_slice(parts, decode_us)
+    if max(parts) > most:
+        return 0
+    slices, at = 0, 0
+    while at < len(parts):
+        at += _whole(parts, at, most)
+        slices += 1
+    return 100 * sum(parts) // max(1, slices * _share(decode_us))
 
 
 def _deal(prefills: list[Candidate], room: int) -> list[Share]:

@@ -1,4 +1,4 @@
-"""Runs planned rows through the model: at once, or some layers at a time. Layer 4."""
+"""Runs planned rows through the model: at once, or some parts of layers at a time. Layer 4."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ class StepModel(Protocol):
         """State before the first layer."""
 
     def forward(self, state: Any, until: int, /) -> Any:
-        """Run layers up to, without, `until`; `state.failed_rows` holds rows not to be used any more.
+        """Run parts up to, without, `until`; `state.failed_rows` holds rows not to be used any more.
 
-        Other states may run between two calls.
+        Part 2·l is the attention of layer l, 2·l + 1 its feed-forward. Other states may run between two
+        calls.
         """
 
     def logits(self, state: Any, /) -> torch.Tensor:
-        """fp32 [R, vocab] for the batch's `logit_rows`, after the last layer."""
+        """fp32 [R, vocab] for the batch's `logit_rows`, after the last part."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +42,13 @@ class StepResult:
 
 @dataclass(slots=True)
 class Pass:
-    """Rows on their way through the layers; `layer` runs next."""
+    """Rows on their way through the layers; `part` runs next."""
 
     shares: tuple[Share, ...]
     rows: tuple[Rows, ...]
     batch: Batch
     state: Any
-    layer: int = 0
+    part: int = 0
 
     @property
     def tokens(self) -> int:
@@ -58,33 +59,33 @@ class StepRunner:
     """Puts rows through `model`. Raises whatever the model raises.
 
     Args:
-        layers: of the model.
+        parts: of the model's layers, two each.
         torch_threads: threads of torch's own operations in large passes; small ones, as in decoding, use one:
             waking a second costs more than it does, milliseconds where another process keeps its core busy.
     """
 
-    def __init__(self, model: StepModel, layers: int, torch_threads: int = 1) -> None:
-        self.layers = layers
+    def __init__(self, model: StepModel, parts: int, torch_threads: int = 1) -> None:
+        self.parts = parts
         self._model = model
         self._torch_threads = torch_threads
         self._builder = BatchBuilder()
 
     def begin(self, shares: tuple[Share, ...], sequences: Mapping[int, Sequence]) -> Pass:
-        """A pass before its first layer; the sequences' pages must cover it."""
+        """A pass before its first part; the sequences' pages must cover it."""
         batch = self._builder.build(shares, sequences)
         rows = tuple(Rows(s.tokens, sequences[s.number].computed + s.tokens) for s in shares)
         return Pass(shares, rows, batch, self._model.begin(batch))
 
-    def advance(self, run: Pass, layers: int) -> bool:
-        """Run so many layers more, as far as there are; whether it was the last."""
+    def advance(self, run: Pass, parts: int) -> bool:
+        """Run so many parts more, as far as there are; whether it was the last."""
         torch.set_num_threads(self._torch_threads if run.tokens >= LARGE_ROWS else 1)
-        until = min(self.layers, run.layer + layers)
+        until = min(self.parts, run.part + parts)
         run.state = self._model.forward(run.state, until)
-        run.layer = until
-        return until == self.layers
+        run.part = until
+        return until == self.parts
 
     def finish(self, run: Pass) -> StepResult:
-        """Logits and losses, after the last layer."""
+        """Logits and losses, after the last part."""
         failed = frozenset(
             share.number
             for share, rows in zip(run.shares, run.batch.row_slices(), strict=True)

@@ -1,4 +1,6 @@
-"""The network from token ids to logits, layer by layer over explicit state: DeepSeek-V3's graph.
+"""The network from token ids to logits, part by part over explicit state: DeepSeek-V3's graph.
+
+A layer has two parts, attention and feed-forward; a pass may stop after either and go on later.
 
 The residual stream is fp32; what a linear reads is in the model's dtype (bf16). `docs/numerics.md` derives
 what that costs.
@@ -26,7 +28,7 @@ from k2hybrid.types import LinearWeight, RoutedExperts, WeightSource
 
 @dataclass(slots=True)
 class ForwardState:
-    """A pass under way. hidden fp32 [T, hidden]; `layer` runs next; rows in `failed_rows` are lost.
+    """A pass under way. hidden fp32 [T, hidden]; `part` runs next; rows in `failed_rows` are lost.
 
     `rows` are those that functions built on exp take at a time: see `layers.span_by_span`.
     """
@@ -35,7 +37,7 @@ class ForwardState:
     hidden: torch.Tensor
     plan: AttentionPlan
     rows: Sequence[slice]
-    layer: int = 0
+    part: int = 0
     failed_rows: set[int] = field(default_factory=set)
 
 
@@ -50,11 +52,13 @@ class Layer:
         self.post_norm = post_norm
         self.feed_forward = feed_forward
 
-    def __call__(self, state: ForwardState) -> None:
-        """Advance the residual stream in place."""
-        rows = state.rows
-        hidden = state.hidden
-        hidden += self.attention(self.input_norm(hidden), state.plan)
+    def attend(self, state: ForwardState) -> None:
+        """The first part. Advances the residual stream in place."""
+        state.hidden += self.attention(self.input_norm(state.hidden), state.plan)
+
+    def feed(self, state: ForwardState) -> None:
+        """The second part. Advances the residual stream in place."""
+        rows, hidden = state.rows, state.hidden
         x = self.post_norm(hidden)
         if isinstance(self.feed_forward, MoE):
             mixed = self.feed_forward(x, rows)
@@ -159,14 +163,14 @@ class Kimi:
 
     @torch.no_grad()
     def forward(self, state: ForwardState, until: int | None = None) -> ForwardState:
-        """Run layers state.layer … until−1 (default: all that are left), in place.
+        """Run parts state.part … until−1 (default: all that are left), in place: 2·l and 2·l+1 are layer l's.
 
-        A pass may stop after any layer and go on later: between two calls other passes may run, as long as
-        this one's pages stay held.
+        Between two calls other passes may run, as long as this one's pages stay held.
         """
-        for layer in range(state.layer, self.spec.num_layers if until is None else until):
-            self.layers[layer](state)
-            state.layer = layer + 1
+        for part in range(state.part, 2 * self.spec.num_layers if until is None else until):
+            layer = self.layers[part // 2]
+            (layer.feed if part % 2 else layer.attend)(state)
+            state.part = part + 1
         return state
 
     @torch.no_grad()

@@ -6,7 +6,9 @@ import math
 
 from k2hybrid.checkpoint.names import dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
-from k2hybrid.engine.cost import NetworkSizes
+from k2hybrid.engine.cost import DenseWeights, NetworkSizes
+
+_NORM = "post_attention_layernorm"  # between the two parts of a layer
 
 
 def network_sizes(spec: ModelSpec, dense_bytes: int, row_bytes: int) -> NetworkSizes:
@@ -18,17 +20,36 @@ def network_sizes(spec: ModelSpec, dense_bytes: int, row_bytes: int) -> NetworkS
     """
     weights = 3 * spec.hidden_size * spec.moe_intermediate_size  # gate, up, down of one expert
     moe_layers = len(spec.moe_layers)
-    in_layers = (tensor for layer in range(spec.num_layers) for tensor in dense_layer_tensors(spec, layer))
-    dense = sum(math.prod(tensor.shape) for tensor in in_layers) + spec.hidden_size * (1 + spec.vocab_size)
-    latent = spec.latent_dim + spec.kv_lora_rank  # a score, and what it weighs, per head
+    head = spec.hidden_size * (1 + spec.vocab_size)
+    in_layers = [_weights(spec, layer) for layer in range(spec.num_layers)]
+    byte_share = dense_bytes / (head + sum(sum(parts) for parts in in_layers))  # of one weight, on average
+
+    def dense(count: int) -> DenseWeights:
+        return DenseWeights(round(count * byte_share), count)
+
     return NetworkSizes(
         layers=spec.num_layers,
         moe_layers=moe_layers,
-        dense_bytes=dense_bytes,
-        expert_bytes=weights // 2 + 2 * weights // spec.group_size,
+        attention=dense(in_layers[0][0]),
+        mlp=dense(in_layers[0][1] if moe_layers < spec.num_layers else 0),
+        shared=dense(in_layers[-1][1] if moe_layers else 0),
+        head=dense(head),
+        expert=DenseWeights(weights // 2 + 2 * weights // spec.group_size, weights),
         experts=spec.num_experts,
         top_k=spec.top_k,
-        row_ops=dense + moe_layers * spec.top_k * weights,
-        context_ops=spec.num_layers * spec.num_heads * latent,
-        latent_bytes=spec.num_layers * row_bytes,
+        context_ops=spec.num_heads * (spec.latent_dim + spec.kv_lora_rank),  # a score, and what it weighs
+        latent_bytes=row_bytes,
     )
+
+
+def _weights(spec: ModelSpec, layer: int) -> tuple[int, int]:
+    """Those of a layer's attention, and of what follows it but for routed experts."""
+    attention = feed_forward = 0
+    following = False
+    for tensor in dense_layer_tensors(spec, layer):
+        following |= tensor.key.role == _NORM
+        if following:
+            feed_forward += math.prod(tensor.shape)
+        else:
+            attention += math.prod(tensor.shape)
+    return attention, feed_forward

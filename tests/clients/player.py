@@ -107,7 +107,7 @@ def playing(folder: Path) -> Runtime:
     engine = Engine(
         Player(tokenizer, pages, spec.vocab_size),
         pages,
-        sizes=replace(network_sizes(spec, 0, 1), layers=1),
+        sizes=replace(network_sizes(spec, 0, 1), layers=1, moe_layers=0),
         vocab_size=spec.vocab_size,
         context_tokens=CONTEXT_TOKENS,
         config=runtime_config,

@@ -19,7 +19,7 @@ import torch
 from k2hybrid.cache.host_pages import HostPages
 from k2hybrid.cache.page_keys import Found, common_tokens
 from k2hybrid.engine.archive import Archive
-from k2hybrid.engine.cost import NetworkSizes
+from k2hybrid.engine.cost import DenseWeights, NetworkSizes
 from k2hybrid.engine.metrics import PageTraffic
 from k2hybrid.engine.spill import Spill
 from k2hybrid.errors import CapacityError, EngineError
@@ -30,10 +30,7 @@ VOCAB = 97
 GREEDY = SamplingParams(temperature=0.0)
 LAYERS = 3
 # Every row costs the same, whatever is read: a chunk of 15 rows takes as long as 15 decode steps.
-SIZES = NetworkSizes(
-    layers=LAYERS, moe_layers=0, dense_bytes=0, expert_bytes=0, experts=0, top_k=0, row_ops=3_000_000,
-    context_ops=0, latent_bytes=0,
-)  # fmt: skip
+SIZES = NetworkSizes(LAYERS, attention=DenseWeights(0, 500_000), mlp=DenseWeights(0, 500_000))
 
 
 def next_token(context: Sequence[int]) -> int:
@@ -284,7 +281,7 @@ def archive_for(
 class FakeState:
     batch: Batch
     failed_rows: set[int] = field(default_factory=set)
-    layer: int = 0
+    part: int = 0
 
 
 class FakeModel:
@@ -293,7 +290,7 @@ class FakeModel:
     def __init__(self, pages: FakePages) -> None:
         self.pages = pages
         self.batches: list[Batch] = []
-        self.slices: list[int] = []  # layers of each call
+        self.slices: list[int] = []  # parts of each call
         self.before_step: Callable[[FakeState], None] = lambda state: None
         self.poison: Callable[[list[int]], bool] = lambda context: False  # contexts whose logits are NaN
 
@@ -305,14 +302,14 @@ class FakeModel:
         return FakeState(batch)
 
     def forward(self, state: FakeState, until: int) -> FakeState:
-        if state.layer == 0:
+        if state.part == 0:
             self.before_step(state)
             self.batches.append(state.batch)
-        if until <= state.layer:
+        if until <= state.part:
             raise EngineError("a pass must go forward")
-        self.slices.append(until - state.layer)
-        state.layer = until
-        if until < LAYERS:
+        self.slices.append(until - state.part)
+        state.part = until
+        if until < 2 * LAYERS:
             return state
         ids = state.batch.ids.tolist()
         for span, rows in zip(state.batch.spans, state.batch.row_slices(), strict=True):

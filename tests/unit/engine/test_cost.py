@@ -6,12 +6,18 @@ import random
 
 import pytest
 
-from k2hybrid.engine.cost import LARGE_ROWS, CostModel, NetworkSizes, Rows
+from k2hybrid.engine.cost import LARGE_ROWS, CostModel, DenseWeights, NetworkSizes, Rows, longest_layer_us
+
+
+def bf16(weights: int) -> DenseWeights:
+    return DenseWeights(2 * weights, weights)
+
 
 # Kimi-K2-Thinking: 60 of 61 layers have 384 experts of 24.8 MB; the dense part is 21.1 GB.
 K2 = NetworkSizes(
-    layers=61, moe_layers=60, dense_bytes=21_100_000_000, expert_bytes=24_772_608, experts=384, top_k=8,
-    row_ops=32_000_000_000, context_ops=61 * 64 * 1088, latent_bytes=61 * 1152,
+    layers=61, moe_layers=60, attention=bf16(101_000_000), mlp=bf16(396_000_000), shared=bf16(46_800_000),
+    head=bf16(1_174_000_000), expert=DenseWeights(24_772_608, 44_040_192), experts=384, top_k=8,
+    context_ops=64 * 1088, latent_bytes=1152,
 )  # fmt: skip
 
 
@@ -38,16 +44,28 @@ def test_a_chunk_of_512_reads_as_many_expert_bytes_as_48_decode_steps() -> None:
 
 def test_large_passes_are_bound_by_operations() -> None:
     cost = CostModel(K2, bytes_per_us=200_000, ops_per_us=1_000)
+    experts = K2.shared.row_ops + K2.top_k * K2.expert.row_ops
+    row_ops = 61 * K2.attention.row_ops + K2.mlp.row_ops + 60 * experts
     assert cost.pass_us([Rows(2048, 2048)]) == pytest.approx(
-        (2048 * K2.row_ops + 2048 * 2049 // 2 * K2.context_ops) / 1_000, rel=1e-6
+        (2048 * row_ops + 61 * 2048 * 2049 // 2 * K2.context_ops + K2.head.row_ops) / 1_000, rel=1e-6
     )
 
 
+@pytest.mark.parametrize("rows", [1, 40, 4 * LARGE_ROWS])
+def test_a_pass_is_its_parts_and_the_head(rows: int) -> None:
+    cost = CostModel(K2, bytes_per_us=100, ops_per_us=1e9)
+    parts = cost.parts_us([Rows(rows, 5000)])
+    assert len(parts) == 122
+    assert len(set(parts[::2])) == len(set(parts[3::2])) == 1
+    assert cost.pass_us([Rows(rows, 5000)]) == pytest.approx(sum(parts) + K2.head.bytes / 100, rel=1e-6)
+    assert cost.layer_us([Rows(rows, 5000)]) == longest_layer_us(parts) == parts[0] + max(parts[1], parts[3])
+
+
 def test_no_rows_cost_nothing_and_any_row_costs_something() -> None:
-    none = NetworkSizes(1, 0, 0, 0, 0, 0, 0, 0, 0)
+    none = NetworkSizes(1)
     assert CostModel(none).pass_us([]) == 0
     assert CostModel(none).pass_us([Rows(1, 1)]) == 1
-    CostModel(none).observe([Rows(1, 1)], 1, 10.0)  # nothing to learn from, nothing to divide by
+    CostModel(none).observe([Rows(1, 1)], 0, 2, 10.0)  # nothing to learn from, nothing to divide by
 
 
 @pytest.mark.parametrize("rows", [4, 4 * LARGE_ROWS])
@@ -57,16 +75,31 @@ def test_it_learns_the_machine_from_passes_and_from_slices(rows: int) -> None:
     other = [Rows(5 * LARGE_ROWS if rows < LARGE_ROWS else 1, 100)]
     before = cost.pass_us(other)
     truth = 7 * cost.pass_us(shape)
+    cost_of = [7 * us for us in cost.parts_us(shape)]
+    head = truth - sum(cost_of)
     for step in range(100):
-        layers = 61 if step % 2 else 3
-        cost.observe(shape, layers, truth * layers / 61)
+        first = step % 20 * 6
+        parts = range(first, first + 6) if step % 2 else range(122)
+        us = sum(cost_of[part] for part in parts) + (head if len(parts) == 122 else 0)
+        cost.observe(shape, parts.start, parts.stop, us)
     assert cost.pass_us(shape) == pytest.approx(truth, rel=0.01)
-    assert cost.layer_us(shape) == pytest.approx(truth / 61, rel=0.01)
     assert cost.pass_us(other) == before  # small and large passes are learnt apart
+
+
+def test_it_learns_the_parts_of_a_chunk_apart() -> None:
+    cost, shape = CostModel(K2), [Rows(512, 9000)]
+    before = cost.parts_us(shape)
+    for _ in range(50):
+        cost.observe(shape, 4, 5, 3 * before[4])
+        cost.observe(shape, 5, 6, before[5] / 2)
+    after = cost.parts_us(shape)
+    assert after[::2] == pytest.approx([3 * us for us in before[::2]], rel=0.02)
+    assert after[3::2] == pytest.approx([us / 2 for us in before[3::2]], rel=0.02)
+    assert after[1] == before[1]  # the dense layer's
 
 
 def test_one_outlier_changes_little() -> None:
     cost = CostModel(K2)
     before = cost.pass_us([Rows(1, 1)])
-    cost.observe([Rows(1, 1)], 61, before * 1_000)
+    cost.observe([Rows(1, 1)], 0, 122, before * 1_000)
     assert cost.pass_us([Rows(1, 1)]) < 2.1 * before

@@ -116,7 +116,7 @@ def test_decoding_goes_on_between_the_layers_of_a_long_prefill(monkeypatch: pyte
 
     def timed(state: FakeState, until: int) -> FakeState:
         nonlocal now
-        now += 1e-3 * len(state.batch.ids) * (until - state.layer)
+        now += 1e-3 * len(state.batch.ids) * (until - state.part) / 2
         return forward(state, until)
 
     monkeypatch.setattr(model, "forward", timed)
@@ -134,7 +134,7 @@ def test_decoding_goes_on_between_the_layers_of_a_long_prefill(monkeypatch: pyte
     drain(engine)
     assert first.tokens == expected_tokens([1, 2], 100)
     assert second.tokens == expected_tokens(list(range(60)), 2)
-    assert set(model.slices) == {1, LAYERS}
+    assert set(model.slices) == {1, 2 * LAYERS}
 
 
 def test_a_known_prefix_is_not_run_again() -> None:
@@ -241,7 +241,7 @@ def test_cancel_while_waiting_prefilling_and_decoding_frees_everything() -> None
     while not sinks[0].tokens:
         engine.tick()
     handles += [engine.submit(job([n + 1] * 24, sinks[n], 20)) for n in (1, 2)]
-    while model.slices[-1] != 1:  # a chunk of the second is between two layers; the third waits for a row
+    while model.slices[-1] != 1:  # a chunk of the second is between two parts; the third waits for a row
         engine.tick()
     assert not sinks[1].tokens
     for handle in handles:

@@ -19,6 +19,7 @@ from k2hybrid.cache.prefix import _Node
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine import archive, spill
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
+from k2hybrid.engine.cost import Kind
 from k2hybrid.engine.engine import Engine, JobHandle
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.scheduler import pages_for
@@ -477,7 +478,7 @@ class Histories(RuleBasedStateMachine):
     @rule(small=st.sampled_from([0.01, 1.0, 100.0]), large=st.sampled_from([0.01, 1.0, 100.0]))
     def learn(self, small: float, large: float) -> None:
         """What passes of either size are thought to take."""
-        self.engine._cost._factors = [small, large]
+        self.engine._cost._factors = dict.fromkeys(Kind, large) | {Kind.SMALL: small}
 
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:

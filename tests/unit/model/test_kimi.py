@@ -81,16 +81,16 @@ def test_blocks_and_tiles_merge_to_the_same(form: str, block: int, monkeypatch: 
 
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("name", NAMES)
-def test_pausing_after_each_layer_changes_nothing(name: str, rows: str, machine: Machine) -> None:
+def test_pausing_after_each_part_of_a_layer_changes_nothing(name: str, rows: str, machine: Machine) -> None:
     model = native_model(name, machine, rows)
     spec = model.model.spec
     ids, other = random_ids(spec, 70), random_ids(spec, 20, seed=8)
     whole = model.prefill(ids)
     table, other_table = model.table(70), model.table(20)
     state = model.model.begin(batch_of([(ids, 0, table)]))
-    for layer in range(spec.num_layers):
-        assert state.layer == layer
-        model.model.forward(state, until=layer + 1)
+    for part in range(2 * spec.num_layers):
+        assert state.part == part
+        model.model.forward(state, until=part + 1)
         model.run(batch_of([(other, 0, other_table)]))  # somebody else's pass in between
     assert torch.equal(model.model.logits(state), whole)
 
@@ -144,7 +144,7 @@ def test_failed_rows_are_named_and_others_go_on() -> None:
     model = tiny_model(checkpoint, torch.float32, experts=experts)
     ids = random_ids(checkpoint.spec, 5)
     state = model.model.begin(batch_of([(ids, 0, model.table(5))]))
-    model.model.forward(state, until=2)
+    model.model.forward(state, until=5)
     assert state.failed_rows == set()
     model.model.forward(state)
     assert state.failed_rows == {2}

@@ -70,7 +70,7 @@ def scripted_runtime(checkpoint: Path, *, idle_prefill: bool = False) -> tuple[R
     engine = Engine(
         model,
         pages,
-        sizes=replace(network_sizes(spec, 0, 1), layers=1),
+        sizes=replace(network_sizes(spec, 0, 1), layers=1, moe_layers=0),
         vocab_size=spec.vocab_size,
         context_tokens=1024,
         config=config,
