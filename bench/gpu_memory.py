@@ -130,7 +130,7 @@ class Filled:
         before = count.allocated()
         count.reset()
         batch = made.batch([wishes.context - wishes.chunk], wishes.chunk, 0)
-        model.forward(model.begin(batch), 2 * LAYERS)
+        model.forward(model.begin(batch), network.parts)
         most = count.most_allocated() - before
         yield row("a chunk, and scratch of a layer", planned(plan, "a chunk", "scratch"), most)
 
@@ -159,7 +159,7 @@ class Filled:
             # All in one sequence's pages: nobody reads what they compute.
             batch = made.batch([wishes.context - 1] * rows, 1, rows)
             for _ in range(2):  # alone, and recorded then; again
-                model.forward(model.begin(batch), 2 * LAYERS)
+                model.forward(model.begin(batch), network.parts)
         released()
         return model
 

@@ -68,7 +68,7 @@ class Prefill:
             nonlocal streamed
             for number in range(passes):
                 state = self._model.begin(self._made.batch([number * self._chunk], self._chunk, number))
-                self._model.forward(state, 2 * self._made.spec.num_layers)
+                self._model.forward(state, self._model.network.parts)
                 streamed += self.experts.stats.misses
 
         return seconds(work), streamed

@@ -1,11 +1,11 @@
 """What a pass over the network takes, predicted in microseconds from bytes and operations. Layer 4; pure.
 
-A layer has two parts, attention and feed-forward, between which a pass may stop. A part over few rows is
-bound by what it reads: its dense weights once, and of the routed experts those that any row chose. Of E
-experts, n rows that choose k each read about E·(1 − (1 − k/E)ⁿ): at true size 48 rows read two thirds of them
-and 512 rows all, the bytes of 48 decode steps. Parts over many rows are bound by operations. Which machine
-this is is learnt from what was run: a factor for small passes, and for large ones a factor for each kind of
-part, follows the ratio of what they took to what was predicted.
+A layer has several parts, attention by groups of heads and feed-forward; a pass may stop between them. A part
+over few rows is bound by what it reads: its dense weights once, and of the routed experts those that any row
+chose. Of E experts, n rows that choose k each read about E·(1 − (1 − k/E)ⁿ): at true size 48 rows read two
+thirds of them and 512 rows all, the bytes of 48 decode steps. Parts over many rows are bound by operations.
+Which machine this is is learnt from what was run: a factor for small passes, and for large ones a factor for
+each kind of part, follows the ratio of what they took to what was predicted.
 """
 
 from __future__ import annotations
@@ -49,11 +49,18 @@ class NetworkSizes:
     top_k: int = 0
     context_ops: int = 0  # multiply-adds of one row for each token of its context
     latent_bytes: int = 0  # of one token in the cache
+    attention_parts: int = 1
+    whole_below: int = 0  # sequences of fewer rows attend in the first of those parts
+
+    @property
+    def layer_parts(self) -> int:
+        """Those of attention, and feed-forward."""
+        return self.attention_parts + 1
 
     @property
     def parts(self) -> int:
-        """Of all layers: attention and feed-forward of the first, then of the second, and so on."""
-        return 2 * self.layers
+        """Of all layers, one layer after the other."""
+        return self.layers * self.layer_parts
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,65 +108,110 @@ class CostModel:
         """Microseconds of a whole pass over `rows`, at least 1; 0 for none."""
         if not any(r.count for r in rows):
             return 0
-        return max(1, round(sum(self._us(kind, rows, n) for kind, n in self._kinds(0, self.sizes.parts))))
+        sizes, layer = self.sizes, self._layer(rows)
+        layers = sizes.layers * layer.attention_us + layer.mlps * layer.mlp_us + layer.moes * layer.experts_us
+        return max(1, round(layers + self._head(rows)))
 
     def parts_us(self, rows: list[Rows]) -> list[int]:
         """Microseconds of each part of a pass over `rows`, at least 1 each."""
-        sizes = self.sizes
-        attention, mlp, experts = (
-            max(1, round(self._us(kind, rows, 1))) for kind in (Kind.ATTENTION, Kind.MLP, Kind.EXPERTS)
-        )
-        dense = sizes.layers - sizes.moe_layers
-        return [*(attention, mlp) * dense, *(attention, experts) * sizes.moe_layers]
+        layer = self._layer(rows)
+        attention = [max(1, round(us)) for us in layer.attention]
+        mlp, experts = max(1, round(layer.mlp_us)), max(1, round(layer.experts_us))
+        return [*(*attention, mlp) * layer.mlps, *(*attention, experts) * layer.moes]
 
     def layer_us(self, rows: list[Rows]) -> int:
         """Microseconds of the longest layer of a pass over `rows`; at least 1."""
-        return longest_layer_us(self.parts_us(rows))
+        return longest_layer_us(self.parts_us(rows), self.sizes.layer_parts)
 
     def observe(self, rows: list[Rows], first: int, end: int, us: float) -> None:
         """Parts `first` … `end` − 1 of a pass over `rows` took `us`, and the head if they are the last."""
-        kinds = self._kinds(first, end)
-        expected = sum(self._us(kind, rows, n) for kind, n in kinds)
-        if expected <= 0 or us <= 0:
-            return
+        sizes, layer, whole = self.sizes, self._layer(rows), end - first == self.sizes.parts
         large = sum(r.count for r in rows) >= LARGE_ROWS
-        for kind in [kind for kind, _ in kinds] if large else [Kind.SMALL]:
-            followed = self._factors[kind] * (us / expected) ** _NEW
+        if not large and not whole:
+            return  # a single part says little of decode steps, which have this factor, too
+        expected = {Kind.HEAD: self._head(rows) if end == sizes.parts else 0.0}
+        if whole:
+            expected[Kind.ATTENTION] = sizes.layers * layer.attention_us
+            expected[Kind.MLP] = layer.mlps * layer.mlp_us
+            expected[Kind.EXPERTS] = layer.moes * layer.experts_us
+        else:
+            for part in range(first, end):
+                kind, part_us = layer.part(part)
+                expected[kind] = expected.get(kind, 0.0) + part_us
+        predicted = sum(expected.values())
+        if predicted <= 0 or us <= 0:
+            return
+        for kind in [kind for kind, part_us in expected.items() if part_us] if large else [Kind.SMALL]:
+            followed = self._factors[kind] * (us / predicted) ** _NEW
             self._factors[kind] = min(_HIGHEST, max(_LOWEST, followed))
 
-    def _kinds(self, first: int, end: int) -> list[tuple[Kind, int]]:
-        """How many of each kind are among parts `first` … `end` − 1; the head is behind the last."""
-        dense = 2 * (self.sizes.layers - self.sizes.moe_layers)
-        mlps = min(end, dense) // 2 - min(first, dense) // 2
-        counts = (
-            (Kind.ATTENTION, (end + 1) // 2 - (first + 1) // 2),
-            (Kind.MLP, mlps),
-            (Kind.EXPERTS, end // 2 - first // 2 - mlps),
-            (Kind.HEAD, int(end == self.sizes.parts)),
-        )
-        return [(kind, n) for kind, n in counts if n]
-
-    def _us(self, kind: Kind, rows: list[Rows], times: int) -> float:
-        """Microseconds of `times` parts of a kind."""
+    def _layer(self, rows: list[Rows]) -> _Layer:
         sizes = self.sizes
         count = sum(r.count for r in rows)
-        read: float
-        if kind is Kind.ATTENTION:
+        moes = min(sizes.moe_layers, sizes.layers)
+        experts = self._us(
+            Kind.EXPERTS,
+            count,
+            sizes.shared.bytes + self.experts_read(count) * sizes.expert.bytes,
+            count * (sizes.shared.row_ops + sizes.top_k * sizes.expert.row_ops),
+        )
+        mlp = self._us(Kind.MLP, count, sizes.mlp.bytes, count * sizes.mlp.row_ops)
+        return _Layer(self._attention(rows, count), mlp, experts, sizes.layers - moes, moes)
+
+    def _attention(self, rows: list[Rows], count: int) -> list[float]:
+        """Microseconds of each part: projections into it are in the first, out of it in the last."""
+        sizes, parts = self.sizes, self.sizes.attention_parts
+        dense = sizes.attention
+        looked_back = read = looked_whole = read_whole = 0
+        for r in rows:
             # Row i of n looks back on context − n + 1 + i tokens.
-            looked_back = sum(r.count * r.context - r.count * (r.count - 1) // 2 for r in rows)
-            read = sizes.attention.bytes + sizes.latent_bytes * sum(r.context for r in rows)
-            ops = count * sizes.attention.row_ops + looked_back * sizes.context_ops
-        elif kind is Kind.MLP:
-            read, ops = sizes.mlp.bytes, count * sizes.mlp.row_ops
-        elif kind is Kind.EXPERTS:
-            read = sizes.shared.bytes + self.experts_read(count) * sizes.expert.bytes
-            ops = count * (sizes.shared.row_ops + sizes.top_k * sizes.expert.row_ops)
-        else:
-            read, ops = sizes.head.bytes, len(rows) * sizes.head.row_ops
+            pairs = r.count * r.context - r.count * (r.count - 1) // 2
+            if parts == 1 or r.count < sizes.whole_below:
+                looked_whole, read_whole = looked_whole + pairs, read_whole + r.context
+            else:
+                looked_back, read = looked_back + pairs, read + r.context
+        us = []
+        for part in range(parts):
+            ends = (part == 0) + (part == parts - 1)
+            whole = part == 0
+            nbytes = dense.bytes * ends / 2 + sizes.latent_bytes * (read + whole * read_whole)
+            ops = count * dense.row_ops * ends / 2
+            ops += sizes.context_ops * (looked_back / parts + whole * looked_whole)
+            us.append(self._us(Kind.ATTENTION, count, nbytes, ops))
+        return us
+
+    def _head(self, rows: list[Rows]) -> float:
+        head = self.sizes.head
+        return self._us(Kind.HEAD, sum(r.count for r in rows), head.bytes, len(rows) * head.row_ops)
+
+    def _us(self, kind: Kind, count: int, nbytes: float, ops: float) -> float:
+        """Microseconds of a part of a pass over `count` rows."""
         factor = self._factors[kind if count >= LARGE_ROWS else Kind.SMALL]
-        return times * factor * max(read / self._bytes_per_us, ops / self._ops_per_us)
+        return factor * max(nbytes / self._bytes_per_us, ops / self._ops_per_us)
 
 
-def longest_layer_us(parts_us: Sequence[int]) -> int:
-    """Of all layers' parts."""
-    return max(map(sum, zip(parts_us[::2], parts_us[1::2], strict=True)), default=1)
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """Microseconds of the parts of layers, and how many have an MLP and how many experts."""
+
+    attention: list[float]
+    mlp_us: float
+    experts_us: float
+    mlps: int
+    moes: int
+
+    @property
+    def attention_us(self) -> float:
+        return sum(self.attention)
+
+    def part(self, at: int) -> tuple[Kind, float]:
+        """Part `at` of a pass."""
+        layer, part = divmod(at, len(self.attention) + 1)
+        if part < len(self.attention):
+            return Kind.ATTENTION, self.attention[part]
+        return (Kind.MLP, self.mlp_us) if layer < self.mlps else (Kind.EXPERTS, self.experts_us)
+
+
+def longest_layer_us(parts_us: Sequence[int], layer_parts: int) -> int:
+    """Of layers of so many parts each."""
+    return max(sum(parts_us[at : at + layer_parts]) for at in range(0, len(parts_us), layer_parts))

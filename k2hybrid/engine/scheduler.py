@@ -2,9 +2,9 @@
 
 A tick is at most two things. First a *pass* over all layers: every decoding sequence's next token, and
 prefills that are small enough to ride along. Then a *slice* of the *chunk*: a larger piece of prefill that
-advances by some parts of layers per tick (a layer has two, attention and feed-forward), so that decoding goes
-on between them. What a tick may cost is predicted time, not tokens: at true size a chunk of 512 tokens reads
-all experts, as many bytes as 48 decode steps.
+advances by some parts of layers per tick (groups of heads in attention, and feed-forward), so that decoding
+goes on between them. What a tick may cost is predicted time, not tokens: at true size a chunk of 512 tokens
+reads all experts, as many bytes as 48 decode steps.
 
 * A prefill rides along if the pass then takes at most half as long again.
 * Otherwise the chunk is owed nearly as much time as the passes take, and gets it in whole parts: running
@@ -24,7 +24,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from k2hybrid.engine.cost import Rows, longest_layer_us
+from k2hybrid.engine.cost import Rows
 
 # Longest slice with nothing to decode, in microseconds: what a newcomer waits for at most, or one part.
 ALONE_US = 50_000
@@ -46,11 +46,14 @@ LEAST_CHUNK = 32  # rows: smaller ones are not worth the reading of weights
 class Costs(Protocol):
     """Predictions in microseconds, as of `CostModel`."""
 
+    def layer_us(self, rows: list[Rows], /) -> int:
+        """The longest layer of a pass over rows."""
+
     def pass_us(self, rows: list[Rows], /) -> int:
         """A whole pass over rows."""
 
     def parts_us(self, rows: list[Rows], /) -> list[int]:
-        """Each part of it, two for each layer; at least 1 each."""
+        """Each part of it, at least 1 each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,29 +173,41 @@ class Scheduler:
         shares, rows = dealt(room)
         if not decode_us:
             return shares, rows
-        while room > LEAST_CHUNK and longest_layer_us(self._parts(rows)) > max(decode_us, GAP_US):
+        while room > LEAST_CHUNK and self._costs.layer_us(list(rows)) > max(decode_us, GAP_US):
             room //= 2
             shares, rows = dealt(room)
-        count, best = sum(r.count for r in rows), _use_percent(self._parts(rows), decode_us)
+        count, best = sum(r.count for r in rows), self._use_percent(rows, decode_us)
         for percent in range(100 - FEWER_ROWS, FEWEST_ROWS - 1, -FEWER_ROWS):
             if best >= LEAST_USE_PERCENT or count * percent < 100 * LEAST_CHUNK:
                 break
             fewer, fewer_rows = dealt(count * percent // 100)
-            if (use := _use_percent(self._parts(fewer_rows), decode_us)) > best:
+            if (use := self._use_percent(fewer_rows, decode_us)) > best:
                 best, shares, rows = use, fewer, fewer_rows
         return shares, rows
 
-    def _parts(self, rows: Sequence[Rows]) -> list[int]:
-        return self._costs.parts_us(list(rows))
+    def _use_percent(self, rows: Sequence[Rows], decode_us: int) -> int:
+        """How much of its share of the time a chunk of `rows` can use; 0 if a part is longer than it may."""
+        parts, most = self._costs.parts_us(list(rows)), self._longest_slice(rows, decode_us)
+        if max(parts) > most:
+            return 0
+        slices, at = 0, 0
+        while at < len(parts):
+            at += _whole(parts, at, most)
+            slices += 1
+        return 100 * sum(parts) // max(1, slices * _share(decode_us))
+
+    def _longest_slice(self, rows: Sequence[Rows], decode_us: int) -> int:
+        """Microseconds of a chunk between two steps so that no gap is longer than two of them, or a layer."""
+        return max(_share(decode_us), self._costs.layer_us(list(rows)) - decode_us)
 
     def _slice(self, chunk: Chunk | None, decode_us: int) -> int:
         """Parts that `chunk` advances by beside a pass over the decodes."""
         if chunk is None:
             return 0
-        parts = self._parts(chunk.rows)
+        parts = self._costs.parts_us(list(chunk.rows))
         if not decode_us:
             return max(1, _whole(parts, chunk.part, ALONE_US))
-        most = _longest_slice(parts, decode_us)
+        most = self._longest_slice(chunk.rows, decode_us)
         longest = max(most, *parts)
         self._owed_us = min(max(self._owed_us, -MOST_DEBT * longest), MOST_CREDIT * longest)
         owed = self._owed_us + _share(decode_us)
@@ -213,11 +228,6 @@ def _share(pass_us: int) -> int:
     return pass_us * SHARE_NUMERATOR // SHARE_DENOMINATOR
 
 
-def _longest_slice(parts: Sequence[int], decode_us: int) -> int:
-    """Microseconds of a chunk between two steps, so that no gap is longer than two of them, or a layer."""
-    return max(_share(decode_us), longest_layer_us(parts) - decode_us)
-
-
 def _whole(parts: Sequence[int], first: int, most_us: int) -> int:
     """How many parts from `first` on take `most_us` together at most."""
     taken = 0
@@ -227,18 +237,6 @@ def _whole(parts: Sequence[int], first: int, most_us: int) -> int:
             break
         taken += 1
     return taken
-
-
-def _use_percent(parts: Sequence[int], decode_us: int) -> int:
-    """How much of its share of the time a chunk of such parts can use; 0 if one takes longer than it may."""
-    most = _longest_slice(parts, decode_us)
-    if max(parts) > most:
-        return 0
-    slices, at = 0, 0
-    while at < len(parts):
-        at += _whole(parts, at, most)
-        slices += 1
-    return 100 * sum(parts) // max(1, slices * _share(decode_us))
 
 
 def _deal(prefills: list[Candidate], room: int) -> list[Share]:

@@ -24,8 +24,7 @@ class StepModel(Protocol):
     def forward(self, state: Any, until: int, /) -> Any:
         """Run parts up to, without, `until`; `state.failed_rows` holds rows not to be used any more.
 
-        Part 2·l is the attention of layer l, 2·l + 1 its feed-forward. Other states may run between two
-        calls.
+        Each layer has the same number of parts. Other states may run between two calls.
         """
 
     def logits(self, state: Any, /) -> torch.Tensor:
@@ -59,7 +58,7 @@ class StepRunner:
     """Puts rows through `model`. Raises whatever the model raises.
 
     Args:
-        parts: of the model's layers, two each.
+        parts: of all layers of the model together.
         torch_threads: threads of torch's own operations in large passes; small ones, as in decoding, use one:
             waking a second costs more than it does, milliseconds where another process keeps its core busy.
     """

@@ -77,7 +77,7 @@ class DeviceModel:
     @torch.no_grad()
     def forward(self, state: DevicePass, until: int, /) -> DevicePass:
         """See `StepModel.forward`; when it returns, the device has done its part."""
-        if state.step is not None and until == 2 * self.network.spec.num_layers:
+        if state.step is not None and until == self.network.parts:
             step, rows = state.step, len(state.batch.ids)
             step.fill(state.batch)
             # The first of its size runs unrecorded: kernels are compiled and loaded, libraries choose theirs.
@@ -89,7 +89,7 @@ class DeviceModel:
         if state.state is None:  # a decode pass that stops in between, after all
             state.step, state.state = None, self.network.begin(state.batch)
         begun = state.state
-        layers = [layer for layer in self._moe_layers if begun.part <= 2 * layer + 1 < until]
+        layers = self.network.routed(begun.part, until)
         lost = self._run(layers, len(state.batch.ids), lambda: self.network.forward(begun, until))
         state.failed_rows.update(lost, begun.failed_rows)
         return state

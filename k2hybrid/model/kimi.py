@@ -1,6 +1,7 @@
 """The network from token ids to logits, part by part over explicit state: DeepSeek-V3's graph.
 
-A layer has two parts, attention and feed-forward; a pass may stop after either and go on later.
+A layer has several parts: attention, by groups of heads, and feed-forward. A pass may stop after each and go
+on later.
 
 The residual stream is fp32; what a linear reads is in the model's dtype (bf16). `docs/numerics.md` derives
 what that costs.
@@ -18,7 +19,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import ConfigError
 from k2hybrid.model.batch import Batch
 from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm, row_kernels, unquantized
-from k2hybrid.model.mla import MLA, AttentionPlan, attention_sizes, plan_attention
+from k2hybrid.model.mla import MLA, Attending, AttentionPlan, attention_sizes, plan_attention
 from k2hybrid.model.moe import MoE
 from k2hybrid.model.paged import PagedDecode
 from k2hybrid.model.rope import Rope
@@ -30,6 +31,8 @@ from k2hybrid.types import LinearWeight, RoutedExperts, WeightSource
 class ForwardState:
     """A pass under way. hidden fp32 [T, hidden]; `part` runs next; rows in `failed_rows` are lost.
 
+    `attending`: of the layer that the pass is in, between two of its groups of heads.
+
     `rows` are those that functions built on exp take at a time: see `layers.span_by_span`.
     """
 
@@ -38,11 +41,12 @@ class ForwardState:
     plan: AttentionPlan
     rows: Sequence[slice]
     part: int = 0
+    attending: Attending | None = None
     failed_rows: set[int] = field(default_factory=set)
 
 
 class Layer:
-    """One decoder layer."""
+    """One decoder layer, in `parts`: attention by groups of heads, then feed-forward."""
 
     def __init__(
         self, input_norm: RMSNorm, attention: MLA, post_norm: RMSNorm, feed_forward: MLP | MoE
@@ -52,12 +56,26 @@ class Layer:
         self.post_norm = post_norm
         self.feed_forward = feed_forward
 
-    def attend(self, state: ForwardState) -> None:
-        """The first part. Advances the residual stream in place."""
-        state.hidden += self.attention(self.input_norm(state.hidden), state.plan)
+    @property
+    def parts(self) -> int:
+        """As many for every layer of a network."""
+        return len(self.attention.groups) + 1
 
-    def feed(self, state: ForwardState) -> None:
-        """The second part. Advances the residual stream in place."""
+    def run(self, state: ForwardState, part: int) -> None:
+        """One part, in order. The last of attention, and feed-forward, advance the residual stream."""
+        if part == self.parts - 1:
+            self._feed(state)
+            return
+        attention = self.attention
+        if part == 0:
+            state.attending = attention.begin(self.input_norm(state.hidden), state.plan)
+        assert state.attending is not None
+        attention.attend(state.attending, part)
+        if part == self.parts - 2:
+            state.hidden += attention.end(state.attending)
+            state.attending = None
+
+    def _feed(self, state: ForwardState) -> None:
         rows, hidden = state.rows, state.hidden
         x = self.post_norm(hidden)
         if isinstance(self.feed_forward, MoE):
@@ -163,15 +181,25 @@ class Kimi:
 
     @torch.no_grad()
     def forward(self, state: ForwardState, until: int | None = None) -> ForwardState:
-        """Run parts state.part … until−1 (default: all that are left), in place: 2·l and 2·l+1 are layer l's.
+        """Run parts state.part … until−1 (default: all that are left), in place.
 
         Between two calls other passes may run, as long as this one's pages stay held.
         """
-        for part in range(state.part, 2 * self.spec.num_layers if until is None else until):
-            layer = self.layers[part // 2]
-            (layer.feed if part % 2 else layer.attend)(state)
-            state.part = part + 1
+        for at in range(state.part, self.parts if until is None else until):
+            layer, part = divmod(at, self.layers[0].parts)
+            self.layers[layer].run(state, part)
+            state.part = at + 1
         return state
+
+    @property
+    def parts(self) -> int:
+        """Of all layers together, the same number of each."""
+        return len(self.layers) * self.layers[0].parts
+
+    def routed(self, first: int, until: int) -> list[int]:
+        """Layers whose routed experts are asked by parts `first` … `until` − 1."""
+        each = self.layers[0].parts
+        return [layer for layer in self.spec.moe_layers if first < (layer + 1) * each <= until]
 
     @torch.no_grad()
     def logits(self, state: ForwardState) -> torch.Tensor:

@@ -8,7 +8,7 @@ Source: DeepSeek-V2 (arXiv 2405.04434, §2.1). Layouts as published: q_b rows pe
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -32,6 +32,10 @@ from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
 from k2hybrid.model.scratch import IN_RAM, ON_DEVICE
 from k2hybrid.types import LinearWeight
 
+# On a CPU the expanded form goes through the heads in so many groups, between which a pass may stop: over a
+# long context attention takes most of a layer, and whoever decodes meanwhile waits for a piece of it only.
+HEAD_GROUPS = 4
+
 
 def attention_sizes(spec: ModelSpec) -> AttentionSizes:
     """The attention sizes of a model."""
@@ -43,6 +47,12 @@ def attention_sizes(spec: ModelSpec) -> AttentionSizes:
         latent=spec.kv_lora_rank,
         scale=softmax_scale(spec),
     )
+
+
+def head_groups(heads: int, *, on_device: bool) -> list[slice]:
+    """Heads that the expanded form takes together; on a device all, since it does not wait in between."""
+    size = heads if on_device else -(-heads // HEAD_GROUPS)
+    return [slice(first, min(first + size, heads)) for first in range(0, heads, size)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +99,30 @@ def _paged(batch: Batch, single: list[int], device: torch.device) -> PagedSpans:
     return paged_spans([batch.spans[i] for i in single], rows, device)
 
 
+@dataclass(frozen=True, slots=True)
+class Attending:
+    """Attention of one layer under way: queries [n, heads, nope + rope] of the expanded spans, and
+    out [T, heads, value], in which the other spans are done."""
+
+    plan: AttentionPlan
+    queries: tuple[torch.Tensor, ...]
+    out: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _HeadGroup:
+    """Some heads: their sizes, and what makes their keys and values."""
+
+    heads: slice
+    sizes: AttentionSizes
+    kv_b: Linear
+
+
 class MLA:
-    """Attention of one layer. `take(role)` hands out its weights; `decode` serves paged spans."""
+    """Attention of one layer. `take(role)` hands out its weights; `decode` serves paged spans.
+
+    It is called at once, or in pieces: `begin`, `attend` for each of `groups` in order, `end`.
+    """
 
     def __init__(
         self,
@@ -124,15 +156,28 @@ class MLA:
             self.q = Linear(kernels, take("q_b_proj"))
         self.kv_a = Linear(kernels, take("kv_a_proj"))
         self.latent_norm = RMSNorm(unquantized(take("kv_a_layernorm")), latent_norm_eps, dtype)
-        kv_b = unquantized(take("kv_b_proj"))
-        self.kv_b = Linear(kernels, kv_b)
-        by_head = kv_b.view(sizes.heads, sizes.nope + sizes.value, sizes.latent)
+        by_head = unquantized(take("kv_b_proj")).view(sizes.heads, sizes.nope + sizes.value, sizes.latent)
+        self.groups = [
+            _HeadGroup(
+                heads,
+                replace(sizes, heads=heads.stop - heads.start),
+                Linear(kernels, by_head[heads].reshape(-1, sizes.latent)),  # a view
+            )
+            for heads in head_groups(sizes.heads, on_device=decode is not None)
+        ]
         self.key_to_latent = HeadLinearT(kernels, by_head[:, : sizes.nope])
         self.latent_to_value = HeadLinear(kernels, by_head[:, sizes.nope :])
         self.o = Linear(kernels, take("o_proj"))
 
     def __call__(self, x: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """x [T, hidden] -> fp32 [T, hidden]; stores the rows' latents on the way."""
+        attending = self.begin(x, plan)
+        for group in range(len(self.groups)):
+            self.attend(attending, group)
+        return self.end(attending)
+
+    def begin(self, x: torch.Tensor, plan: AttentionPlan) -> Attending:
+        """x [T, hidden]: stores the rows' latents, and attends for all spans but the expanded ones."""
         sizes = self.sizes
         tokens, heads = x.shape[0], sizes.heads
         q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x)))
@@ -144,11 +189,22 @@ class MLA:
             self._paged(q_nope, q_rope, plan.paged, out)
         if plan.absorbed:
             self._absorbed(q_nope, q_rope, plan, out)
+        rows = [plan.batch.row_slices()[i] for i in plan.expanded]
+        queries = tuple(torch.cat((q_nope[span], q_rope[span]), dim=-1) for span in rows)
+        return Attending(plan, queries, out)
+
+    def attend(self, attending: Attending, group: int) -> None:
+        """Some heads of the expanded spans."""
+        part, plan = self.groups[group], attending.plan
         rows = plan.batch.row_slices()
-        for i in plan.expanded:
-            q_span = torch.cat((q_nope[rows[i]], q_rope[rows[i]]), dim=-1)
-            out[rows[i]] = attention.expanded(q_span, self._context(plan, i), sizes, self.kernels, self.kv_b)
-        return self.o(out.view(tokens, -1))
+        for i, queries in zip(plan.expanded, attending.queries, strict=True):
+            attending.out[rows[i], part.heads] = attention.expanded(
+                queries[:, part.heads], self._context(plan, i), part.sizes, self.kernels, part.kv_b
+            )
+
+    def end(self, attending: Attending) -> torch.Tensor:
+        """fp32 [T, hidden], after the last group."""
+        return self.o(attending.out.flatten(1))
 
     def _prepared(
         self, q: torch.Tensor, x: torch.Tensor, rotation: Rotation

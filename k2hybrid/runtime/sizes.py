@@ -7,16 +7,21 @@ import math
 from k2hybrid.checkpoint.names import dense_layer_tensors
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.engine.cost import DenseWeights, NetworkSizes
+from k2hybrid.model.mla import attention_sizes, head_groups
 
+_NEVER = 1 << 30  # rows: more than any sequence has
 _NORM = "post_attention_layernorm"  # between the two parts of a layer
 
 
-def network_sizes(spec: ModelSpec, dense_bytes: int, row_bytes: int) -> NetworkSizes:
+def network_sizes(
+    spec: ModelSpec, dense_bytes: int, row_bytes: int, *, on_device: bool = False
+) -> NetworkSizes:
     """Sizes of the network that `spec` describes.
 
     Args:
         dense_bytes: of all weights but embedding and routed experts, as they are read.
         row_bytes: of one token in one layer of the cache.
+        on_device: attention runs on a device.
     """
     weights = 3 * spec.hidden_size * spec.moe_intermediate_size  # gate, up, down of one expert
     moe_layers = len(spec.moe_layers)
@@ -39,6 +44,8 @@ def network_sizes(spec: ModelSpec, dense_bytes: int, row_bytes: int) -> NetworkS
         top_k=spec.top_k,
         context_ops=spec.num_heads * (spec.latent_dim + spec.kv_lora_rank),  # a score, and what it weighs
         latent_bytes=row_bytes,
+        attention_parts=len(head_groups(spec.num_heads, on_device=on_device)),
+        whole_below=math.ceil(min(attention_sizes(spec).absorbed_below, _NEVER)),
     )
 
 

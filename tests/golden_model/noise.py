@@ -8,6 +8,8 @@ bounds the real error.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from k2hybrid.cache.rows import Fp32Rows
@@ -97,5 +99,9 @@ def disturbed_model(checkpoint: TinyCheckpoint, seed: int, rows: str = "bf16") -
     kernels = DisturbedLinears(disturb)
     model = tiny_model(checkpoint, torch.float32, kernels=kernels, experts=experts, rows=stored)
     for layer in model.model.layers:
-        layer.attention.kv_b = DisturbedKeysAndValues(kernels, layer.attention.kv_b.weight)
+        attention = layer.attention
+        attention.groups = [
+            replace(group, kv_b=DisturbedKeysAndValues(kernels, group.kv_b.weight))
+            for group in attention.groups
+        ]
     return model

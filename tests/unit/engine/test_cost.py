@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from k2hybrid.engine.cost import LARGE_ROWS, CostModel, DenseWeights, NetworkSizes, Rows, longest_layer_us
+from k2hybrid.engine.cost import LARGE_ROWS, CostModel, DenseWeights, NetworkSizes, Rows
 
 
 def bf16(weights: int) -> DenseWeights:
@@ -17,7 +17,7 @@ def bf16(weights: int) -> DenseWeights:
 K2 = NetworkSizes(
     layers=61, moe_layers=60, attention=bf16(101_000_000), mlp=bf16(396_000_000), shared=bf16(46_800_000),
     head=bf16(1_174_000_000), expert=DenseWeights(24_772_608, 44_040_192), experts=384, top_k=8,
-    context_ops=64 * 1088, latent_bytes=1152,
+    context_ops=64 * 1088, latent_bytes=1152, attention_parts=4, whole_below=171,
 )  # fmt: skip
 
 
@@ -55,10 +55,27 @@ def test_large_passes_are_bound_by_operations() -> None:
 def test_a_pass_is_its_parts_and_the_head(rows: int) -> None:
     cost = CostModel(K2, bytes_per_us=100, ops_per_us=1e9)
     parts = cost.parts_us([Rows(rows, 5000)])
-    assert len(parts) == 122
-    assert len(set(parts[::2])) == len(set(parts[3::2])) == 1
+    assert len(parts) == 61 * 5
+    assert parts[:4] * 60 == [us for at, us in enumerate(parts[5:]) if at % 5 < 4]
+    assert len(set(parts[9::5])) == 1
     assert cost.pass_us([Rows(rows, 5000)]) == pytest.approx(sum(parts) + K2.head.bytes / 100, rel=1e-6)
-    assert cost.layer_us([Rows(rows, 5000)]) == longest_layer_us(parts) == parts[0] + max(parts[1], parts[3])
+    assert cost.layer_us([Rows(rows, 5000)]) == sum(parts[:4]) + max(parts[4], parts[9])
+
+
+def test_a_few_rows_attend_in_the_first_part_and_many_by_groups_of_heads() -> None:
+    cost = CostModel(K2, bytes_per_us=1e9, ops_per_us=1_000)
+    few, many, both = (
+        cost.parts_us(rows)
+        for rows in ([Rows(100, 90_000)], [Rows(200, 90_000)], [Rows(100, 90_000), Rows(200, 90_000)])
+    )
+    pairs = 100 * 90_000 - 50 * 99
+    assert few[:4] == [
+        pytest.approx((100 * K2.attention.row_ops / 2 + pairs * K2.context_ops) / 1_000), 1, 1,
+        pytest.approx(100 * K2.attention.row_ops / 2_000),
+    ]  # fmt: skip
+    assert many[1] == many[2] == pytest.approx((200 * 90_000 - 100 * 199) * K2.context_ops / 4_000)
+    assert many[0] == many[3] == pytest.approx(many[1] + 200 * K2.attention.row_ops / 2_000)
+    assert both[:4] == pytest.approx([a + b for a, b in zip(few[:4], many[:4], strict=True)], abs=2)
 
 
 def test_no_rows_cost_nothing_and_any_row_costs_something() -> None:
@@ -78,28 +95,30 @@ def test_it_learns_the_machine_from_passes_and_from_slices(rows: int) -> None:
     cost_of = [7 * us for us in cost.parts_us(shape)]
     head = truth - sum(cost_of)
     for step in range(100):
-        first = step % 20 * 6
-        parts = range(first, first + 6) if step % 2 else range(122)
-        us = sum(cost_of[part] for part in parts) + (head if len(parts) == 122 else 0)
+        first = step % 20 * 15
+        parts = range(first, first + 15) if step % 2 and rows >= LARGE_ROWS else range(61 * 5)
+        us = sum(cost_of[part] for part in parts) + (head if len(parts) == 61 * 5 else 0)
         cost.observe(shape, parts.start, parts.stop, us)
     assert cost.pass_us(shape) == pytest.approx(truth, rel=0.01)
     assert cost.pass_us(other) == before  # small and large passes are learnt apart
+    cost.observe([Rows(LARGE_ROWS - 1, 100)], 3, 4, 1e9)
+    assert cost.pass_us(shape) == pytest.approx(truth, rel=0.01)  # parts of small ones teach nothing
 
 
 def test_it_learns_the_parts_of_a_chunk_apart() -> None:
     cost, shape = CostModel(K2), [Rows(512, 9000)]
     before = cost.parts_us(shape)
     for _ in range(50):
-        cost.observe(shape, 4, 5, 3 * before[4])
-        cost.observe(shape, 5, 6, before[5] / 2)
+        cost.observe(shape, 10, 14, 3 * sum(before[10:14]))
+        cost.observe(shape, 14, 15, before[14] / 2)
     after = cost.parts_us(shape)
-    assert after[::2] == pytest.approx([3 * us for us in before[::2]], rel=0.02)
-    assert after[3::2] == pytest.approx([us / 2 for us in before[3::2]], rel=0.02)
-    assert after[1] == before[1]  # the dense layer's
+    assert after[:4] == pytest.approx([3 * us for us in before[:4]], rel=0.02)
+    assert after[9::5] == pytest.approx([us / 2 for us in before[9::5]], rel=0.02)
+    assert after[4] == before[4]  # the dense layer's
 
 
 def test_one_outlier_changes_little() -> None:
     cost = CostModel(K2)
     before = cost.pass_us([Rows(1, 1)])
-    cost.observe([Rows(1, 1)], 0, 122, before * 1_000)
+    cost.observe([Rows(1, 1)], 0, 61 * 5, before * 1_000)
     assert cost.pass_us([Rows(1, 1)]) < 2.1 * before

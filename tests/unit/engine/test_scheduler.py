@@ -37,6 +37,9 @@ class Layers:
     def pass_us(self, rows: list[Rows]) -> int:
         return self.cost(rows)
 
+    def layer_us(self, rows: list[Rows]) -> int:
+        return sum(self.parts_us(rows)[:2])
+
     def parts_us(self, rows: list[Rows]) -> list[int]:
         layer_us = self.cost(rows) // LAYERS
         feed_us = layer_us * self.feed_percent // 100

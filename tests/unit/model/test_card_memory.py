@@ -249,6 +249,7 @@ def test_a_chunk_takes_no_more_than_its_two_rows_say(
     count, before = 384, 128
     small = Cut(block_bytes=1 << 16, tile_bytes=1 << 15, rounded=False)
     monkeypatch.setattr(mla, "IN_RAM", small)
+    monkeypatch.setattr(mla, "HEAD_GROUPS", 1)  # as on a device
     monkeypatch.setattr(card_memory, "ON_DEVICE", small)
     checkpoint = tiny_checkpoint(name)
     spec = checkpoint.spec

@@ -124,7 +124,7 @@ class Played:
 
     def run(self, batch: Batch) -> torch.Tensor:
         state = self.model.begin(batch)
-        return self.model.logits(self.model.forward(state, 2 * self.model.network.spec.num_layers))
+        return self.model.logits(self.model.forward(state, self.model.network.parts))
 
 
 def conversations(spec: ModelSpec) -> list[torch.Tensor]:
@@ -172,7 +172,7 @@ def test_decoding_beside_a_chunk_and_in_pieces() -> None:
     batch = [(torch.tensor([9]), 71, table) for _, table in logits]
     wanted = plain.run(batch_of([batch[0]]))
     state = played.model.begin(batch_of([batch[1]]))
-    for part in range(2 * checkpoint.spec.num_layers):
+    for part in range(played.model.network.parts):
         state = played.model.forward(state, part + 1)
     assert compare.largest_error(played.model.logits(state), wanted) <= 1e-5
     assert played.recorded.records == 0
@@ -186,7 +186,7 @@ def test_lost_rows_and_aborted_steps_are_told_and_the_next_step_works() -> None:
     played.experts.lost = {0}
     for _ in range(2):
         state = played.model.begin(batch_of([(torch.tensor([3]), 8, table)]))
-        assert played.model.forward(state, 2 * spec.num_layers).failed_rows == {0}
+        assert played.model.forward(state, played.model.network.parts).failed_rows == {0}
     played.experts.lost = set()
     played.experts.aborted = True
     with pytest.raises(EngineError, match="aborted"):
@@ -223,7 +223,7 @@ def test_a_pass_that_fails_closes_its_step() -> None:
     assert state.state is not None
     state.state.hidden = state.state.hidden[:, :3]  # no layer can read this
     with pytest.raises(RuntimeError):
-        played.model.forward(state, 2 * spec.num_layers)
+        played.model.forward(state, played.model.network.parts)
     assert torch.isfinite(played.run(batch_of([(good, 0, table)]))).all()
 
 

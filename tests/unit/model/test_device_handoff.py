@@ -67,7 +67,7 @@ class Device:
         """Logits of the last token of each sequence; the pass pauses before the parts `stops`."""
         spans = [(ids, start, table) for ids, table in zip(tokens, self.tables, strict=False)]
         state = self.model.begin(batch_of(spans))
-        for until in (*stops, 2 * self.spec.num_layers):
+        for until in (*stops, self.model.network.parts):
             state = self.model.forward(state, until)
         assert state.failed_rows == set()
         return self.model.logits(state)
