@@ -38,7 +38,11 @@ def of_card(options: dict[str, Any]) -> dict[str, Any]:
 def check_batches(
     device: str, batches: Sequence[int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Greedy answers of batches of these sizes are the CPU's wherever it is sure."""
+    """Greedy answers of batches of these sizes are the CPU's wherever it is sure.
+
+    The largest comes first: its prompts are the shortest then, so that they fit into one chunk.
+    """
+    batches = sorted(batches, reverse=True)
     slots: list[DeviceSlots] = []
 
     class Seen(DeviceSlots):

@@ -20,7 +20,7 @@ from k2hybrid.config import DenseWeights, LatentRows
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.plan import CardPlan, Need, gib
 from k2hybrid.experts.prediction import ModelSizes
-from k2hybrid.model.scratch import ON_DEVICE
+from k2hybrid.model.scratch import ABSORBED_ROWS, MLP_ROWS, ON_DEVICE
 
 MIB = 1 << 20
 CONTEXT_BYTES = 600 * MIB  # assumed: the driver's context, the kernels' code, a workspace of cuBLAS
@@ -198,19 +198,24 @@ def _scratch_bytes(spec: ModelSpec, rows: int, blocks: int) -> int:
     rotary = (heads + 1) * spec.qk_rope_head_dim
     shared = spec.moe_intermediate_size * spec.num_shared_experts if spec.moe_layers else 0
     width = max(spec.intermediate_size if spec.first_k_dense else 0, shared)
-    # Until attention is done: the query, what kv_a gave, the latent.
+    # Until queries are rounded and latents stored: the query, what kv_a gave, the latent.
     kept = 4 * query + 4 * spec.latent_dim + 2 * latent
-    split = kept + 2 * rotary + 2 * heads * spec.qk_nope_head_dim + 2 * values  # rounded; room for the result
-    of_experts = min(rows, EXPERT_TILE_ROWS)
+    split = 2 * rotary + 2 * heads * spec.qk_nope_head_dim
+    attending = 2 * query + 2 * values  # and room for the result
+    of_experts, of_mlp, absorbed = (min(rows, most) for most in (EXPERT_TILE_ROWS, MLP_ROWS, ABSORBED_ROWS))
     return max(
         rows * 8 * hidden,  # a norm
         rows * (4 * query + 10 * (spec.q_lora_rank or 0)),
         rows * (kept + 12 * rotary),  # rotation: before, after, and products of halves
-        rows * (split + 2 * query + 4 * values) + blocks,  # expanded attention
-        rows * (split + 2 * query + 8 * values),  # its tiles put together
-        rows * (split + 4 * hidden),
+        rows * (kept + split),
+        # Queries in latent space in fp32, then bf16; what they found there, too; its values.
+        rows * (split + 2 * values) + absorbed * (8 * heads * latent + 4 * values) + blocks,
+        rows * (split + attending),  # both parts of the queries put together
+        rows * (attending + 4 * values) + blocks,  # expanded attention
+        rows * (attending + 8 * values),  # its tiles put together
+        rows * (attending + 4 * hidden),
         rows * 24 * spec.num_experts,  # scores, biased and sorted
-        rows * (10 * width + 4 * hidden),
+        of_mlp * (10 * width + 4 * hidden) + (rows > of_mlp) * rows * 4 * hidden,
         of_experts * (10 * hidden + 10 * spec.moe_intermediate_size + 256) if spec.moe_layers else 0,
     )
 

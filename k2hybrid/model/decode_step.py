@@ -78,7 +78,7 @@ class DecodeStep:
             slots=inputs["slots"],
             rotation=Rotation(inputs["cos"], inputs["sin"]),
             absorbed=(),
-            attended=(),
+            attended={},
             expanded=(),
             paged=PagedSpans(None, inputs["tables"], inputs["lengths"]),
         )

@@ -7,7 +7,7 @@ Source: DeepSeek-V2 (arXiv 2405.04434, §2.1). Layouts as published: q_b rows pe
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -29,7 +29,7 @@ from k2hybrid.model.layers import (
 )
 from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
 from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
-from k2hybrid.model.scratch import IN_RAM, ON_DEVICE
+from k2hybrid.model.scratch import ABSORBED_ROWS, IN_RAM, ON_DEVICE
 from k2hybrid.types import LinearWeight
 
 # On a CPU the expanded form goes through the heads in so many groups, between which a pass may stop: over a
@@ -63,7 +63,7 @@ class AttentionPlan:
     slots: torch.Tensor  # int64 [T]
     rotation: Rotation
     absorbed: tuple[int, ...]  # spans, by number
-    attended: tuple[tuple[torch.Tensor, int, int], ...]  # the same, as `SpanAttention.attend` takes them
+    attended: Mapping[int, tuple[torch.Tensor, int, int]]  # the same, as `SpanAttention.attend` takes them
     expanded: tuple[int, ...]
     paged: PagedSpans | None = None  # those of one token, where a device attends to them in one call
 
@@ -87,7 +87,7 @@ def plan_attention(
         slots=(slots[0] if len(slots) == 1 else torch.cat(slots)).to(device),
         rotation=Rotation(rotation.cos.to(device), rotation.sin.to(device)),
         absorbed=absorbed,
-        attended=tuple((s.page_table, s.start, s.count) for s in (batch.spans[i] for i in absorbed)),
+        attended={i: (s.page_table, s.start, s.count) for i in absorbed for s in (batch.spans[i],)},
         expanded=tuple(i for i, is_few in few.items() if not is_few),
         paged=_paged(batch, single, device) if single else None,
     )
@@ -179,16 +179,14 @@ class MLA:
     def begin(self, x: torch.Tensor, plan: AttentionPlan) -> Attending:
         """x [T, hidden]: stores the rows' latents, and attends for all spans but the expanded ones."""
         sizes = self.sizes
-        tokens, heads = x.shape[0], sizes.heads
-        q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x)))
-        q = q.view(tokens, heads, sizes.nope + sizes.rope)
-        q_nope, q_rope, latents = self._prepared(q, x, plan.rotation)
+        q_nope, q_rope, latents = self._prepared(self._queries(x), x, plan.rotation)
         self.pages.put(self.layer, plan.slots, latents)
-        out = torch.empty((tokens, heads, sizes.value), dtype=self.dtype, device=x.device)
+        del latents
+        out = torch.empty((len(x), sizes.heads, sizes.value), dtype=self.dtype, device=x.device)
         if plan.paged is not None:
             self._paged(q_nope, q_rope, plan.paged, out)
-        if plan.absorbed:
-            self._absorbed(q_nope, q_rope, plan, out)
+        for some in _together(plan.absorbed, plan.batch):
+            self._absorbed(q_nope, q_rope, plan, some, out)
         rows = [plan.batch.row_slices()[i] for i in plan.expanded]
         queries = tuple(torch.cat((q_nope[span], q_rope[span]), dim=-1) for span in rows)
         return Attending(plan, queries, out)
@@ -205,6 +203,11 @@ class MLA:
     def end(self, attending: Attending) -> torch.Tensor:
         """fp32 [T, hidden], after the last group."""
         return self.o(attending.out.flatten(1))
+
+    def _queries(self, x: torch.Tensor) -> torch.Tensor:
+        """x [T, hidden] -> fp32 [T, heads, nope + rope]."""
+        q = self.q(x if self.q_a is None else self.q_norm(self.q_a(x)))
+        return q.view(len(x), self.sizes.heads, self.sizes.nope + self.sizes.rope)
 
     def _prepared(
         self, q: torch.Tensor, x: torch.Tensor, rotation: Rotation
@@ -251,13 +254,18 @@ class MLA:
             out.index_copy_(0, paged.rows, values)
 
     def _absorbed(
-        self, q_nope: torch.Tensor, q_rope: torch.Tensor, plan: AttentionPlan, out: torch.Tensor
+        self,
+        q_nope: torch.Tensor,
+        q_rope: torch.Tensor,
+        plan: AttentionPlan,
+        spans: Sequence[int],
+        out: torch.Tensor,
     ) -> None:
-        # kv_b is read once for all spans; only the attention itself goes span by span.
+        # kv_b is read once for all these spans; only the attention itself goes span by span.
         all_rows = plan.batch.row_slices()
-        rows = [all_rows[i] for i in plan.absorbed]
+        rows = [all_rows[i] for i in spans]
         q_latent = self.key_to_latent(_pick(q_nope, rows)).to(self.dtype)
-        mixed = self._mixed(q_latent, q_rope, rows, plan)
+        mixed = self._mixed(q_latent, q_rope, rows, plan, spans)
         values = self.latent_to_value(mixed)
         if len(rows) == len(all_rows):
             out.copy_(values)
@@ -269,22 +277,27 @@ class MLA:
             first = last
 
     def _mixed(
-        self, q_latent: torch.Tensor, q_rope: torch.Tensor, rows: list[slice], plan: AttentionPlan
+        self,
+        q_latent: torch.Tensor,
+        q_rope: torch.Tensor,
+        rows: list[slice],
+        plan: AttentionPlan,
+        spans: Sequence[int],
     ) -> torch.Tensor:
-        """Weighed latents of the absorbed spans, in the model's dtype, as `q_latent` has their queries."""
+        """Weighed latents of absorbed spans, in the model's dtype, as `q_latent` has their queries."""
         if self.attention is not None:
             q = torch.cat((q_latent, _pick(q_rope, rows)), dim=-1)
             return self.attention.attend(
                 q,
                 self.pages.rows(self.layer),
-                plan.attended,
+                [plan.attended[i] for i in spans],
                 latent=self.sizes.latent,
                 row_format=self.pages.format.name,
                 scale=self.sizes.scale,
             ).to(self.dtype)
         mixed = torch.empty_like(q_latent)
         first = 0
-        for i, span_rows in zip(plan.absorbed, rows, strict=True):
+        for i, span_rows in zip(spans, rows, strict=True):
             last = first + span_rows.stop - span_rows.start
             mixed[first:last] = attention.absorbed(
                 q_latent[first:last], q_rope[span_rows], self._context(plan, i), self.sizes, self.kernels
@@ -295,6 +308,20 @@ class MLA:
     def _context(self, plan: AttentionPlan, span: int) -> Context:
         cut = IN_RAM if self.decode is None else ON_DEVICE
         return Context(self.pages, self.layer, plan.batch.spans[span], cut)
+
+
+def _together(spans: Sequence[int], batch: Batch) -> Iterator[list[int]]:
+    """Spans whose queries are in latent space at the same time: of `ABSORBED_ROWS` in all, or one."""
+    some: list[int] = []
+    rows = 0
+    for i in spans:
+        if some and rows + batch.spans[i].count > ABSORBED_ROWS:
+            yield some
+            some, rows = [], 0
+        some.append(i)
+        rows += batch.spans[i].count
+    if some:
+        yield some
 
 
 def _pick(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:

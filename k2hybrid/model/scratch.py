@@ -1,4 +1,4 @@
-"""Bytes that attention may take for the moment; apart from its code, so that a plan needs no torch."""
+"""What attention and MLPs may take for the moment; apart from their code, so that a plan needs no torch."""
 
 from __future__ import annotations
 
@@ -30,6 +30,12 @@ class Cut:
         """Of a query in fp32: its result, and what a block adds to it, which is copied."""
         return 3 if self.rounded else 2
 
+
+# Rows that an MLP works on at once: its inner activations are its own, and a chunk on a card has many rows.
+MLP_ROWS = 2048
+
+# Rows whose queries are in latent space at once, which is several times wider than a head.
+ABSORBED_ROWS = 512
 
 # Both, with a pass's own activations (about 100 MB at 512 rows of Kimi-K2) and what malloc keeps, stay well
 # below 512 MB.

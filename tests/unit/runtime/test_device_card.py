@@ -48,9 +48,9 @@ INT8 = {"dense_weights": "int8", "latent_rows": "fp8"}
 @pytest.mark.parametrize(
     ("context", "vram", "options", "chunk", "hot"),
     [
-        (262_144, 24_564 * MIB, INT8, 7_680, 0),
-        (131_072, 24_564 * MIB, INT8, 16_384, 124),
-        (131_072, 48 * 10**9, {}, 16_384, 464),
+        (262_144, 24_564 * MIB, INT8, 11_264, 0),
+        (131_072, 24_564 * MIB, INT8, 16_384, 184),
+        (131_072, 48 * 10**9, {}, 16_384, 524),
     ],
 )
 def test_the_presets_of_the_memory_page(

@@ -14,6 +14,7 @@ from k2hybrid.checkpoint.spec import ModelSpec, read_spec
 from k2hybrid.config import MINI_MODEL
 from k2hybrid.experts.prediction import ModelSizes, Predictor, Rates
 from k2hybrid.model.kimi import Kimi
+from k2hybrid.model.mla import head_groups
 from k2hybrid.native.machine import Machine
 from k2hybrid.runtime import hollow
 from k2hybrid.runtime.hollow import HollowNetwork
@@ -98,7 +99,8 @@ def test_a_hollow_network_computes_the_context_and_no_weights(
     network = HollowNetwork(spec, recorder, 512)
     seconds = network.layer_seconds(starts, count, repeats=1)
     assert seconds > 0
-    rows = spec.num_heads * (spec.qk_nope_head_dim + spec.v_head_dim)
+    heads = head_groups(spec.num_heads, on_device=False)[0].stop
+    rows = heads * (spec.qk_nope_head_dim + spec.v_head_dim)
     width = spec.qk_head_dim
     for name, x, weight in recorder.calls:
         if count == 1:  # absorbed: queries over latent rows
