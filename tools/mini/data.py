@@ -63,23 +63,8 @@ STAGES: dict[str, dict[str, float]] = {
         "tools": 0.14,
         "talk": 0.18,
     },
-    # No gate leads here: `--start-from` teaches an exported model more of what it gets wrong, whole calls.
-    "calls": {
-        "repeat": 0.03,
-        "look_up": 0.03,
-        "declared": 0.05,
-        "member": 0.02,
-        "asked": 0.13,
-        "served": 0.08,
-        "thought": 0.38,
-        "few_tools": 0.03,
-        "tools": 0.13,
-        "talk": 0.12,
-    },
 }
-# Conversations under one declaration, which they share the computation of.
 _BRANCHES = 6
-_THOUGHTS = 10
 
 
 class Lessons:
@@ -245,8 +230,7 @@ class Lessons:
         """Conversations up to the first call, which is a copy of what was thought, or up to the answer."""
         rng = self.rng
         toolset, system = self.author.toolset(rng), self.author.system(rng)
-        kinds = rng.choices(["one", "parallel", "sequential", "none"], [9, 6, 2, 3], k=_THOUGHTS)
-        made = [self.author.with_tools(rng, toolset, system, kind) for kind in kinds]
+        made = [self.author.with_tools(rng, toolset, system) for _ in range(_BRANCHES)]
         declared = Declared(self.encoding, made[0])
         branches: list[Example] = []
         for conversation in made:

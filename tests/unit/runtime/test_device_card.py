@@ -48,7 +48,7 @@ INT8 = {"dense_weights": "int8", "latent_rows": "fp8"}
 @pytest.mark.parametrize(
     ("context", "vram", "options", "chunk", "hot"),
     [
-        (262_144, 24_564 * MIB, INT8, 11_264, 0),
+        (262_144, 24_564 * MIB, INT8, 11_264, 2),
         (131_072, 24_564 * MIB, INT8, 16_384, 184),
         (131_072, 48 * 10**9, {}, 16_384, 524),
     ],
