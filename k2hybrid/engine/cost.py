@@ -53,6 +53,11 @@ class NetworkSizes:
     whole_below: int = 0  # sequences of fewer rows attend in the first of those parts
 
     @property
+    def mlp_layers(self) -> int:
+        """Those with an MLP."""
+        return self.layers - self.moe_layers
+
+    @property
     def layer_parts(self) -> int:
         """Those of attention, and feed-forward."""
         return self.attention_parts + 1
@@ -70,11 +75,16 @@ class Rows:
     count: int
     context: int
 
+    @property
+    def pairs(self) -> int:
+        """Of a row and a token that it looks back on: row i of n on context − n + 1 + i."""
+        return self.count * self.context - self.count * (self.count - 1) // 2
+
 
 class Kind(Enum):
     """What is learnt apart."""
 
-    SMALL = auto()  # any part of a pass over few rows
+    SMALL = auto()  # a pass over few rows
     ATTENTION = auto()
     MLP = auto()
     EXPERTS = auto()
@@ -96,6 +106,13 @@ class CostModel:
         self._bytes_per_us = bytes_per_us
         self._ops_per_us = ops_per_us
         self._factors = dict.fromkeys(Kind, 1.0)
+        parts = (
+            (sizes.layers, sizes.attention), (sizes.mlp_layers, sizes.mlp), (sizes.moe_layers, sizes.shared),
+            (1, sizes.head),
+        )  # fmt: skip
+        self._dense_bytes = sum(times * dense.bytes for times, dense in parts)
+        self._row_ops = sum(times * dense.row_ops for times, dense in parts)
+        self._row_ops += sizes.moe_layers * sizes.top_k * sizes.expert.row_ops
 
     def experts_read(self, rows: int) -> float:
         """Expected distinct experts that `rows` rows read in one layer, routing taken as even."""
@@ -106,18 +123,19 @@ class CostModel:
 
     def pass_us(self, rows: list[Rows]) -> int:
         """Microseconds of a whole pass over `rows`, at least 1; 0 for none."""
-        if not any(r.count for r in rows):
+        count = sum([r.count for r in rows])
+        if not count:
             return 0
-        sizes, layer = self.sizes, self._layer(rows)
-        layers = sizes.layers * layer.attention_us + layer.mlps * layer.mlp_us + layer.moes * layer.experts_us
-        return max(1, round(layers + self._head(rows)))
+        if count < LARGE_ROWS:
+            return max(1, round(self._factors[Kind.SMALL] * self._small_us(rows, count)))
+        return max(1, round(sum(self._large_us(rows).values())))
 
     def parts_us(self, rows: list[Rows]) -> list[int]:
         """Microseconds of each part of a pass over `rows`, at least 1 each."""
         layer = self._layer(rows)
         attention = [max(1, round(us)) for us in layer.attention]
         mlp, experts = max(1, round(layer.mlp_us)), max(1, round(layer.experts_us))
-        return [*(*attention, mlp) * layer.mlps, *(*attention, experts) * layer.moes]
+        return [*(*attention, mlp) * self.sizes.mlp_layers, *(*attention, experts) * self.sizes.moe_layers]
 
     def layer_us(self, rows: list[Rows]) -> int:
         """Microseconds of the longest layer of a pass over `rows`; at least 1."""
@@ -125,30 +143,51 @@ class CostModel:
 
     def observe(self, rows: list[Rows], first: int, end: int, us: float) -> None:
         """Parts `first` … `end` − 1 of a pass over `rows` took `us`, and the head if they are the last."""
-        sizes, layer, whole = self.sizes, self._layer(rows), end - first == self.sizes.parts
-        large = sum(r.count for r in rows) >= LARGE_ROWS
-        if not large and not whole:
-            return  # a single part says little of decode steps, which have this factor, too
-        expected = {Kind.HEAD: self._head(rows) if end == sizes.parts else 0.0}
-        if whole:
-            expected[Kind.ATTENTION] = sizes.layers * layer.attention_us
-            expected[Kind.MLP] = layer.mlps * layer.mlp_us
-            expected[Kind.EXPERTS] = layer.moes * layer.experts_us
+        count, sizes = sum([r.count for r in rows]), self.sizes
+        if count >= LARGE_ROWS:
+            if end - first == sizes.parts:
+                expected = self._large_us(rows)
+            else:
+                expected, layer = {}, self._layer(rows)
+                for part in range(first, end):
+                    kind, part_us = layer.part(part, sizes.mlp_layers)
+                    expected[kind] = expected.get(kind, 0.0) + part_us
+                if end == sizes.parts:
+                    expected[Kind.HEAD] = self._head_us(rows)
+        elif end - first == sizes.parts:
+            expected = {Kind.SMALL: self._factors[Kind.SMALL] * self._small_us(rows, count)}
         else:
-            for part in range(first, end):
-                kind, part_us = layer.part(part)
-                expected[kind] = expected.get(kind, 0.0) + part_us
+            return  # a part alone says little of decode steps, which have this factor, too
         predicted = sum(expected.values())
         if predicted <= 0 or us <= 0:
             return
-        for kind in [kind for kind, part_us in expected.items() if part_us] if large else [Kind.SMALL]:
-            followed = self._factors[kind] * (us / predicted) ** _NEW
-            self._factors[kind] = min(_HIGHEST, max(_LOWEST, followed))
+        for kind, part_us in expected.items():
+            if part_us:
+                followed = self._factors[kind] * (us / predicted) ** _NEW
+                self._factors[kind] = min(_HIGHEST, max(_LOWEST, followed))
+
+    def _small_us(self, rows: list[Rows], count: int) -> float:
+        """Of a pass as a whole, without its factor: quickly, since every decode step asks."""
+        sizes = self.sizes
+        read = self._dense_bytes + sizes.moe_layers * self.experts_read(count) * sizes.expert.bytes
+        read += sizes.layers * sizes.latent_bytes * sum([r.context for r in rows])
+        ops = count * self._row_ops
+        ops += sizes.layers * sizes.context_ops * sum([r.pairs for r in rows])
+        return max(read / self._bytes_per_us, ops / self._ops_per_us)
+
+    def _large_us(self, rows: list[Rows]) -> dict[Kind, float]:
+        """Of a pass, by kind of part."""
+        sizes, layer = self.sizes, self._layer(rows)
+        return {
+            Kind.ATTENTION: sizes.layers * sum(layer.attention),
+            Kind.MLP: sizes.mlp_layers * layer.mlp_us,
+            Kind.EXPERTS: sizes.moe_layers * layer.experts_us,
+            Kind.HEAD: self._head_us(rows),
+        }
 
     def _layer(self, rows: list[Rows]) -> _Layer:
         sizes = self.sizes
         count = sum(r.count for r in rows)
-        moes = min(sizes.moe_layers, sizes.layers)
         experts = self._us(
             Kind.EXPERTS,
             count,
@@ -156,20 +195,18 @@ class CostModel:
             count * (sizes.shared.row_ops + sizes.top_k * sizes.expert.row_ops),
         )
         mlp = self._us(Kind.MLP, count, sizes.mlp.bytes, count * sizes.mlp.row_ops)
-        return _Layer(self._attention(rows, count), mlp, experts, sizes.layers - moes, moes)
+        return _Layer(self._attention_us(rows, count), mlp, experts)
 
-    def _attention(self, rows: list[Rows], count: int) -> list[float]:
+    def _attention_us(self, rows: list[Rows], count: int) -> list[float]:
         """Microseconds of each part: projections into it are in the first, out of it in the last."""
         sizes, parts = self.sizes, self.sizes.attention_parts
         dense = sizes.attention
         looked_back = read = looked_whole = read_whole = 0
         for r in rows:
-            # Row i of n looks back on context − n + 1 + i tokens.
-            pairs = r.count * r.context - r.count * (r.count - 1) // 2
             if parts == 1 or r.count < sizes.whole_below:
-                looked_whole, read_whole = looked_whole + pairs, read_whole + r.context
+                looked_whole, read_whole = looked_whole + r.pairs, read_whole + r.context
             else:
-                looked_back, read = looked_back + pairs, read + r.context
+                looked_back, read = looked_back + r.pairs, read + r.context
         us = []
         for part in range(parts):
             ends = (part == 0) + (part == parts - 1)
@@ -180,7 +217,7 @@ class CostModel:
             us.append(self._us(Kind.ATTENTION, count, nbytes, ops))
         return us
 
-    def _head(self, rows: list[Rows]) -> float:
+    def _head_us(self, rows: list[Rows]) -> float:
         head = self.sizes.head
         return self._us(Kind.HEAD, sum(r.count for r in rows), head.bytes, len(rows) * head.row_ops)
 
@@ -192,24 +229,18 @@ class CostModel:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """Microseconds of the parts of layers, and how many have an MLP and how many experts."""
+    """Microseconds of the parts of a layer: of attention, and of either kind of feed-forward."""
 
     attention: list[float]
     mlp_us: float
     experts_us: float
-    mlps: int
-    moes: int
 
-    @property
-    def attention_us(self) -> float:
-        return sum(self.attention)
-
-    def part(self, at: int) -> tuple[Kind, float]:
-        """Part `at` of a pass."""
+    def part(self, at: int, mlps: int) -> tuple[Kind, float]:
+        """Part `at` of a pass whose first so many layers have an MLP."""
         layer, part = divmod(at, len(self.attention) + 1)
         if part < len(self.attention):
             return Kind.ATTENTION, self.attention[part]
-        return (Kind.MLP, self.mlp_us) if layer < self.mlps else (Kind.EXPERTS, self.experts_us)
+        return (Kind.MLP, self.mlp_us) if layer < mlps else (Kind.EXPERTS, self.experts_us)
 
 
 def longest_layer_us(parts_us: Sequence[int], layer_parts: int) -> int:
