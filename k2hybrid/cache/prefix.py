@@ -87,6 +87,8 @@ class _Node:
 
     def closest(self, chunk: Chunk) -> tuple[_Node | None, int]:
         """The child with most tokens in common with `chunk`, one that ends there if possible; how many."""
+        if len(self.children) == 1 and self.children[0].chunk == chunk:  # nearly always, within a history
+            return self.children[0], len(chunk)
         best, rows = None, 0
         place = bisect_left(self.children, chunk, key=_chunk)
         for near in self.children[place : place + 1] + self.children[max(place - 1, 0) : place]:
@@ -209,10 +211,11 @@ class PrefixTree:
             return []
         self._clock += 1
         root = self._roots.setdefault(scope, _Root(scope))
-        node: _Node = root
-        kept = []
+        node, known = self._known(root, ids, pages)
+        node.used = self._clock
+        kept = list(pages[:known])
         try:
-            for chunk, page in zip(self._chunks(ids), pages, strict=True):
+            for chunk, page in zip(self._chunks(ids, known * size), pages[known:], strict=True):
                 node = self._enter(node, chunk, page)
                 node.used = self._clock
                 kept.append(node.page if len(chunk) == size else page)
@@ -275,6 +278,22 @@ class PrefixTree:
             if rows < self._page_tokens:
                 break
         return path, tokens
+
+    def _known(self, root: _Root, ids: Sequence[int], pages: Sequence[int]) -> tuple[_Node, int]:
+        """The last of the leading full pages that the tree has already, one below the other, and how many.
+
+        So that a long history that grows is not compared from its beginning each time.
+        """
+        node: _Node = root
+        known, size = 0, self._page_tokens
+        for page in pages:
+            below = self._pages.get(page)
+            if below is None or below.parent is not node or len(below.chunk) < size:
+                break
+            node, known = below, known + 1
+        if known and node.chunk == tuple(ids[(known - 1) * size : known * size]):
+            return node, known
+        return root, 0
 
     def _enter(self, parent: _Node, chunk: Chunk, page: int) -> _Node:
         """The node below `parent` that knows `chunk`, on `page` if none did."""
@@ -378,6 +397,7 @@ class PrefixTree:
         parent = node.parent
         assert parent is not None
         parent.remove(node)
+        parent.used = max(parent.used, node.used)  # `insert` does not touch all above what it enters
         if not parent.children:
             if isinstance(parent, _Root):
                 del self._roots[parent.scope]
@@ -401,9 +421,9 @@ class PrefixTree:
         """Where `leaf` stands among the candidates: which of the heaps, and its key there."""
         return (self._leased, leaf.until) if leaf.until > _UNLEASED else (self._leaves, leaf.used)
 
-    def _chunks(self, ids: Sequence[int]) -> Iterator[Chunk]:
+    def _chunks(self, ids: Sequence[int], first: int = 0) -> Iterator[Chunk]:
         size = self._page_tokens
-        for start in range(0, len(ids), size):
+        for start in range(first, len(ids), size):
             yield tuple(ids[start : start + size])
 
 
