@@ -77,22 +77,23 @@ def is_image(part: Any) -> bool:
 def _as_dict(message: Message, budget: _Budget) -> dict[str, Any]:
     """The message under the names that chat templates use. Missing content is the empty string."""
 
-    def clean(value: Any) -> Any:
-        return budget.clean(value, "messages", 0)
-
-    result: dict[str, Any] = {"role": clean(message.role), "content": clean(message.content or "")}
+    text, content = budget.text, message.content or ""
+    result: dict[str, Any] = {
+        "role": text(message.role),
+        "content": text(content) if isinstance(content, str) else budget.clean(content, "messages", 0),
+    }
     if message.name:
-        result["name"] = clean(message.name)
+        result["name"] = text(message.name)
     if message.reasoning is not None:
-        result["reasoning_content"] = clean(message.reasoning)
+        result["reasoning_content"] = text(message.reasoning)
     if message.tool_call_id is not None:
-        result["tool_call_id"] = clean(message.tool_call_id)
+        result["tool_call_id"] = text(message.tool_call_id)
     if message.tool_calls:
         budget.spend(_CALL_CHARS * len(message.tool_calls), "messages")
         result["tool_calls"] = [
             {
-                "function": {"arguments": clean(call.arguments), "name": clean(call.name)},
-                "id": clean(call.id),
+                "function": {"arguments": text(call.arguments), "name": text(call.name)},
+                "id": text(call.id),
                 "type": "function",
             }
             for call in message.tool_calls
@@ -105,6 +106,13 @@ class _Budget:
 
     def __init__(self, chars: int) -> None:
         self._left = chars
+
+    def text(self, value: str) -> str:
+        """A text of a message, as `clean`."""
+        self._left -= len(value)
+        if self._left < 0:
+            self.spend(0, "messages")
+        return value if value.isascii() else replace_surrogates(value)
 
     def clean(self, value: Any, param: str, depth: int) -> Any:
         if depth > MAX_DEPTH:

@@ -17,7 +17,7 @@ import json
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
@@ -191,7 +191,7 @@ class Exchanges:
                 if found is not None:
                     known[at] = found
                     if found.reasoning and found.reasoning != message.reasoning:
-                        message = replace(message, reasoning=found.reasoning)
+                        message = message.with_reasoning(found.reasoning)
             result.append(message)
             chain = _chained(chain, key)
         return Recalled(tuple(result), known, chain)

@@ -11,7 +11,7 @@ import json
 import re
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from k2hybrid.types import Message, ToolCall
@@ -60,7 +60,7 @@ def canonicalise(messages: Sequence[Message]) -> tuple[list[Message], int]:
         if message.tool_calls:
             renamed = history.turn(message.tool_calls)
             if renamed != message.tool_calls:
-                result[position] = replace(message, tool_calls=renamed)
+                result[position] = message.with_calls(renamed)
             position += 1
         elif message.role == "tool":
             end = position
@@ -115,11 +115,11 @@ class _History:
         for message, call in zip(results, chosen, strict=True):
             call = call or self._by_order(message)
             if call is None:
-                answer.append(replace(message, tool_call_id=self._next_id(_orphan_name(message))))
+                answer.append(message.answering(self._next_id(_orphan_name(message)), message.name))
             elif (message.tool_call_id, message.name) == (call.id, call.name):
                 answer.append(message)
             else:
-                answer.append(replace(message, tool_call_id=call.id, name=message.name or call.name))
+                answer.append(message.answering(call.id, message.name or call.name))
         return answer
 
     def _next_id(self, name: str) -> str:
