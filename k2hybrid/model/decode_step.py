@@ -78,7 +78,6 @@ class DecodeStep:
             slots=inputs["slots"],
             rotation=Rotation(inputs["cos"], inputs["sin"]),
             absorbed=(),
-            attended={},
             expanded=(),
             paged=PagedSpans(None, inputs["tables"], inputs["lengths"]),
         )

@@ -7,7 +7,7 @@ Source: DeepSeek-V2 (arXiv 2405.04434, §2.1). Layouts as published: q_b rows pe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -56,14 +56,21 @@ def head_groups(heads: int, *, on_device: bool) -> list[slice]:
 
 
 @dataclass(frozen=True, slots=True)
+class Absorbed:
+    """Spans whose queries are in latent space at the same time."""
+
+    spans: tuple[int, ...]  # by number
+    attended: tuple[tuple[torch.Tensor, int, int], ...]  # the same, as `SpanAttention.attend` takes them
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionPlan:
     """What all layers of a pass share: where new rows go, their angles, and which spans take which form."""
 
     batch: Batch
     slots: torch.Tensor  # int64 [T]
     rotation: Rotation
-    absorbed: tuple[int, ...]  # spans, by number
-    attended: Mapping[int, tuple[torch.Tensor, int, int]]  # the same, as `SpanAttention.attend` takes them
+    absorbed: tuple[Absorbed, ...]  # groups of spans
     expanded: tuple[int, ...]
     paged: PagedSpans | None = None  # those of one token, where a device attends to them in one call
 
@@ -80,17 +87,26 @@ def plan_attention(
     single = [i for i, span in enumerate(batch.spans) if paged and span.count == 1]
     rest = [i for i in range(len(batch.spans)) if i not in single] if single else range(len(batch.spans))
     few = {i: batch.spans[i].count < sizes.absorbed_below for i in rest}
-    absorbed = tuple(i for i, is_few in few.items() if is_few)
     rotation, device = rope.at(batch.positions), pages.device
     return AttentionPlan(
         batch=batch,
         slots=(slots[0] if len(slots) == 1 else torch.cat(slots)).to(device),
         rotation=Rotation(rotation.cos.to(device), rotation.sin.to(device)),
-        absorbed=absorbed,
-        attended={i: (s.page_table, s.start, s.count) for i in absorbed for s in (batch.spans[i],)},
+        absorbed=tuple(_absorbed_together([i for i, is_few in few.items() if is_few], batch)),
         expanded=tuple(i for i, is_few in few.items() if not is_few),
         paged=_paged(batch, single, device) if single else None,
     )
+
+
+def _absorbed_together(spans: Sequence[int], batch: Batch) -> Iterator[Absorbed]:
+    """Groups of `ABSORBED_ROWS` rows at most, or one span."""
+    while spans:
+        taken, rows = 1, batch.spans[spans[0]].count
+        while taken < len(spans) and rows + batch.spans[spans[taken]].count <= ABSORBED_ROWS:
+            rows += batch.spans[spans[taken]].count
+            taken += 1
+        some, spans = tuple(spans[:taken]), spans[taken:]
+        yield Absorbed(some, tuple((s.page_table, s.start, s.count) for s in (batch.spans[i] for i in some)))
 
 
 def _paged(batch: Batch, single: list[int], device: torch.device) -> PagedSpans:
@@ -185,7 +201,7 @@ class MLA:
         out = torch.empty((len(x), sizes.heads, sizes.value), dtype=self.dtype, device=x.device)
         if plan.paged is not None:
             self._paged(q_nope, q_rope, plan.paged, out)
-        for some in _together(plan.absorbed, plan.batch):
+        for some in plan.absorbed:
             self._absorbed(q_nope, q_rope, plan, some, out)
         rows = [plan.batch.row_slices()[i] for i in plan.expanded]
         queries = tuple(torch.cat((q_nope[span], q_rope[span]), dim=-1) for span in rows)
@@ -258,14 +274,14 @@ class MLA:
         q_nope: torch.Tensor,
         q_rope: torch.Tensor,
         plan: AttentionPlan,
-        spans: Sequence[int],
+        some: Absorbed,
         out: torch.Tensor,
     ) -> None:
         # kv_b is read once for all these spans; only the attention itself goes span by span.
         all_rows = plan.batch.row_slices()
-        rows = [all_rows[i] for i in spans]
+        rows = [all_rows[i] for i in some.spans]
         q_latent = self.key_to_latent(_pick(q_nope, rows)).to(self.dtype)
-        mixed = self._mixed(q_latent, q_rope, rows, plan, spans)
+        mixed = self._mixed(q_latent, q_rope, rows, plan, some)
         values = self.latent_to_value(mixed)
         if len(rows) == len(all_rows):
             out.copy_(values)
@@ -282,7 +298,7 @@ class MLA:
         q_rope: torch.Tensor,
         rows: list[slice],
         plan: AttentionPlan,
-        spans: Sequence[int],
+        some: Absorbed,
     ) -> torch.Tensor:
         """Weighed latents of absorbed spans, in the model's dtype, as `q_latent` has their queries."""
         if self.attention is not None:
@@ -290,14 +306,14 @@ class MLA:
             return self.attention.attend(
                 q,
                 self.pages.rows(self.layer),
-                [plan.attended[i] for i in spans],
+                some.attended,
                 latent=self.sizes.latent,
                 row_format=self.pages.format.name,
                 scale=self.sizes.scale,
             ).to(self.dtype)
         mixed = torch.empty_like(q_latent)
         first = 0
-        for i, span_rows in zip(spans, rows, strict=True):
+        for i, span_rows in zip(some.spans, rows, strict=True):
             last = first + span_rows.stop - span_rows.start
             mixed[first:last] = attention.absorbed(
                 q_latent[first:last], q_rope[span_rows], self._context(plan, i), self.sizes, self.kernels
@@ -308,20 +324,6 @@ class MLA:
     def _context(self, plan: AttentionPlan, span: int) -> Context:
         cut = IN_RAM if self.decode is None else ON_DEVICE
         return Context(self.pages, self.layer, plan.batch.spans[span], cut)
-
-
-def _together(spans: Sequence[int], batch: Batch) -> Iterator[list[int]]:
-    """Spans whose queries are in latent space at the same time: of `ABSORBED_ROWS` in all, or one."""
-    some: list[int] = []
-    rows = 0
-    for i in spans:
-        if some and rows + batch.spans[i].count > ABSORBED_ROWS:
-            yield some
-            some, rows = [], 0
-        some.append(i)
-        rows += batch.spans[i].count
-    if some:
-        yield some
 
 
 def _pick(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:
