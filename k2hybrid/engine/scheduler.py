@@ -9,7 +9,7 @@ reads all experts, as many bytes as 48 decode steps.
 * A prefill rides along if the pass then takes at most half as long again.
 * Otherwise the chunk is owed nearly as much time as the passes take, and gets it in whole parts: running
   decodes keep half of their speed, and no gap between two of their tokens exceeds two decode steps, or one
-  layer of the chunk if that is longer. The chunk has so few rows that a layer takes no longer than a decode
+  layer of the chunk if that is longer. The chunk has so few rows that a part takes no longer than a decode
   step, or a fifth of a second, and that its parts fill what it is owed. Time that was predicted decides how
   far the chunk advances now, time that was measured what it is owed next: an error of the prediction cannot
   add up.
@@ -24,11 +24,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from k2hybrid.engine.cost import Rows
+from k2hybrid.engine.cost import LARGE_ROWS, Rows
 
 # Longest slice with nothing to decode, in microseconds: what a newcomer waits for at most, or one part.
 ALONE_US = 50_000
-# A layer of a chunk beside decodes takes so long at most, or as long as a decode step, if few rows can.
+# A part of a chunk beside decodes takes so long at most, or as long as a decode step, if few rows can.
 GAP_US = 200_000
 # What a chunk took too much or too little is made good within so many of its longest slices; not more,
 # since a stalled disk would otherwise stop it, or the decodes, for minutes.
@@ -40,7 +40,8 @@ FEWER_ROWS, FEWEST_ROWS = 3, 25
 # Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
 # chunk 10: a little room is left on both sides of a half for what neither accounts for.
 SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
-LEAST_CHUNK = 32  # rows: smaller ones are not worth the reading of weights
+# Rows: smaller chunks are not worth the reading of weights, and their parts are not predicted apart.
+LEAST_CHUNK = LARGE_ROWS
 
 
 class Costs(Protocol):
@@ -173,8 +174,8 @@ class Scheduler:
         shares, rows = dealt(room)
         if not decode_us:
             return shares, rows
-        while room > LEAST_CHUNK and self._costs.layer_us(list(rows)) > max(decode_us, GAP_US):
-            room //= 2
+        while room > LEAST_CHUNK and max(self._costs.parts_us(list(rows))) > max(decode_us, GAP_US):
+            room = max(LEAST_CHUNK, room // 2)
             shares, rows = dealt(room)
         count, best = sum(r.count for r in rows), self._use_percent(rows, decode_us)
         for percent in range(100 - FEWER_ROWS, FEWEST_ROWS - 1, -FEWER_ROWS):
