@@ -73,17 +73,22 @@ Leaving = Callable[[Evicted, float], bool]
 class _Node:
     """`children` are sorted by chunk: those with most in common with a chunk lie beside its place."""
 
-    __slots__ = ("children", "chunk", "key", "page", "parent", "queued", "until", "used")
+    __slots__ = ("children", "chunk", "key", "page", "parent", "queued", "touched", "until", "used")
 
     def __init__(self, chunk: Chunk, page: int, parent: _Node | None, used: int) -> None:
         self.chunk = chunk
         self.page = page
         self.parent = parent
-        self.used = used
+        self.used = self.touched = used  # `used` is later where it was held when it should have gone
         self.until = _UNLEASED  # never later than the parent's
         self.queued = False  # has an entry among the candidates for eviction
         self.key = b""  # see page_keys; empty until it is asked for
         self.children: list[_Node] = []
+
+    def touch(self, clock: int) -> None:
+        """It was asked for, or what lies below it."""
+        self.touched = clock
+        self.used = max(self.used, clock)
 
     def closest(self, chunk: Chunk) -> tuple[_Node | None, int]:
         """The child with most tokens in common with `chunk`, one that ends there if possible; how many."""
@@ -202,7 +207,8 @@ class PrefixTree:
         caller's own, for it is going to be written; the tree takes it if it does not know its tokens yet.
 
         Raises:
-            EngineError: not ceil(len(ids) / page_tokens) pages, or one that has other tokens in the tree.
+            EngineError: not ceil(len(ids) / page_tokens) pages, or one that has other tokens in the tree (of
+                those that are a path in the tree already the last one is compared).
         """
         size = self._page_tokens
         if len(pages) != -(-len(ids) // size):
@@ -212,12 +218,12 @@ class PrefixTree:
         self._clock += 1
         root = self._roots.setdefault(scope, _Root(scope))
         node, known = self._known(root, ids, pages)
-        node.used = self._clock
+        node.touch(self._clock)
         kept = list(pages[:known])
         try:
             for chunk, page in zip(self._chunks(ids, known * size), pages[known:], strict=True):
                 node = self._enter(node, chunk, page)
-                node.used = self._clock
+                node.touch(self._clock)
                 kept.append(node.page if len(chunk) == size else page)
         finally:
             if not root.children:
@@ -272,7 +278,7 @@ class PrefixTree:
                 break
             node, rows = node.closest(chunk)
             if node is not None:
-                node.used = self._clock
+                node.touch(self._clock)
                 path.append(node)
                 tokens += rows
             if rows < self._page_tokens:
@@ -397,7 +403,7 @@ class PrefixTree:
         parent = node.parent
         assert parent is not None
         parent.remove(node)
-        parent.used = max(parent.used, node.used)  # `insert` does not touch all above what it enters
+        parent.touch(max(parent.touched, node.touched))  # `insert` does not touch all above what it enters
         if not parent.children:
             if isinstance(parent, _Root):
                 del self._roots[parent.scope]

@@ -141,8 +141,12 @@ class CostModel:
         """Microseconds of the longest layer of a pass over `rows`; at least 1."""
         return longest_layer_us(self.parts_us(rows), self.sizes.layer_parts)
 
-    def observe(self, rows: list[Rows], first: int, end: int, us: float) -> None:
-        """Parts `first` … `end` − 1 of a pass over `rows` took `us`, and the head if they are the last."""
+    def observe(self, rows: list[Rows], first: int, end: int, us: float, *, logits: bool = True) -> None:
+        """Parts `first` … `end` − 1 of a pass over `rows` took `us`.
+
+        Args:
+            logits: with the head, if they are the last.
+        """
         count, sizes = sum([r.count for r in rows]), self.sizes
         if count >= LARGE_ROWS:
             if end - first == sizes.parts:
@@ -154,6 +158,8 @@ class CostModel:
                     expected[kind] = expected.get(kind, 0.0) + part_us
                 if end == sizes.parts:
                     expected[Kind.HEAD] = self._head_us(rows)
+            if not logits:
+                expected[Kind.HEAD] = 0.0
         elif end - first == sizes.parts:
             expected = {Kind.SMALL: self._factors[Kind.SMALL] * self._small_us(rows, count)}
         else:

@@ -485,7 +485,8 @@ class Engine:
         except Exception as error:
             self._fail_pass(run.shares, error)
             return True
-        self._cost.observe(list(run.rows), first, run.part, (time.perf_counter() - started_s) * 1e6)
+        took_us, logits = (time.perf_counter() - started_s) * 1e6, len(run.batch.logit_rows) > 0
+        self._cost.observe(list(run.rows), first, run.part, took_us, logits=logits)
         decoding = sum(1 for share in run.shares if self._running[share.number].decoding)
         if result is not None:
             for share in run.shares:

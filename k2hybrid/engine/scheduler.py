@@ -9,10 +9,11 @@ reads all experts, as many bytes as 48 decode steps.
 * A prefill rides along if the pass then takes at most half as long again.
 * Otherwise the chunk is owed nearly as much time as the passes take, and gets it in whole parts: running
   decodes keep half of their speed, and no gap between two of their tokens exceeds two decode steps, or one
-  layer of the chunk if that is longer. The chunk has so few rows that a part takes no longer than a decode
-  step, or a fifth of a second, and that its parts fill what it is owed. Time that was predicted decides how
-  far the chunk advances now, time that was measured what it is owed next: an error of the prediction cannot
-  add up.
+  layer of the chunk if that is longer. Among the numbers of rows with which that holds, and with which a part
+  takes no longer than a decode step or a fifth of a second, the chunk has the one that gets the prompt done
+  soonest: few rows read the same experts again and again, and parts that fill half of what the chunk is owed
+  leave the other half. Time that was predicted decides how far the chunk advances now, time that was measured
+  what it is owed next: an error of the prediction cannot add up.
 * With nothing to decode the chunk advances for a moment, so that newcomers are seen soon.
 * Prefills share a chunk evenly; what the short ones leave goes to the others. So a short prompt is answered
   after one chunk, however long the prompts beside it are.
@@ -33,10 +34,8 @@ GAP_US = 200_000
 # What a chunk took too much or too little is made good within so many of its longest slices; not more,
 # since a stalled disk would otherwise stop it, or the decodes, for minutes.
 MOST_DEBT, MOST_CREDIT = 4, 1
-# Whole parts that fit beside a decode step use so much of what the chunk is owed, or it has fewer rows: where
-# one and a half fit, a third would be lost. Rows are tried in such steps, down to so many, of a hundred.
-LEAST_USE_PERCENT = 93
-FEWER_ROWS, FEWEST_ROWS = 3, 25
+# Numbers of rows that a chunk may have are so far apart: each is that much of the one before.
+FEWER_PERCENT = 94
 # Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
 # chunk 10: a little room is left on both sides of a half for what neither accounts for.
 SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
@@ -113,6 +112,7 @@ class Scheduler:
         self._max_rows = max_rows
         self._costs = costs
         self._last_decoded = -1  # the number after which the next round of decoding begins
+        self._slice_us = 0  # what the last slice of a chunk was to take
         self._owed_us = 0  # the chunk's share of what passes took, less what it took; negative: it took more
         self._creditors: frozenset[int] = frozenset()  # whose chunk is, or was, owed that
 
@@ -128,8 +128,15 @@ class Scheduler:
         decode_us = self._costs.pass_us(rows)
         shares = [Share(c.number, 1, True) for c in turns]
         begin: tuple[Share, ...] = ()
+        waits = False  # prefills ride with the next pass, behind which there is no slice then
         if turns:
-            riding = self._riding(prefills, rows, decode_us)
+            riding, pass_us = self._riding(prefills, rows, decode_us)
+            if (
+                riding
+                and chunk is not None
+                and self._slice_us + pass_us > self._longest_gap(chunk, decode_us)
+            ):
+                riding, waits = [], True
             shares += riding
             gone = {share.number for share in riding}
             prefills = [c for c in prefills if c.number not in gone]
@@ -139,28 +146,35 @@ class Scheduler:
         if chunk is None or not chunk.numbers & self._creditors:
             self._owed_us = 0
         self._creditors = chunk.numbers if chunk else frozenset()
-        return TickPlan(tuple(shares), begin, self._slice(chunk, decode_us))
+        advance = 0 if waits else self._slice(chunk, decode_us)
+        self._slice_us = 0
+        if chunk is not None and advance:
+            self._slice_us = sum(self._costs.parts_us(list(chunk.rows))[chunk.part : chunk.part + advance])
+        return TickPlan(tuple(shares), begin, advance)
 
     def ran(self, pass_us: int, chunk_us: int) -> None:
         """What the planned pass and the chunk's parts took, in microseconds; 0 for what was not planned."""
         if pass_us:
             self._owed_us += _share(pass_us) - chunk_us
 
-    def _riding(self, prefills: list[Candidate], rows: list[Rows], decode_us: int) -> list[Share]:
-        """Prefills that the pass over `rows` takes along whole, shortest first."""
+    def _riding(self, prefills: list[Candidate], rows: list[Rows], decode_us: int) -> tuple[list[Share], int]:
+        """Prefills that the pass over `rows` takes along whole, shortest first; what it takes then."""
         room = self._max_rows - sum(r.count for r in rows)
+        pass_us = decode_us
         taken: list[Rows] = []
         shares = []
         for candidate in sorted(prefills, key=lambda c: (c.pending, c.number)):
             if candidate.pending > room:
                 break
             with_it = [*rows, *taken, candidate.rows(candidate.pending)]
-            if 2 * self._costs.pass_us(with_it) > 3 * decode_us:
+            with_us = self._costs.pass_us(with_it)
+            if 2 * with_us > 3 * decode_us:
                 break
+            pass_us = with_us
             taken.append(with_it[-1])
             room -= candidate.pending
             shares.append(Share(candidate.number, candidate.pending, True))
-        return shares
+        return shares, pass_us
 
     def _chunk(self, prefills: list[Candidate], decode_us: int) -> tuple[tuple[Share, ...], tuple[Rows, ...]]:
         """Shares of a new chunk and their rows, beside decode steps of `decode_us` (0: none)."""
@@ -170,32 +184,30 @@ class Scheduler:
             shares = tuple(_deal(prefills, room))
             return shares, tuple(known[share.number].rows(share.tokens) for share in shares)
 
-        room = self._max_rows
-        shares, rows = dealt(room)
+        most = min(self._max_rows, sum(c.pending for c in prefills))
         if not decode_us:
-            return shares, rows
-        while room > LEAST_CHUNK and max(self._costs.parts_us(list(rows))) > max(decode_us, GAP_US):
-            room = max(LEAST_CHUNK, room // 2)
-            shares, rows = dealt(room)
-        count, best = sum(r.count for r in rows), self._use_percent(rows, decode_us)
-        for percent in range(100 - FEWER_ROWS, FEWEST_ROWS - 1, -FEWER_ROWS):
-            if best >= LEAST_USE_PERCENT or count * percent < 100 * LEAST_CHUNK:
-                break
-            fewer, fewer_rows = dealt(count * percent // 100)
-            if (use := self._use_percent(fewer_rows, decode_us)) > best:
-                best, shares, rows = use, fewer, fewer_rows
-        return shares, rows
+            return dealt(most)
+        counts = [most]
+        while (fewer := counts[-1] * FEWER_PERCENT // 100) >= LEAST_CHUNK:
+            counts.append(fewer)
+        return max(map(dealt, counts), key=lambda chunk: self._worth(chunk[1], decode_us))
 
-    def _use_percent(self, rows: Sequence[Rows], decode_us: int) -> int:
-        """How much of its share of the time a chunk of `rows` can use; 0 if a part is longer than it may."""
-        parts, most = self._costs.parts_us(list(rows)), self._longest_slice(rows, decode_us)
-        if max(parts) > most:
-            return 0
+    def _worth(self, rows: Sequence[Rows], decode_us: int) -> tuple[int, bool, float]:
+        """Of a chunk of `rows`: how little it stalls decodes, then how many rows a microsecond it runs."""
+        parts = self._costs.parts_us(list(rows))
+        whole_us = sum(parts)
+        longest, most = max(parts), self._longest_slice(rows, decode_us)
         slices, at = 0, 0
         while at < len(parts):
-            at += _whole(parts, at, most)
+            at += _whole(parts, at, max(most, parts[at]))
             slices += 1
-        return 100 * sum(parts) // max(1, slices * _share(decode_us))
+        decoding_us = max(slices * decode_us, whole_us * SHARE_DENOMINATOR // SHARE_NUMERATOR)
+        stall_us = max(0, longest - max(decode_us, GAP_US))
+        return -stall_us, longest <= most, sum(r.count for r in rows) / (whole_us + decoding_us)
+
+    def _longest_gap(self, chunk: Chunk, decode_us: int) -> int:
+        """Microseconds: two decode steps, or a layer of the chunk."""
+        return max(2 * decode_us, self._costs.layer_us(list(chunk.rows)))
 
     def _longest_slice(self, rows: Sequence[Rows], decode_us: int) -> int:
         """Microseconds of a chunk between two steps so that no gap is longer than two of them, or a layer."""

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol, runtime_checkable
 import torch
 
 from k2hybrid.model.layers import LinearKernels, WithRows
-from k2hybrid.model.scratch import Cut
+from k2hybrid.model.scratch import Cut, absorbed_below
 
 if TYPE_CHECKING:
     from k2hybrid.cache.pages import LatentPages
@@ -41,15 +41,8 @@ class AttentionSizes:
 
     @property
     def absorbed_below(self) -> float:
-        """Spans with fewer new tokens than this are cheaper absorbed; 170.7 at Kimi-K2's sizes.
-
-        Multiplications per head and context row, for n queries: absorbed n · (2·latent + rope), scores over
-        latent + rope values and a sum over latent; expanded n · (nope + rope + value), plus latent ·
-        (nope + value) once, to make that row's key and value. They are equal at
-        n = latent · (nope + value) / ((2·latent + rope) − (nope + rope + value)).
-        """
-        saved = (2 * self.latent + self.rope) - (self.nope + self.rope + self.value)
-        return self.latent * (self.nope + self.value) / saved if saved > 0 else float("inf")
+        """See `scratch.absorbed_below`."""
+        return absorbed_below(self.latent, self.nope, self.rope, self.value)
 
 
 @runtime_checkable

@@ -20,7 +20,7 @@ from k2hybrid.config import DenseWeights, LatentRows
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.plan import CardPlan, Need, gib
 from k2hybrid.experts.prediction import ModelSizes
-from k2hybrid.model.scratch import ABSORBED_ROWS, MLP_ROWS, ON_DEVICE
+from k2hybrid.model.scratch import ABSORBED_ROWS, MLP_ROWS, ON_DEVICE, absorbed_below
 
 MIB = 1 << 20
 CONTEXT_BYTES = 600 * MIB  # assumed: the driver's context, the kernels' code, a workspace of cuBLAS
@@ -202,12 +202,15 @@ def _scratch_bytes(spec: ModelSpec, rows: int, blocks: int) -> int:
     kept = 4 * query + 4 * spec.latent_dim + 2 * latent
     split = 2 * rotary + 2 * heads * spec.qk_nope_head_dim
     attending = 2 * query + 2 * values  # and room for the result
-    of_experts, of_mlp, absorbed = (min(rows, most) for most in (EXPERT_TILE_ROWS, MLP_ROWS, ABSORBED_ROWS))
+    of_experts, of_mlp = min(rows, EXPERT_TILE_ROWS), min(rows, MLP_ROWS)
+    # Groups of spans, or one span that is longer than they are.
+    below = absorbed_below(latent, spec.qk_nope_head_dim, spec.qk_rope_head_dim, spec.v_head_dim)
+    absorbed = int(min(rows, max(ABSORBED_ROWS, below)))
     return max(
         rows * 8 * hidden,  # a norm
         rows * (4 * query + 10 * (spec.q_lora_rank or 0)),
         rows * (kept + 12 * rotary),  # rotation: before, after, and products of halves
-        rows * (kept + split),
+        rows * (kept + split + 2 * spec.latent_dim),  # and the latent with its rotated part
         # Queries in latent space in fp32, then bf16; what they found there, too; its values.
         rows * (split + 2 * values) + absorbed * (8 * heads * latent + 4 * values) + blocks,
         rows * (split + attending),  # both parts of the queries put together

@@ -196,12 +196,14 @@ class MLP:
 
     def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
         """x [T, hidden], the rows of each span -> fp32 [T, hidden]."""
-        if len(x) <= MLP_ROWS:
+        if len(x) <= MLP_ROWS or (
+            self._rows is None and len(rows) > 1
+        ):  # spans are not cut: see `span_by_span`
             return self._together(x, rows)
         out = torch.empty(len(x), self.down.weight.shape[0], dtype=torch.float32, device=x.device)
         for first in range(0, len(x), MLP_ROWS):
-            tile = range(first, min(first + MLP_ROWS, len(x)))
-            out[tile.start : tile.stop] = self._together(x[tile.start : tile.stop], _within(rows, tile))
+            tile = slice(first, first + MLP_ROWS)
+            out[tile] = self._together(x[tile], [slice(None)])
         return out
 
     def _together(self, x: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
@@ -209,10 +211,3 @@ class MLP:
         if self._rows is not None:
             return self.down(self._rows.swiglu(gate, up))
         return self.down(swiglu(gate, up, rows, self.dtype))
-
-
-def _within(rows: Sequence[slice], tile: range) -> list[slice]:
-    """The parts of spans that lie in `tile`, counted from its start."""
-    parts = [range(*span.indices(tile.stop)) for span in rows]
-    cut = [(max(part.start, tile.start), part.stop) for part in parts]
-    return [slice(first - tile.start, last - tile.start) for first, last in cut if first < last]

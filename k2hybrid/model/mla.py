@@ -172,7 +172,8 @@ class MLA:
             self.q = Linear(kernels, take("q_b_proj"))
         self.kv_a = Linear(kernels, take("kv_a_proj"))
         self.latent_norm = RMSNorm(unquantized(take("kv_a_layernorm")), latent_norm_eps, dtype)
-        by_head = unquantized(take("kv_b_proj")).view(sizes.heads, sizes.nope + sizes.value, sizes.latent)
+        self.kv_b = Linear(kernels, unquantized(take("kv_b_proj")))
+        by_head = unquantized(self.kv_b.weight).view(sizes.heads, sizes.nope + sizes.value, sizes.latent)
         self.groups = [
             _HeadGroup(
                 heads,

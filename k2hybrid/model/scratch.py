@@ -5,6 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
+def absorbed_below(latent: int, nope: int, rope: int, value: int) -> float:
+    """Spans with fewer new tokens than this are cheaper absorbed; 170.7 at Kimi-K2's sizes.
+
+    Multiplications per head and context row, for n queries: absorbed n · (2·latent + rope), scores over
+    latent + rope values and a sum over latent; expanded n · (nope + rope + value), plus latent · (nope +
+    value) once, to make that row's key and value. They are equal at
+    n = latent · (nope + value) / ((2·latent + rope) − (nope + rope + value)).
+    """
+    saved = (2 * latent + rope) - (nope + rope + value)
+    return latent * (nope + value) / saved if saved > 0 else float("inf")
+
+
 @dataclass(frozen=True, slots=True)
 class Cut:
     """How attention is cut into blocks of context and tiles of queries.

@@ -10,7 +10,7 @@ from k2hybrid.engine.cost import DenseWeights, NetworkSizes
 from k2hybrid.model.mla import attention_sizes, head_groups
 
 _NEVER = 1 << 30  # rows: more than any sequence has
-_NORM = "post_attention_layernorm"  # between the two parts of a layer
+_NORM = "post_attention_layernorm"  # the first of what follows attention in a layer
 
 
 def network_sizes(

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jinja2
 import jinja2.sandbox
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from k2hybrid.chat import render_worker
 from k2hybrid.chat.prompt import Prompt
+from k2hybrid.chat.render_worker import TemplateProgram
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.types import Message, ToolCall
@@ -280,3 +282,14 @@ def test_the_number_behind_a_control_token_is_used_once(monkeypatch: pytest.Monk
     assert program.render({"body": keys[0] + "0000"}, 100) == [keys[0] + "0000", 0, ""]
     assert len(set(keys)) == 2
     assert all(len(key) == 38 and key.isdecimal() for key in keys)
+
+
+@pytest.mark.parametrize("name", [*dir(dict), "role", "_x", "__secret", "mro", "missing"])
+def test_the_quicker_sandbox_sees_what_the_plain_one_does(name: str) -> None:
+    plain = jinja2.sandbox.ImmutableSandboxedEnvironment()
+    program = TemplateProgram("", [], {})
+    quick = program._template.environment
+    for there in ({}, {name: "value"}):
+        found, wanted = (environment.getattr(there, name) for environment in (quick, plain))
+        assert type(found) is type(wanted)
+        assert found == wanted or isinstance(found, jinja2.Undefined)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -528,3 +529,40 @@ def test_a_page_that_was_extended_after_it_was_told_of_has_another_key() -> None
     tree.insert([1, 2, 3], pages)
     assert tree.evict(1) == 1
     assert [gone.key for gone in told] == [page_keys("", ids, 4)[0].key for ids in ([1, 2], [1, 2, 3])]
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    st.lists(
+        st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(1, 3), st.integers(0, 2)),
+        min_size=4,
+        max_size=24,
+    )
+)
+def test_what_is_known_of_a_history_may_be_skipped(steps: list[tuple[list[int], int, int]]) -> None:
+    """Histories that grow by turns, and evictions: as if each were compared from its beginning."""
+
+    class Whole(PrefixTree):
+        def _known(self, root: Any, ids: Sequence[int], pages: Sequence[int]) -> tuple[_Node, int]:
+            return root, 0
+
+    made = []
+    for kind in (PrefixTree, Whole):
+        counts = Counts()
+        tree = kind(counts, 2)
+        seen: list[Any] = []
+        for ids, turns, evicted in steps:
+            history: list[int] = []
+            held: list[int] = []
+            for turn in range(turns):
+                history = [*history, *ids, turn]
+                held += counts.new(-(-len(history) // 2) - len(held))
+                kept = tree.insert(history, held)
+                counts.retain(kept)
+                counts.release(held)
+                held = kept
+                seen.append(kept)
+            counts.release(held)
+            seen.append((tree.evict(evicted), sorted(tree.pages())))
+        made.append(seen)
+    assert made[0] == made[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields, replace
+
 import pytest
 
 from k2hybrid.chat.toolcall import canonicalise
@@ -218,3 +220,13 @@ def test_a_long_history_is_read_in_one_go() -> None:
     assert count == 2 * many
     assert renamed[1].tool_call_id == "functions.f:0"
     assert renamed[-1].tool_call_id == f"functions.g:{2 * many - 1}"
+
+
+def test_a_changed_message_keeps_all_else() -> None:
+    call = ToolCall("functions.f:0", "f", "{}")
+    message = Message("tool", "c", "n", "r", (call,), "id", partial=True, response_id="resp")
+    assert len(fields(Message)) == 8
+    assert message.with_reasoning("other") == replace(message, reasoning="other")
+    assert message.with_calls(()) == replace(message, tool_calls=())
+    assert message.answering("x", None) == replace(message, tool_call_id="x", name=None)
+    assert message.with_calls((call,)) == message

@@ -33,6 +33,18 @@ LAYERS = 3
 SIZES = NetworkSizes(LAYERS, attention=DenseWeights(0, 500_000), mlp=DenseWeights(0, 500_000))
 
 
+def _bf16(weights: int) -> DenseWeights:
+    return DenseWeights(2 * weights, weights)
+
+
+# Kimi-K2-Thinking: 60 of 61 layers have 384 experts of 24.8 MB; the dense part is 21.1 GB.
+K2 = NetworkSizes(
+    layers=61, moe_layers=60, attention=_bf16(101_000_000), mlp=_bf16(396_000_000), shared=_bf16(46_800_000),
+    head=_bf16(1_174_000_000), expert=DenseWeights(24_772_608, 44_040_192), experts=384, top_k=8,
+    context_ops=64 * 1088, latent_bytes=1152, attention_parts=4, whole_below=171,
+)  # fmt: skip
+
+
 def next_token(context: Sequence[int]) -> int:
     """A token that depends on every token of the context and on its position."""
     value = 7

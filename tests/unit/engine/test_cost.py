@@ -6,19 +6,8 @@ import random
 
 import pytest
 
-from k2hybrid.engine.cost import LARGE_ROWS, CostModel, DenseWeights, NetworkSizes, Rows
-
-
-def bf16(weights: int) -> DenseWeights:
-    return DenseWeights(2 * weights, weights)
-
-
-# Kimi-K2-Thinking: 60 of 61 layers have 384 experts of 24.8 MB; the dense part is 21.1 GB.
-K2 = NetworkSizes(
-    layers=61, moe_layers=60, attention=bf16(101_000_000), mlp=bf16(396_000_000), shared=bf16(46_800_000),
-    head=bf16(1_174_000_000), expert=DenseWeights(24_772_608, 44_040_192), experts=384, top_k=8,
-    context_ops=64 * 1088, latent_bytes=1152, attention_parts=4, whole_below=171,
-)  # fmt: skip
+from k2hybrid.engine.cost import LARGE_ROWS, CostModel, NetworkSizes, Rows
+from tests.unit.engine.fakes import K2
 
 
 def test_distinct_experts_are_those_of_even_routing() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from k2hybrid.engine.cost import Rows
+from k2hybrid.engine.cost import CostModel, Rows
 from k2hybrid.engine.scheduler import (
     ALONE_US,
     GAP_US,
@@ -23,6 +23,7 @@ from k2hybrid.engine.scheduler import (
     TickPlan,
     pages_for,
 )
+from tests.unit.engine.fakes import K2
 
 LAYERS = 10
 
@@ -179,7 +180,9 @@ def test_a_chunk_gets_its_share_of_the_time_whatever_it_and_a_step_take(
         assert chunk is not None
         parts = costs.parts_us(list(chunk.rows))
         slice_us = sum(parts[chunk.part : chunk.part + plan.advance])
-        assert step_us + slice_us <= max(2 * step_us, parts[0] + parts[1]), "two steps, or a layer"
+        assert step_us + slice_us <= max(2 * step_us, parts[0] + parts[1]) or (
+            plan.advance == 1 and min(parts) + 2 < step_us  # one part that is all but the whole of its layer
+        ), "two steps, or a layer"
         took = slice_us * chunk_percent // 100
         scheduler.ran(step_us * step_percent // 100, took)
         decoding, chunking = decoding + step_us * step_percent // 100, chunking + took
@@ -205,13 +208,65 @@ def _advances(scheduler: Scheduler, ticks: int, *, pass_us: int, part_us: int) -
 
 def test_a_chunk_beside_decodes_has_no_part_longer_than_a_gap_may_be() -> None:
     row_us = 2 * GAP_US * LAYERS // 128  # so many rows take that long in half a layer
-    assert per_row(row_us).plan([decode(0), prefill(1, 400)]).begin == (Share(1, 128, False),)
+    (share,) = per_row(row_us).plan([decode(0), prefill(1, 400)]).begin
+    assert 0.94 * 0.94 * 128 <= share.tokens <= 128
     assert per_row(row_us).plan([prefill(1, 400)]).begin == (Share(1, 400, True),)
-    # The smallest chunk, and a decode step that is longer than its parts.
-    assert per_row(10 * row_us).plan([decode(0), prefill(1, 400)]).begin == (Share(1, LEAST_CHUNK, False),)
-    # 26 rows take 26 times a row, a layer of 256 rows a tenth of 256; of 232 what a chunk is owed then.
-    decodes = [decode(n) for n in range(26)]
-    assert per_row(row_us).plan([*decodes, prefill(99, 400)]).begin == (Share(99, 232, False),)
+    # The smallest chunk, where even that has longer parts.
+    (share,) = per_row(10 * row_us).plan([decode(0), prefill(1, 400)]).begin
+    assert LEAST_CHUNK <= share.tokens <= LEAST_CHUNK / 0.94 / 0.94
+
+
+@pytest.mark.parametrize(
+    ("gb_per_s", "gops", "decodes", "context"),
+    [
+        (400, 10_000, 4, 0),
+        (50, 10_000, 1, 20_000),
+        (100, 3_000, 4, 0),
+        (400, 30_000, 1, 0),
+        (400, 10_000, 1, 0),
+    ],
+)
+def test_at_true_size_a_prefill_beside_decodes_takes_about_twice_as_long(
+    gb_per_s: int, gops: int, decodes: int, context: int
+) -> None:
+    """Few rows read nearly all experts: so a chunk keeps many, whatever fits beside a step exactly."""
+    costs = CostModel(K2, bytes_per_us=gb_per_s * 1e3, ops_per_us=gops * 1e3)
+    running = [Candidate(n, 1, True, 1000) for n in range(decodes)]
+    scheduler, tokens = Scheduler(512, costs), 4096
+    alone = sum(costs.pass_us([Rows(512, context + done + 512)]) for done in range(0, tokens, 512))
+    took = done = 0
+    chunk: Chunk | None = None
+    while done < tokens:
+        prompt = Candidate(99, tokens - done, False, context + done)
+        plan = scheduler.plan([*running, prompt], chunk)
+        if plan.begin:
+            chunk = Chunk((prompt.rows(plan.begin[0].tokens),), 0, frozenset({99}))
+        assert chunk is not None
+        parts, step_us = costs.parts_us(list(chunk.rows)), costs.pass_us([c.rows(1) for c in running])
+        slice_us = sum(parts[chunk.part : chunk.part + plan.advance])
+        assert step_us + slice_us <= max(2 * step_us, costs.layer_us(list(chunk.rows)))
+        scheduler.ran(step_us, slice_us)
+        took += step_us + slice_us
+        chunk = Chunk(chunk.rows, chunk.part + plan.advance, chunk.numbers)
+        if chunk.part == K2.parts:
+            done, chunk = done + chunk.rows[0].count, None
+    # 2.1, and more where a feed-forward is a third of a step: three would be too much beside it.
+    assert took <= 2.5 * alone
+
+
+def test_what_rides_along_waits_until_no_slice_lies_before_it() -> None:
+    # A step and what rides take 1,500 µs; behind a slice of 900 that would be more than two steps.
+    scheduler = flat(1000, 8, 10)
+    chunk = Chunk((Rows(351, 351),), 0, frozenset({1}))  # 221 µs a part
+    running = [decode(0), prefill(1, 351)]
+    assert scheduler.plan(running, chunk) == TickPlan((Share(0, 1, True),), (), 4)
+    scheduler.ran(1000, 884)
+    arrived = [*running, prefill(2, 57)]
+    assert scheduler.plan(arrived, chunk) == TickPlan((Share(0, 1, True),), (), 0)
+    scheduler.ran(1000, 0)
+    riding = scheduler.plan(arrived, chunk)
+    assert riding.shares == (Share(0, 1, True), Share(2, 57, True))
+    assert riding.advance == 4
 
 
 def test_a_chunk_under_way_goes_on_and_its_sequences_wait() -> None:

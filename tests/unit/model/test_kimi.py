@@ -13,7 +13,7 @@ from k2hybrid.errors import ConfigError
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.model import attention
+from k2hybrid.model import attention, layers, mla
 from k2hybrid.model.kimi import Kimi
 from k2hybrid.model.layers import TorchLinears
 from k2hybrid.native.machine import Machine
@@ -162,3 +162,28 @@ def test_what_does_not_fit_is_refused(rows: Any, dtype: torch.dtype, message: st
     pages = LatentPages(checkpoint.spec.num_layers, 1, rows)
     with pytest.raises(ConfigError, match=message):
         Kimi(checkpoint.spec, checkpoint, ReferenceExperts(), TorchLinears(), pages, dtype=dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["k2", "no_moe", "beta_fast_32_odd_sizes"])  # of 4, 7 and 5 heads
+def test_how_a_pass_is_cut_changes_no_bit(
+    name: str, dtype: torch.dtype, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Absorbed spans together or few by few, an MLP in tiles, heads in groups."""
+
+    def logits() -> torch.Tensor:
+        model = (
+            native_model(name, machine)
+            if dtype == torch.bfloat16
+            else tiny_model(tiny_checkpoint(name), dtype)
+        )
+        spans = [(random_ids(model.model.spec, n, seed=n), 0, model.table(n)) for n in (100, 20, 7, 19, 25)]
+        return model.run(batch_of(spans))
+
+    whole = logits()
+    monkeypatch.setattr(mla, "ABSORBED_ROWS", 30)
+    assert torch.equal(logits(), whole)
+    monkeypatch.setattr(layers, "MLP_ROWS", 16)
+    assert torch.equal(logits(), whole)
+    monkeypatch.setattr(mla, "HEAD_GROUPS", 1)
+    assert torch.equal(logits(), whole)

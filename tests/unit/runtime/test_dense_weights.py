@@ -159,6 +159,7 @@ def test_bytes_are_those_that_are_read_and_operations_stay(checkpoint: Path, kin
         assert dense_weights == "bf16" or told[f"dense weights, {kind}"] == meter.step_bytes
         found[dense_weights] = network_sizes(spec, meter.step_bytes, pages.format.row_bytes)
         assert network.embedding.dtype == torch.bfloat16
+        assert found[dense_weights].parts == network.parts
     for part in ("attention", "mlp", "shared", "head"):
         eight, sixteen = (getattr(found[dense_weights], part) for dense_weights in (kind, "bf16"))
         assert eight.row_ops == sixteen.row_ops
