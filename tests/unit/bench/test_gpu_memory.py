@@ -110,6 +110,6 @@ def test_the_table_is_that_of_the_documents() -> None:
     plan, wishes = fitted(
         published_spec(), CAP_MIB * MIB, CardWishes(dense="int8", rows="fp8", context=CONTEXT_TOKENS)
     )
-    assert wishes.chunk == 7_680
+    assert wishes.chunk == 11_264
     assert planned(plan, "weights") == 9_878_715_648 + 1_023_410_176 + 330_393_600 + 4_026_368
-    assert planned(plan, "a chunk", "scratch") == 555_601_920 + 1_964_310_528
+    assert planned(plan, "a chunk", "scratch") == 814_882_816 + 1_635_778_560
