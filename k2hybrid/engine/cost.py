@@ -47,10 +47,14 @@ class NetworkSizes:
     expert: DenseWeights = NO_WEIGHTS  # one
     experts: int = 0
     top_k: int = 0
-    context_ops: int = 0  # multiply-adds of one row for each token of its context
+    context_ops: int = 0  # multiply-adds of one row for each token of its context, attending in latent space
     latent_bytes: int = 0  # of one token in the cache
     attention_parts: int = 1
-    whole_below: int = 0  # sequences of fewer rows attend in the first of those parts
+    # Sequences of fewer rows attend in latent space, in the first of those parts. Others share the parts, and
+    # make keys and values of their context first.
+    whole_below: int = 0
+    pair_ops: int = 0  # multiply-adds of one row for each token of its context, over keys and values
+    key_ops: int = 0  # of making a token's keys and values
 
     @property
     def mlp_layers(self) -> int:
@@ -207,19 +211,19 @@ class CostModel:
         """Microseconds of each part: projections into it are in the first, out of it in the last."""
         sizes, parts = self.sizes, self.sizes.attention_parts
         dense = sizes.attention
-        looked_back = read = looked_whole = read_whole = 0
+        expanded = read = absorbed = read_whole = 0
         for r in rows:
-            if parts == 1 or r.count < sizes.whole_below:
-                looked_whole, read_whole = looked_whole + r.pairs, read_whole + r.context
+            if r.count < sizes.whole_below:
+                absorbed, read_whole = absorbed + r.pairs * sizes.context_ops, read_whole + r.context
             else:
-                looked_back, read = looked_back + r.pairs, read + r.context
+                expanded += r.pairs * sizes.pair_ops + r.context * sizes.key_ops
+                read += r.context
         us = []
         for part in range(parts):
             ends = (part == 0) + (part == parts - 1)
             whole = part == 0
             nbytes = dense.bytes * ends / 2 + sizes.latent_bytes * (read + whole * read_whole)
-            ops = count * dense.row_ops * ends / 2
-            ops += sizes.context_ops * (looked_back / parts + whole * looked_whole)
+            ops = count * dense.row_ops * ends / 2 + expanded / parts + whole * absorbed
             us.append(self._us(Kind.ATTENTION, count, nbytes, ops))
         return us
 

@@ -36,6 +36,9 @@ GAP_US = 200_000
 MOST_DEBT, MOST_CREDIT = 4, 1
 # Numbers of rows that a chunk may have are so far apart: each is that much of the one before.
 FEWER_PERCENT = 94
+# The largest that is nearly as fast as the fastest: what a pass costs beside its bytes and operations is not
+# predicted, and is paid for each chunk.
+NEARLY_PERCENT = 95
 # Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
 # chunk 10: a little room is left on both sides of a half for what neither accounts for.
 SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
@@ -190,7 +193,18 @@ class Scheduler:
         counts = [most]
         while (fewer := counts[-1] * FEWER_PERCENT // 100) >= LEAST_CHUNK:
             counts.append(fewer)
-        return max(map(dealt, counts), key=lambda chunk: self._worth(chunk[1], decode_us))
+        chunks = list(map(dealt, counts))
+        # All as if behind the same tokens: what few rows do not look back on yet others will.
+        behind = {s.number: r.context for s, r in zip(*chunks[0], strict=True)}
+        worth = [
+            self._worth([Rows(s.tokens, behind[s.number]) for s in shares], decode_us) for shares, _ in chunks
+        ]
+        *least, rate = max(worth)
+        return next(
+            chunk
+            for chunk, (*gaps, its_rate) in zip(chunks, worth, strict=True)
+            if gaps == least and its_rate * 100 >= rate * NEARLY_PERCENT
+        )
 
     def _worth(self, rows: Sequence[Rows], decode_us: int) -> tuple[int, bool, float]:
         """Of a chunk of `rows`: how little it stalls decodes, then how many rows a microsecond it runs."""

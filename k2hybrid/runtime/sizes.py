@@ -46,6 +46,8 @@ def network_sizes(
         latent_bytes=row_bytes,
         attention_parts=len(head_groups(spec.num_heads, on_device=on_device)),
         whole_below=math.ceil(min(attention_sizes(spec).absorbed_below, _NEVER)),
+        pair_ops=spec.num_heads * (spec.qk_head_dim + spec.v_head_dim),
+        key_ops=spec.num_heads * spec.kv_lora_rank * (spec.qk_nope_head_dim + spec.v_head_dim),
     )
 
 

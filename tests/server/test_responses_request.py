@@ -6,9 +6,9 @@ import asyncio
 import base64
 import contextlib
 import json
-import time
+import sys
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import httpx
@@ -318,15 +318,31 @@ def test_a_shelf_has_limits_by_count_and_by_size() -> None:
     assert [by_size.get(identity) is not None for identity in ids[3:]] == [True, False]
 
 
+def calls_of(function: Callable[[], object]) -> int:
+    """Calls of Python and native functions: what work it is, whatever the machine."""
+    count = 0
+
+    def counted(_frame: object, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(counted)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
 def test_references_are_found_at_once_and_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     items = [{**USER, "content": str(i)} for i in range(responses_references.MAX_REFERENCES)]
     shelf = kept(Responses(), OLD, input=items)
     names = [
         {"type": "item_reference", "id": item_id("message", OLD, i, brought=True)} for i in range(len(items))
     ]
-    began = time.process_time()
+    few = calls_of(lambda: parse(shelf, input=names[:100]))
     assert parse(shelf, input=names).request.messages[-1] == Message("user", text(str(len(items) - 1)))
-    assert time.process_time() - began < 1
+    assert calls_of(lambda: parse(shelf, input=names)) <= 1.5 * few * len(names) / 100
     with pytest.raises(RequestError) as many:
         parse(shelf, input=[*names, names[0]])
     assert many.value.param == "input"
@@ -402,9 +418,8 @@ def test_a_name_is_found_among_many_at_once() -> None:
         None,
         None,
     )
-    began = time.process_time()
-    assert all(box.find("f", f"n{i % 1000}") for i in range(100_000))
-    assert time.process_time() - began < 2
+    assert all(box.find("f", f"n{i % 1000}") for i in range(1000))
+    assert calls_of(lambda: box.find("f", "n999")) < 10
     assert parse_choice(
         {"type": "allowed_tools", "tools": [{"type": "namespace", "name": "n1"}, {"name": "f"}]}, box
     )[0].functions == tuple(t for t in box.functions if t["function"]["name"] in ("f", "n1__f"))

@@ -42,6 +42,7 @@ K2 = NetworkSizes(
     layers=61, moe_layers=60, attention=_bf16(101_000_000), mlp=_bf16(396_000_000), shared=_bf16(46_800_000),
     head=_bf16(1_174_000_000), expert=DenseWeights(24_772_608, 44_040_192), experts=384, top_k=8,
     context_ops=64 * 1088, latent_bytes=1152, attention_parts=4, whole_below=171,
+    pair_ops=64 * 320, key_ops=64 * 512 * 256,
 )  # fmt: skip
 
 

@@ -35,8 +35,9 @@ def test_large_passes_are_bound_by_operations() -> None:
     cost = CostModel(K2, bytes_per_us=200_000, ops_per_us=1_000)
     experts = K2.shared.row_ops + K2.top_k * K2.expert.row_ops
     row_ops = 61 * K2.attention.row_ops + K2.mlp.row_ops + 60 * experts
+    attending = 2048 * 2049 // 2 * K2.pair_ops + 2048 * K2.key_ops
     assert cost.pass_us([Rows(2048, 2048)]) == pytest.approx(
-        (2048 * row_ops + 61 * 2048 * 2049 // 2 * K2.context_ops + K2.head.row_ops) / 1_000, rel=1e-6
+        (2048 * row_ops + 61 * attending + K2.head.row_ops) / 1_000, rel=1e-6
     )
 
 
@@ -62,7 +63,8 @@ def test_a_few_rows_attend_in_the_first_part_and_many_by_groups_of_heads() -> No
         pytest.approx((100 * K2.attention.row_ops / 2 + pairs * K2.context_ops) / 1_000), 1, 1,
         pytest.approx(100 * K2.attention.row_ops / 2_000),
     ]  # fmt: skip
-    assert many[1] == many[2] == pytest.approx((200 * 90_000 - 100 * 199) * K2.context_ops / 4_000)
+    expanded = (200 * 90_000 - 100 * 199) * K2.pair_ops + 90_000 * K2.key_ops
+    assert many[1] == many[2] == pytest.approx(expanded / 4_000)
     assert many[0] == many[3] == pytest.approx(many[1] + 200 * K2.attention.row_ops / 2_000)
     assert both[:4] == pytest.approx([a + b for a, b in zip(few[:4], many[:4], strict=True)], abs=2)
 

@@ -189,11 +189,12 @@ def test_a_chunk_gets_its_share_of_the_time_whatever_it_and_a_step_take(
         part = chunk.part + plan.advance
         chunk = Chunk(chunk.rows, part, chunk.numbers) if part < 2 * LAYERS else None
     share = chunking / decoding
-    # Never more than its share, but for the last slice. Less, where whole parts use nine tenths of it, where
-    # steps are shorter than was predicted and it may do no more at once, and by a slice that is not owed yet.
+    # Never more than its share, but for the last slice. Less, where whole parts use nine tenths of it (a
+    # larger chunk a twentieth less), where steps are shorter than was predicted and it may do no more at
+    # once, and by a slice that is not owed yet.
     a_slice = max(step_us, *parts) * max(1.0, chunk_percent / 100) / decoding
     assert share <= 10 / 11 + 2 * a_slice
-    assert share >= (0.9 * 10 / 11) * min(1.0, chunk_percent / step_percent) - a_slice
+    assert share >= (0.95 * 0.9 * 10 / 11) * min(1.0, chunk_percent / step_percent) - a_slice
 
 
 def _advances(scheduler: Scheduler, ticks: int, *, pass_us: int, part_us: int) -> list[int]:
@@ -251,7 +252,7 @@ def test_at_true_size_a_prefill_beside_decodes_takes_about_twice_as_long(
         if chunk.part == K2.parts:
             done, chunk = done + chunk.rows[0].count, None
     # 2.1, and more where a feed-forward is a third of a step: three would be too much beside it.
-    assert took <= 2.5 * alone
+    assert took <= (2.55 if gops == 30_000 else 2.4) * alone
 
 
 def test_what_rides_along_waits_until_no_slice_lies_before_it() -> None:
