@@ -149,10 +149,7 @@ class Scheduler:
         if chunk is None or not chunk.numbers & self._creditors:
             self._owed_us = 0
         self._creditors = chunk.numbers if chunk else frozenset()
-        advance = 0 if waits else self._slice(chunk, decode_us)
-        self._slice_us = 0
-        if chunk is not None and advance:
-            self._slice_us = sum(self._costs.parts_us(list(chunk.rows))[chunk.part : chunk.part + advance])
+        advance, self._slice_us = (0, 0) if chunk is None or waits else self._slice(chunk, decode_us)
         return TickPlan(tuple(shares), begin, advance)
 
     def ran(self, pass_us: int, chunk_us: int) -> None:
@@ -227,19 +224,19 @@ class Scheduler:
         """Microseconds of a chunk between two steps so that no gap is longer than two of them, or a layer."""
         return max(_share(decode_us), self._costs.layer_us(list(rows)) - decode_us)
 
-    def _slice(self, chunk: Chunk | None, decode_us: int) -> int:
-        """Parts that `chunk` advances by beside a pass over the decodes."""
-        if chunk is None:
-            return 0
+    def _slice(self, chunk: Chunk, decode_us: int) -> tuple[int, int]:
+        """Parts that `chunk` advances by beside a pass over the decodes, and the microseconds they take."""
         parts = self._costs.parts_us(list(chunk.rows))
         if not decode_us:
-            return max(1, _whole(parts, chunk.part, ALONE_US))
+            advance = max(1, _whole(parts, chunk.part, ALONE_US))
+            return advance, sum(parts[chunk.part : chunk.part + advance])
         most = self._longest_slice(chunk.rows, decode_us)
         longest = max(most, *parts)
         self._owed_us = min(max(self._owed_us, -MOST_DEBT * longest), MOST_CREDIT * longest)
         owed = self._owed_us + _share(decode_us)
         # What does not fit at all goes alone.
-        return _whole(parts, chunk.part, min(owed, max(most, parts[chunk.part])))
+        advance = _whole(parts, chunk.part, min(owed, max(most, parts[chunk.part])))
+        return advance, sum(parts[chunk.part : chunk.part + advance])
 
     def _turns(self, decodes: list[Candidate]) -> list[Candidate]:
         room = self._max_rows

@@ -196,10 +196,9 @@ class MLP:
 
     def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
         """x [T, hidden], the rows of each span -> fp32 [T, hidden]."""
-        cuts_spans = (
-            self._rows is None and len(rows) > 1
-        )  # which torch's functions must not be: `span_by_span`
-        if len(x) <= MLP_ROWS or cuts_spans:
+        # Where torch plays swiglu spans must not be cut: see `span_by_span`.
+        whole_spans = self._rows is None and len(rows) > 1
+        if len(x) <= MLP_ROWS or whole_spans:
             return self._together(x, rows)
         out = torch.empty(len(x), self.down.weight.shape[0], dtype=torch.float32, device=x.device)
         for first in range(0, len(x), MLP_ROWS):

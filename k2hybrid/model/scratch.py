@@ -1,4 +1,5 @@
-"""What attention and MLPs may take for the moment; apart from their code, so that a plan needs no torch."""
+"""What attention and MLPs may take for the moment, and what decides it; apart from their code, so that a plan
+needs no torch."""
 
 from __future__ import annotations
 
