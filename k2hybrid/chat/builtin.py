@@ -10,7 +10,7 @@ from typing import Any
 
 from k2hybrid.chat.conversation import Conversation, is_image, part_text
 from k2hybrid.chat.markers import Markers
-from k2hybrid.chat.prompt import Piece, split_specials
+from k2hybrid.chat.prompt import Piece, merged, split_specials
 from k2hybrid.chat.tokenizer import Tokenizer
 
 DEFAULT_SYSTEM = "You are Kimi, an AI assistant created by Moonshot AI."
@@ -25,7 +25,7 @@ class BuiltinRenderer:
         self._image = list(split_specials(_IMAGE, tokenizer))
 
     def render(self, conversation: Conversation, add_generation_prompt: bool) -> list[Piece]:
-        """The conversation as pieces; `conversation.partial` is not looked at."""
+        """The conversation as pieces, `merged`; `conversation.partial` is not looked at."""
         pieces: list[Piece] = []
         messages = conversation.messages
         if conversation.tools:
@@ -53,7 +53,7 @@ class BuiltinRenderer:
                 pieces += self._message(self._markers.im_system, header, self._content(message))
         if add_generation_prompt:
             pieces += [self._markers.im_assistant, "assistant", self._markers.im_middle]
-        return pieces
+        return merged(pieces)
 
     def _message(self, opener: int, header: str, body: list[Piece] | list[str]) -> list[Piece]:
         return [opener, header, self._markers.im_middle, *body, self._markers.im_end]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from k2hybrid.chat.growing import Held, alike
 from k2hybrid.chat.tokenizer import Tokenizer
 
 # What a renderer yields: plain text, or the id of a control token. Text never becomes a control token later
@@ -75,24 +77,55 @@ class PieceCache:
         return ids
 
 
-def assemble(
-    pieces: list[Piece],
-    tokenizer: Tokenizer,
-    encode: Callable[[str], list[int]],
-    first_call_index: int,
-    in_reasoning: bool,
-) -> Prompt:
-    """Tokenize the plain pieces, `merged` before, with `encode` and put the control tokens between them."""
-    ids: list[int] = []
-    texts: list[str] = []
-    for piece in pieces:
-        if isinstance(piece, str):
-            ids += encode(piece)
+@dataclass(frozen=True, slots=True)
+class _Assembled:
+    """`ids` and `text` of pieces; behind each piece there are so many of them."""
+
+    pieces: list[Piece]
+    ids: list[int]
+    text: str
+    ids_behind: list[int]
+    chars_behind: list[int]
+
+
+class Assembler:
+    """Pieces → ids and text; of a conversation that grew only what is new is put together. Thread-safe."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._names = tokenizer.special_names
+        self._cache = PieceCache(tokenizer)
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._held: Held[_Assembled] = Held()
+
+    def assemble(self, pieces: list[Piece]) -> tuple[list[int], str]:
+        """Tokenize the plain pieces, `merged` before, and put the control tokens between them.
+
+        `pieces` is kept: not to be changed.
+        """
+        known, number, base = 0, None, _Assembled([], [], "", [], [])
+        with self._lock:
+            for its_number, held in self._held.newest_first():
+                if (count := alike(held.pieces, pieces)) > known:
+                    known, number, base = count, its_number, held
+        n_ids, n_chars = (base.ids_behind[known - 1], base.chars_behind[known - 1]) if known else (0, 0)
+        ids, texts = base.ids[:n_ids], [base.text[:n_chars]]
+        ids_behind, chars_behind = base.ids_behind[:known], base.chars_behind[:known]
+        for piece in pieces[known:]:
+            if isinstance(piece, str):
+                ids += self._cache.encode(piece)
+            else:
+                ids.append(piece)
+                piece = self._names[piece]
             texts.append(piece)
-        else:
-            ids.append(piece)
-            texts.append(tokenizer.special_names[piece])
-    return Prompt(ids, "".join(texts), first_call_index, in_reasoning)
+            n_chars += len(piece)
+            ids_behind.append(len(ids))
+            chars_behind.append(n_chars)
+        assembled = _Assembled(pieces, ids, "".join(texts), ids_behind, chars_behind)
+        with self._lock:
+            grown = number if known == len(base.pieces) else None
+            self._held.put(next(self._numbers), assembled, n_chars, grown)
+        return list(ids), assembled.text
 
 
 def split_specials(text: str, tokenizer: Tokenizer) -> Iterator[Piece]:

@@ -25,7 +25,9 @@ import jinja2.exceptions
 import jinja2.ext
 import jinja2.sandbox
 from jinja2 import nodes
+from jinja2.runtime import Context, Macro
 
+from k2hybrid.chat.growing import Held, alike
 from k2hybrid.chat.worker_side import Answer, serve
 
 _SEARCHING = frozenset(
@@ -53,12 +55,23 @@ class _GenerationTag(jinja2.ext.Extension):
 
 
 class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The sandbox, quicker where `message.role` means `message["role"]`: what is no attribute is an item."""
+    """The sandbox, quicker at what templates do for every message.
+
+    `message.role` means `message["role"]`: what is no attribute is an item. The template's own macros are
+    safe to call.
+    """
 
     def getattr(self, obj: Any, attribute: str) -> Any:
-        if type(obj) is dict and attribute in obj and attribute not in _DICT_ATTRIBUTES:
-            return obj[attribute]
+        if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
+            return obj[attribute] if attribute in obj else self.undefined(obj=obj, name=attribute)
         return super().getattr(obj, attribute)
+
+    def call(__self, __context: Context, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
+        if type(__obj) is not Macro:
+            return super().call(__context, __obj, *args, **kwargs)
+        kwargs.pop("_loop_vars", None)
+        kwargs.pop("_block_vars", None)
+        return __obj(__context.eval_ctx, *args, **kwargs)
 
 
 class TemplateProgram:
@@ -87,7 +100,7 @@ class TemplateProgram:
         self._template = jinja2.Template.from_code(environment, code, environment.make_globals(None))
 
     def render(self, context: dict[str, Any], max_chars: int) -> list[str | int]:
-        """Pieces: plain text, or the index of a special token in `specials`."""
+        """Pieces: plain text, or the index of a special token in `specials`. No two texts are neighbours."""
         key = _fresh_key()
         marks = {f"{_VARIABLE}{i}": key + str(i).zfill(_INDEX_DIGITS) for i in range(len(self._specials))}
         own = {name: self._mark(text, key) for name, text in self._variables.items()}
@@ -107,14 +120,15 @@ class TemplateProgram:
         return self._pattern.sub(lambda m: key + str(self._index[m.group()]).zfill(_INDEX_DIGITS), text)
 
     def _split(self, text: str, key: str, spelled: bool = False) -> list[str | int]:
-        first, *others = text.split(key)
-        pieces: list[str | int] = [first]
-        for other in others:
-            digits = other[:_INDEX_DIGITS]
-            index = int(digits) if digits.isdecimal() and len(digits) == _INDEX_DIGITS else -1
-            if not 0 <= index < len(self._specials):
-                raise jinja2.TemplateRuntimeError("the template cut a control token into pieces")
-            pieces += [self._specials[index] if spelled else index, other[_INDEX_DIGITS:]]
+        texts_and_marks = re.split(f"{key}([0-9]{{{_INDEX_DIGITS}}})", text)
+        texts, marks = texts_and_marks[::2], [int(digits) for digits in texts_and_marks[1::2]]
+        if any(key in text for text in texts) or max(marks, default=0) >= len(self._specials):
+            raise jinja2.TemplateRuntimeError("the template cut a control token into pieces")
+        pieces: list[str | int] = [texts[0]] if texts[0] else []
+        for index, text in zip(marks, texts[1:], strict=True):
+            pieces.append(self._specials[index] if spelled else index)
+            if text:
+                pieces.append(text)
         return pieces
 
     # --- the template's own spellings -------------------------------------------------------------
@@ -239,10 +253,42 @@ def _strftime_now(form: str) -> str:
 # --- the process ----------------------------------------------------------------------------------
 
 
+class _Answers:
+    """Renders histories. Of one that begins like an earlier one only what is new comes, and goes back."""
+
+    def __init__(self, program: TemplateProgram) -> None:
+        self._program = program
+        self._held: Held[tuple[list[Any], list[Any], list[str | int]]] = Held()
+
+    def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
+        base = request["base"]
+        held = self._held.get(base)
+        if held is None and base is not None:
+            return {"forgotten": True}
+        before, tools, pieces_before = held or ([], [], [])
+        messages = before[: request["known"]] + request["messages"]
+        tools = tools if request["tools"] is None else request["tools"]
+        context = {
+            "messages": messages,
+            "tools": tools or None,
+            "add_generation_prompt": request["add_generation_prompt"],
+        }
+        try:
+            pieces = self._program.render(context, int(request["max_chars"]))
+        except MemoryError:
+            self._held = Held()  # all that can be given back; it comes again
+            raise
+        grown = len(before) == request["known"]
+        self._held.put(
+            request["number"], (messages, tools, pieces), request["chars"], base if grown else None
+        )
+        known = alike(pieces_before, pieces)
+        return {"known": known, "pieces": pieces[known:]}
+
+
 def _start(request: dict[str, Any]) -> Answer:
     """Compile the template; what is returned renders with it."""
-    program = TemplateProgram(request["source"], request["specials"], request["variables"])
-    return lambda request: {"pieces": program.render(request["context"], int(request["max_chars"]))}
+    return _Answers(TemplateProgram(request["source"], request["specials"], request["variables"]))
 
 
 def _failure(error: Exception) -> dict[str, Any] | None:

@@ -15,7 +15,7 @@ from k2hybrid.chat.builtin import BuiltinRenderer
 from k2hybrid.chat.conversation import Conversation, prepare, text_of
 from k2hybrid.chat.jinja import JinjaRenderer
 from k2hybrid.chat.markers import Markers
-from k2hybrid.chat.prompt import Piece, PieceCache, Prompt, assemble, merged
+from k2hybrid.chat.prompt import Assembler, Piece, Prompt, merged
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.errors import TemplateError
 from k2hybrid.types import Message
@@ -28,7 +28,9 @@ class Renderer(Protocol):
     """A conversation → pieces of text and control tokens."""
 
     def render(self, conversation: Conversation, add_generation_prompt: bool) -> list[Piece]:
-        """`conversation.partial` is not looked at. Raises TemplateError or RequestError."""
+        """No two texts are neighbours. `conversation.partial` is not looked at. Raises TemplateError or
+        RequestError.
+        """
 
 
 class ChatTemplate:
@@ -39,8 +41,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, *, timeout_s: float = 10.0) -> None:
         self.source = source
-        self._tokenizer = tokenizer
-        self._cache = PieceCache(tokenizer)
+        self._assembler = Assembler(tokenizer)
         self._markers = Markers.from_specials(tokenizer.specials)
         self._jinja = None if source is None else JinjaRenderer(source, tokenizer, timeout_s=timeout_s)
         self._renderer: Renderer = BuiltinRenderer(tokenizer) if self._jinja is None else self._jinja
@@ -73,14 +74,15 @@ class ChatTemplate:
         """
         conversation = prepare(messages, tools)
         partial = conversation.partial
-        pieces = merged(self._renderer.render(conversation, add_generation_prompt or partial is not None))
+        pieces = self._renderer.render(conversation, add_generation_prompt or partial is not None)
         in_reasoning = False
         if partial is not None:
             pieces, in_reasoning = continuation(partial, pieces, self._markers)
             pieces = merged(pieces)
         elif add_generation_prompt:
             in_reasoning = pieces[-1:] == [self._markers.think_begin]
-        return assemble(pieces, self._tokenizer, self._cache.encode, conversation.calls, in_reasoning)
+        ids, text = self._assembler.assemble(pieces)
+        return Prompt(ids, text, conversation.calls, in_reasoning)
 
     def close(self) -> None:
         """End the rendering process, if one runs. The next `render` starts another."""
