@@ -1,7 +1,7 @@
-"""The word of a request that tells which everyday tool it asks for, where the tool's name was not said.
+"""The words of a request that decide something which their neighbours' names do not say.
 
 `How far is it from Oslo to Rome?` asks for `get_distance`: of the words in the domain's frames `far` occurs
-in the fewest other domains.
+in the fewest other domains. `without icons` and `icons off` turn the same switch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from typing import Any
 
 from k2hybrid.mini_eval.domains import DOMAINS
 from k2hybrid.mini_eval.everyday_frames import MORE_FRAMES
+from k2hybrid.mini_eval.toolbox import spoken_name
+from tools.mini.pieces import Place
 
 _WORDS = re.compile(r"[a-z]+|[*+]")
 _MOST = 6  # of domains in whose frames a cue may occur
@@ -40,3 +42,17 @@ def cue(function: dict[str, Any], user: str) -> str | None:
         if any(word.lower() in words for words in known) and _SPREAD[word.lower()] <= _MOST
     ]
     return min(telling)[2] if telling else None
+
+
+def switch(name: str, user: str) -> Place | None:
+    """The word that turns the boolean parameter `name` on or off; None where it stands away from the name."""
+    for said in (spoken_name(name), name):
+        if found := re.search(
+            rf"(?<!\w){re.escape(said)}(=|: | to | )(on|off|true|false|yes|no|enabled|disabled)\b", user
+        ):
+            return Place(("user",), before=said + found[1], text=found[2])
+        if found := re.search(
+            rf"\b(without|no|disable|with|enable|use)( ){re.escape(said)}(?!\w)", user, re.I
+        ):
+            return Place(("user",), after=found[2] + user[found.end(2) : found.end()], text=found[1])
+    return None
