@@ -93,11 +93,14 @@ class LatentPages:
 
     def slots(self, page_table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Row numbers, int64 [stop - start], of a sequence's tokens; the same in every layer."""
-        if stop == start + 1:  # as in decoding, where six small operations would cost as much as a linear
-            page, row = divmod(start, PAGE_TOKENS)
-            return page_table[page : page + 1] * PAGE_TOKENS + row
         tokens = torch.arange(start, stop, device=page_table.device)
         return page_table[tokens // PAGE_TOKENS] * PAGE_TOKENS + tokens % PAGE_TOKENS
+
+    @staticmethod
+    def slot(page_table: torch.Tensor, token: int) -> int:
+        """Row number of one token, as `slots` has it, without torch: for each sequence of a decode step."""
+        page, row = divmod(token, PAGE_TOKENS)
+        return int(page_table[page]) * PAGE_TOKENS + row
 
     def rows(self, layer: int) -> torch.Tensor:
         """All rows of a layer as stored, uint8 [pages · 64, row_bytes]."""

@@ -539,7 +539,9 @@ class Engine:
             return
         job = sequence.job
         try:
-            token, logprob = sequence.sampler.sample(result.logits[share.number], job.mask)
+            token, logprob = sequence.sampler.sample(
+                result.logits[share.number], job.mask, result.extremes[share.number]
+            )
             events = (
                 [TokenEvent(token, logprob)] if job.mask is None else self._taken(sequence, token, logprob)
             )

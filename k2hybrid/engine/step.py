@@ -13,6 +13,7 @@ from k2hybrid.engine.cost import LARGE_ROWS, Rows
 from k2hybrid.engine.scheduler import Share
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.model.batch import Batch
+from k2hybrid.model.sampler import Extremes, extremes
 
 
 class StepModel(Protocol):
@@ -36,6 +37,7 @@ class StepResult:
     """What a pass gave, by sequence number."""
 
     logits: Mapping[int, torch.Tensor]  # fp32 [vocab], for shares marked `last`
+    extremes: Mapping[int, Extremes]  # of these
     failed: frozenset[int]  # sequences with a lost row
 
 
@@ -91,8 +93,14 @@ class StepRunner:
             if any(rows.start <= row < rows.stop for row in run.state.failed_rows)
         )
         wanted = [share.number for share in run.shares if share.last]
-        rows = self._model.logits(run.state) if wanted else ()
-        return StepResult(dict(zip(wanted, rows, strict=True)), failed)
+        if not wanted:
+            return StepResult({}, {}, failed)
+        rows = self._model.logits(run.state)
+        return StepResult(
+            dict(zip(wanted, rows.unbind(), strict=True)),
+            dict(zip(wanted, extremes(rows), strict=True)),
+            failed,
+        )
 
     def forget(self, sequence: Sequence) -> None:
         """`sequence` runs no more."""

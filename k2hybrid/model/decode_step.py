@@ -64,7 +64,7 @@ class DecodeStep:
         staged["sin"].copy_(rotation.sin)
         for row, span in enumerate(batch.spans):
             table = span.page_table
-            staged["slots"][row : row + 1] = network.pages.slots(table, span.start, span.start + 1)
+            staged["slots"][row] = network.pages.slot(table, span.start)
             staged["tables"][row, : len(table)] = table
             staged["lengths"][row] = span.start + 1
         for name, buffer in self._inputs.items():

@@ -83,19 +83,26 @@ def plan_attention(
     Args:
         paged: spans of one token are attended to together.
     """
-    slots = [pages.slots(s.page_table, s.start, s.start + s.count) for s in batch.spans]
     single = [i for i, span in enumerate(batch.spans) if paged and span.count == 1]
     rest = [i for i in range(len(batch.spans)) if i not in single] if single else range(len(batch.spans))
     few = {i: batch.spans[i].count < sizes.absorbed_below for i in rest}
     rotation, device = rope.at(batch.positions), pages.device
     return AttentionPlan(
         batch=batch,
-        slots=(slots[0] if len(slots) == 1 else torch.cat(slots)).to(device),
+        slots=_slots(batch, pages).to(device),
         rotation=Rotation(rotation.cos.to(device), rotation.sin.to(device)),
         absorbed=tuple(_absorbed_together([i for i, is_few in few.items() if is_few], batch)),
         expanded=tuple(i for i, is_few in few.items() if not is_few),
         paged=_paged(batch, single, device) if single else None,
     )
+
+
+def _slots(batch: Batch, pages: LatentPages) -> torch.Tensor:
+    """Where the rows go, int64 [T]."""
+    if all(span.count == 1 for span in batch.spans):
+        return torch.tensor([pages.slot(span.page_table, span.start) for span in batch.spans])
+    slots = [pages.slots(s.page_table, s.start, s.start + s.count) for s in batch.spans]
+    return slots[0] if len(slots) == 1 else torch.cat(slots)
 
 
 def _absorbed_together(spans: Sequence[int], batch: Batch) -> Iterator[Absorbed]:

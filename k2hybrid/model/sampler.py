@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -68,6 +68,30 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         within("logit_bias", bias, -100.0, 100.0)
 
 
+@dataclass(frozen=True, slots=True)
+class Extremes:
+    """Of a row of logits: the greatest, the least, and the lowest id of the greatest."""
+
+    greatest: float
+    least: float
+    first: int
+
+    @property
+    def finite(self) -> bool:
+        """Whether all logits are: NaN and either infinity show here."""
+        return math.isfinite(self.greatest) and math.isfinite(self.least)
+
+
+def extremes(logits: torch.Tensor) -> list[Extremes]:
+    """Of each row of logits fp32 [R, vocab]; at once, since every sequence of a decode step asks."""
+    rows: npt.NDArray[np.float32] = logits.numpy()
+    if not len(rows):
+        return []
+    first = rows.argmax(axis=1)  # numpy returns the lowest id among equals, or the first NaN
+    greatest = rows[np.arange(len(rows)), first].tolist()
+    return list(map(Extremes, greatest, rows.min(axis=1).tolist(), first.tolist()))
+
+
 class Sampler:
     """The sampling state of one sequence: its random stream and what its penalties count.
 
@@ -93,26 +117,29 @@ class Sampler:
         self._bias_ids = np.fromiter(params.logit_bias.keys(), np.int64)
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
 
-    def sample(self, logits: torch.Tensor, mask: LogitsMask | None = None) -> tuple[int, TokenLogprob | None]:
+    def sample(
+        self, logits: torch.Tensor, mask: LogitsMask | None = None, known: Extremes | None = None
+    ) -> tuple[int, TokenLogprob | None]:
         """Choose a token and count it.
 
         Args:
             logits: fp32 [vocab] on the CPU; a mask may be written into it.
             mask: forbids tokens; asked to `apply`. What it makes of the choice goes to `correct`.
+            known: the logits' `extremes`, if they were looked for.
 
         Raises:
             EngineError: a logit is not finite, or the mask forbids every token.
         """
         raw: Row = logits.numpy()
-        best, least = float(raw.max()), float(raw.min())  # NaN and either infinity show in these two
-        if not (math.isfinite(best) and math.isfinite(least)):
+        known = known or extremes(logits.unsqueeze(0))[0]
+        if not known.finite:
             raise EngineError(
                 "the model produced logits that are not finite; this request ends, others go on"
             )
         row = self._adjusted(logits, raw, mask)
-        token = self._choose(row)
+        token = self._choose(row, known.first if row is raw and mask is None else int(row.argmax()))
         self._count(token)
-        return token, self._logprob(raw, best, token)
+        return token, self._logprob(raw, known.greatest, token)
 
     def correct(self, chosen: int, taken: Sequence[int]) -> None:
         """Instead of `chosen`, the token sampled last, the tokens `taken` were generated."""
@@ -167,9 +194,9 @@ class Sampler:
             mask.apply(changed)
         return row
 
-    def _choose(self, row: Row) -> int:
+    def _choose(self, row: Row, first: int) -> int:
+        """`first`: the lowest id of the greatest logit."""
         params = self._params
-        first = int(row.argmax())  # numpy returns the lowest id among equals
         best = row[first]
         if best == -np.inf:
             raise EngineError("the mask forbids every token")

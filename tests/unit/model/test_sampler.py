@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from k2hybrid.errors import EngineError, RequestError
-from k2hybrid.model.sampler import BLOCK, Sampler, check_sampling, cut, draw, ranked
+from k2hybrid.model.sampler import BLOCK, Sampler, check_sampling, cut, draw, extremes, ranked
 from k2hybrid.types import SamplingParams
 
 VOCAB = 50
@@ -159,6 +159,29 @@ def test_the_row_is_not_changed_and_other_rows_do_not_matter() -> None:
     for _ in range(20):
         assert together.sample(block[1])[0] == alone.sample(random_logits(2))[0]
     assert torch.equal(block, before)
+
+
+def test_extremes_of_many_rows_are_those_of_each() -> None:
+    """Equal logits, NaN and infinities among them; what is known before changes no choice."""
+    rows = torch.stack([random_logits(n) for n in range(12)])
+    rows[1, 5] = rows[1, 3] = rows[1].max() + 1
+    rows[2, 7], rows[3, 0], rows[4, 9] = float("nan"), float("inf"), -float("inf")
+    found = extremes(rows)
+    assert found[1].first == 3
+    assert [e.finite for e in found] == [n not in (2, 3, 4) for n in range(12)]
+    for n, row in enumerate(rows):
+        if not found[n].finite:
+            continue
+        assert (found[n].greatest, found[n].least) == (float(row.max()), float(row.min()))
+        for params in (
+            SamplingParams(temperature=0.0, logprobs=3),
+            SamplingParams(seed=n, logprobs=0),
+            SamplingParams(temperature=0.0, logit_bias={found[n].first: -50.0}),
+        ):
+            for mask in (None, Forbid(found[n].first)):
+                told = Sampler(params, VOCAB).sample(row.clone(), mask, found[n])
+                assert told == Sampler(params, VOCAB).sample(row.clone(), mask)
+    assert extremes(rows[:0]) == []
 
 
 def test_presence_and_frequency_count_generated_tokens_only() -> None:

@@ -18,6 +18,7 @@ from k2hybrid.types import (
     ChatRequest,
     Content,
     DoneEvent,
+    EngineEvent,
     Event,
     Message,
     Reasoning,
@@ -327,6 +328,23 @@ class TestMailbox:
         feeder = threading.Thread(target=feed)
         feeder.start()
         assert [mailbox.get() for _ in range(500)] == [TokenEvent(n) for n in range(500)]
+        feeder.join()
+
+    def test_order_is_kept_into_an_event_loop_and_nothing_is_waited_for_in_vain(self) -> None:
+        mailbox = Mailbox()
+
+        def feed() -> None:
+            for n in range(2000):
+                mailbox.put(TokenEvent(n))
+                if n % 7 == 0:
+                    time.sleep(0)  # sometimes the consumer is ahead, sometimes behind
+
+        async def consume() -> list[EngineEvent]:
+            return [await asyncio.wait_for(mailbox.get_async(), 10) for _ in range(2000)]
+
+        feeder = threading.Thread(target=feed)
+        feeder.start()
+        assert asyncio.run(consume()) == [TokenEvent(n) for n in range(2000)]
         feeder.join()
 
     def test_a_closed_loop_is_an_error_for_the_sender(self) -> None:
