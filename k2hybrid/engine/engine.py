@@ -16,7 +16,9 @@ from typing import Protocol
 from k2hybrid.config import STEP_TOKENS, RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
-from k2hybrid.engine.cost import CostModel, NetworkSizes
+from k2hybrid.engine.choice import choose
+from k2hybrid.engine.cost import LARGE_ROWS, CostModel, NetworkSizes
+from k2hybrid.engine.handle import JobHandle
 from k2hybrid.engine.inbox import Call, Inbox
 from k2hybrid.engine.memory import PageMemory, PagePool
 from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
@@ -25,7 +27,7 @@ from k2hybrid.engine.sequence import Phase, Sequence
 from k2hybrid.engine.step import Pass, StepModel, StepResult, StepRunner
 from k2hybrid.errors import EngineError, ExpertReadError, K2Error, TimeLimitError
 from k2hybrid.model.sampler import Sampler
-from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, StopRule, TokenEvent, TokenLogprob
+from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, StopRule
 
 log = logging.getLogger(__name__)
 
@@ -38,61 +40,6 @@ class EnginePages(PagePool, Protocol):
 
     @property
     def PAGE_TOKENS(self) -> int: ...  # noqa: N802 - a constant of the pages
-
-
-class JobHandle:
-    """A submitted job."""
-
-    def __init__(self, engine: Engine, sequence: Sequence) -> None:
-        self._engine = engine
-        self._sequence = sequence
-
-    def cancel(self) -> None:
-        """End the job before its next step, with reason "cancelled". From any thread, at any time."""
-        self._sequence.cancelled = True
-        self._engine.wake()
-
-    def resume(self, sink: Callable[[EngineEvent], None]) -> JobHandle:
-        """Give `sink` all events so far, and go on where a cancelled resumable job ended.
-
-        The rest comes out as it would have without the break: sampler, mask and stop rule go on as well.
-        A job that ended otherwise gives its end again. Once; afterwards this handle is spent.
-
-        Raises:
-            EngineError: the job is not resumable, or the engine is stopped.
-        """
-        return self._engine.resume(self._sequence, sink)
-
-    def go_on(
-        self,
-        sink: Callable[[EngineEvent], None],
-        keep: int,
-        *,
-        stop: StopRule | None = None,
-        temperature: float = 0.0,
-    ) -> JobHandle:
-        """Go on, after the job's end, behind the first `keep` tokens that it generated.
-
-        Sampler and mask go on as they are, but for the tokens taken back. `sink` is given what is new alone.
-        Once; afterwards this handle is spent.
-
-        Args:
-            stop: another rule; None: the same.
-            temperature: at least so much from now on, so that another try may differ.
-
-        Raises:
-            EngineError: the job has not ended, or the engine is stopped.
-        """
-        return self._engine.go_on(self._sequence, sink, keep, stop, temperature)
-
-    def lease(self, seconds: float) -> None:
-        """Keep the job's latents from eviction for a time, as far as nobody running needs the room."""
-        job, ids = self._sequence.job, self._sequence.ids
-
-        def lease(memory: PageMemory) -> None:
-            memory.lease(job.scope, ids, seconds)
-
-        self._engine.call(lease)
 
 
 class Engine:
@@ -152,6 +99,7 @@ class Engine:
         self._background: deque[Sequence] = deque()
         self._chunk: Pass | None = None
         self._checked = True
+        self._ended_s: float | None = None  # of the last tick; None: something was waited for since
 
     # --- from any thread --------------------------------------------------------------------------
 
@@ -292,6 +240,7 @@ class Engine:
 
     def tick(self) -> bool:
         """Admit, plan, run, commit; False if there is nothing to run until something comes from outside."""
+        began_s = self._ended_s or time.perf_counter()
         self._look_around()
         self._memory.make_room(self._spare_pages)
         for sequence in self._waiting.admit(self._running):
@@ -309,11 +258,10 @@ class Engine:
         )
         if not plan:
             self._check_when_idle()
+            self._ended_s = None
             return False
         self._checked = False
-        started_s = time.perf_counter()
-        if plan.shares:
-            self._run(plan.shares)
+        run = self._run(plan.shares) if plan.shares else None
         passed_s = time.perf_counter()
         if plan.begin:
             self._chunk = self._begin(plan.begin)
@@ -321,10 +269,13 @@ class Engine:
             chunk, self._chunk = self._chunk, None
             if not self._advance(chunk, plan.advance):
                 self._chunk = chunk
-        self._scheduler.ran(
-            round((passed_s - started_s) * 1e6) if plan.shares else 0,
-            round((time.perf_counter() - passed_s) * 1e6),
-        )
+        self._ended_s = time.perf_counter()
+        chunk_us = (self._ended_s - passed_s) * 1e6
+        # What a step takes for those who decode: all since the tick before but the chunk.
+        step_us = (self._ended_s - began_s) * 1e6 - chunk_us
+        if run is not None and run.tokens < LARGE_ROWS:
+            self._cost.observe(list(run.rows), 0, run.part, step_us)
+        self._scheduler.ran(round(step_us) if plan.shares else 0, round(chunk_us))
         return True
 
     def _loop(self) -> None:
@@ -453,11 +404,12 @@ class Engine:
         numbers = frozenset(share.number for share in chunk.shares)
         return Chunk(chunk.rows, chunk.part, numbers)
 
-    def _run(self, shares: tuple[Share, ...]) -> None:
-        """A whole pass."""
+    def _run(self, shares: tuple[Share, ...]) -> Pass | None:
+        """A whole pass; None: it could not begin."""
         begun = self._begin(shares)
         if begun is not None:
             self._advance(begun, self._runner.parts)
+        return begun
 
     def _begin(self, shares: tuple[Share, ...]) -> Pass | None:
         started_s = time.perf_counter()
@@ -486,7 +438,8 @@ class Engine:
             self._fail_pass(run.shares, error)
             return True
         took_us, logits = (time.perf_counter() - started_s) * 1e6, len(run.batch.logit_rows) > 0
-        self._cost.observe(list(run.rows), first, run.part, took_us, logits=logits)
+        if run.tokens >= LARGE_ROWS:
+            self._cost.observe(list(run.rows), first, run.part, took_us, logits=logits)
         decoding = sum(1 for share in run.shares if self._running[share.number].decoding)
         if result is not None:
             for share in run.shares:
@@ -539,17 +492,7 @@ class Engine:
             return
         job = sequence.job
         try:
-            token, logprob = sequence.sampler.sample(
-                result.logits[share.number], job.mask, result.extremes[share.number]
-            )
-            events = (
-                [TokenEvent(token, logprob)] if job.mask is None else self._taken(sequence, token, logprob)
-            )
-            del events[job.max_tokens - sequence.generated :]
-            ends = False
-            for at, event in enumerate(events, 1):
-                if ends := job.stop.push(event.token):
-                    del events[at:]
+            events, ends = choose(sequence, result.logits[share.number], result.extremes[share.number])
         except Exception as error:  # non-finite logits, or a mask or stop rule at fault: this request alone
             if not isinstance(error, K2Error):
                 log.exception("choosing a token failed for request %r", job.request_id)
@@ -576,26 +519,6 @@ class Engine:
             self._finish(sequence, "paused" if job.stop.paused else "stop")
         elif sequence.generated >= job.max_tokens:
             self._finish(sequence, "length")
-
-    @staticmethod
-    def _taken(sequence: Sequence, token: int, logprob: TokenLogprob | None) -> list[TokenEvent]:
-        """What the job's mask makes of the token that was chosen. What it forces has probability 1."""
-        mask = sequence.job.mask
-        tokens = (token,) if mask is None else mask.accept(token)
-        if len(tokens) == 1 and tokens[0] == token:
-            return [TokenEvent(token, logprob)]
-        sequence.sampler.correct(token, tokens)
-        return [
-            TokenEvent(
-                taken,
-                logprob
-                if at == 0 and taken == token
-                else None
-                if logprob is None
-                else TokenLogprob(taken, 0.0, ((taken, 0.0),) if logprob.top else ()),
-            )
-            for at, taken in enumerate(tokens)
-        ]
 
     # --- ends -------------------------------------------------------------------------------------
 

@@ -153,7 +153,11 @@ class Scheduler:
         return TickPlan(tuple(shares), begin, advance)
 
     def ran(self, pass_us: int, chunk_us: int) -> None:
-        """What the planned pass and the chunk's parts took, in microseconds; 0 for what was not planned."""
+        """What the planned pass and the chunk's parts took, in microseconds; 0 for what was not planned.
+
+        Args:
+            pass_us: with all that whoever decodes waits for besides, but the chunk.
+        """
         if pass_us:
             self._owed_us += _share(pass_us) - chunk_us
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from k2hybrid.chat.holdback import StopScan, Utf8Pieces
 from k2hybrid.chat.tokenizer import Tokenizer
-from k2hybrid.engine.engine import JobHandle
+from k2hybrid.engine.handle import JobHandle
 from k2hybrid.runtime.generate import TokenRun
 from k2hybrid.types import (
     CompletionRequest,

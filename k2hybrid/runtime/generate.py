@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Callable, Collection, Generator
 
-from k2hybrid.engine.engine import JobHandle
+from k2hybrid.engine.handle import JobHandle
 from k2hybrid.errors import EngineError, K2Error
 from k2hybrid.runtime.mailbox import Mailbox
 from k2hybrid.types import (

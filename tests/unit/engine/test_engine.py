@@ -13,7 +13,8 @@ import pytest
 
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
-from k2hybrid.engine.engine import MAX_BACKGROUND, Engine, JobHandle
+from k2hybrid.engine.engine import MAX_BACKGROUND, Engine
+from k2hybrid.engine.handle import JobHandle
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.metrics import PageTraffic
 from k2hybrid.engine.sequence import Sequence

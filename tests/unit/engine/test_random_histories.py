@@ -20,7 +20,8 @@ from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine import archive, spill
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.cost import Kind
-from k2hybrid.engine.engine import Engine, JobHandle
+from k2hybrid.engine.engine import Engine
+from k2hybrid.engine.handle import JobHandle
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.sequence import Sequence
