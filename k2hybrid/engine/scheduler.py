@@ -42,6 +42,8 @@ NEARLY_PERCENT = 95
 # Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
 # chunk 10: a little room is left on both sides of a half for what neither accounts for.
 SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
+# A slice is at most so much of a step: more than its share, since whole parts leave rests to make up for.
+SLICE_PERCENT = 98
 # Rows: smaller chunks are not worth the reading of weights, and their parts are not predicted apart.
 LEAST_CHUNK = LARGE_ROWS
 
@@ -226,7 +228,7 @@ class Scheduler:
 
     def _longest_slice(self, rows: Sequence[Rows], decode_us: int) -> int:
         """Microseconds of a chunk between two steps so that no gap is longer than two of them, or a layer."""
-        return max(_share(decode_us), self._costs.layer_us(list(rows)) - decode_us)
+        return max(decode_us * SLICE_PERCENT // 100, self._costs.layer_us(list(rows)) - decode_us)
 
     def _slice(self, chunk: Chunk, decode_us: int) -> tuple[int, int]:
         """Parts that `chunk` advances by beside a pass over the decodes, and the microseconds they take."""
