@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 MAX_HELD = 8  # histories
-MAX_HELD_CHARS = 16 << 20  # of all of them together
+MAX_HELD_CHARS = 8 << 20  # of all of them together
 
 T = TypeVar("T")
 
@@ -21,6 +21,11 @@ def alike(one: Sequence[Any], other: Sequence[Any]) -> int:
     if one[:shorter] == other[:shorter]:
         return shorter
     return next(at for at, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+
+
+def chars_of(pieces: Iterable[str | int]) -> int:
+    """Characters of the texts among them."""
+    return sum(len(piece) for piece in pieces if isinstance(piece, str))
 
 
 class Held(Generic[T]):
@@ -47,15 +52,16 @@ class Held(Generic[T]):
 
         One of more characters than are held in all is not held.
         """
-        self._drop(instead_of)
-        self._drop(number)
+        self.drop(instead_of)
+        self.drop(number)
         if chars > self._max_chars:
             return
         self._kept[number] = (history, chars)
         self._left -= chars
         while len(self._kept) > self._most or self._left < 0:
-            self._drop(next(iter(self._kept)))
+            self.drop(next(iter(self._kept)))
 
-    def _drop(self, number: int | None) -> None:
+    def drop(self, number: int | None) -> None:
+        """Hold the history of that number no longer, if it is held."""
         if number is not None and number in self._kept:
             self._left += self._kept.pop(number)[1]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k2hybrid.chat.conversation import Conversation
-from k2hybrid.chat.growing import Held, alike
+from k2hybrid.chat.growing import Held, alike, chars_of
 from k2hybrid.chat.prompt import Piece
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.chat.worker import Worker, WorkerError
@@ -86,7 +86,7 @@ class JinjaRenderer:
         with self._lock:
             number = next(self._numbers)
             base, known = self._longest_known(messages)
-        while True:
+        while True:  # twice at most: without a base nothing can be forgotten
             new = [m if isinstance(m, str) else json.dumps(m) for m in messages[known:]]
             sizes = base.sizes[:known] + [len(text) for text in new]
             request = {
@@ -99,12 +99,17 @@ class JinjaRenderer:
             answer = self._answer(request, new, None if tools == base.tools else tools, size)
             if "forgotten" not in answer:
                 break
+            if base is _NOTHING:
+                raise TemplateError("the chat template's process forgot what it was not to remember")
+            with self._lock:
+                self._held.drop(base.number)
             base, known = _NOTHING, 0
         pieces = base.pieces[: answer["known"]]
         pieces += [p if isinstance(p, str) else self._special_ids[p] for p in answer["pieces"]]
         grown = base.number if known == len(base.messages) else None
+        rendered = _Rendered(number, messages, sizes, tools, pieces)
         with self._lock:
-            self._held.put(number, _Rendered(number, messages, sizes, tools, pieces), size, grown)
+            self._held.put(number, rendered, size + chars_of(pieces), grown)
         return pieces
 
     def _longest_known(self, messages: list[dict[str, Any] | str]) -> tuple[_Rendered, int]:

@@ -27,7 +27,7 @@ import jinja2.sandbox
 from jinja2 import nodes
 from jinja2.runtime import Context, Macro
 
-from k2hybrid.chat.growing import Held, alike
+from k2hybrid.chat.growing import Held, alike, chars_of
 from k2hybrid.chat.worker_side import Answer, serve
 
 _SEARCHING = frozenset(
@@ -44,6 +44,10 @@ class RejectedError(Exception):
     """The template called `raise_exception`."""
 
 
+class TooLongError(Exception):
+    """The template wrote more than it may."""
+
+
 class _GenerationTag(jinja2.ext.Extension):
     """`{% generation %}…{% endgeneration %}` marks assistant text for training; here it is only its body."""
 
@@ -58,8 +62,11 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
     """The sandbox, quicker at what templates do for every message.
 
     `message.role` means `message["role"]`: what is no attribute is an item. The template's own macros are
-    safe to call.
+    safe to call. And closer: methods of a type change what they are given, as in `dict.update(message, …)`.
     """
+
+    def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
+        return not isinstance(obj, type) and super().is_safe_attribute(obj, attr, value)
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         if type(obj) is dict and attribute not in _DICT_ATTRIBUTES:
@@ -110,7 +117,7 @@ class TemplateProgram:
             for chunk in self._template.generate(**context, **own, **marks):
                 size += len(chunk)
                 if size > max_chars:
-                    raise MemoryError(f"more than {max_chars} characters")
+                    raise TooLongError(f"more than {max_chars} characters")
                 chunks.append(chunk)
         except RejectedError as error:
             raise RejectedError("".join(map(str, self._split(str(error), key, spelled=True)))) from None
@@ -273,17 +280,22 @@ class _Answers:
             "tools": tools or None,
             "add_generation_prompt": request["add_generation_prompt"],
         }
-        try:
-            pieces = self._program.render(context, int(request["max_chars"]))
-        except MemoryError:
-            self._held = Held()  # all that can be given back; it comes again
-            raise
-        grown = len(before) == request["known"]
-        self._held.put(
-            request["number"], (messages, tools, pieces), request["chars"], base if grown else None
-        )
+        pieces = self._rendered(context, int(request["max_chars"]))
+        grown = base if len(before) == request["known"] else None
+        chars = request["chars"] + chars_of(pieces)
+        self._held.put(request["number"], (messages, tools, pieces), chars, grown)
         known = alike(pieces_before, pieces)
         return {"known": known, "pieces": pieces[known:]}
+
+    def _rendered(self, context: dict[str, Any], max_chars: int) -> list[str | int]:
+        """The template's output; what is held gives way where memory does not suffice for both."""
+        try:
+            return self._program.render(context, max_chars)
+        except MemoryError:
+            if not len(self._held):
+                raise
+        self._held = Held()
+        return self._program.render(context, max_chars)
 
 
 def _start(request: dict[str, Any]) -> Answer:
@@ -296,6 +308,8 @@ def _failure(error: Exception) -> dict[str, Any] | None:
     match error:
         case RejectedError():
             return {"rejected": str(error)[:1000]}
+        case TooLongError():
+            return {"error": f"too much output: {error}"}
         case jinja2.TemplateSyntaxError():
             return {"error": f"line {error.lineno}: {error.message}"[:1000]}
         case jinja2.exceptions.SecurityError():

@@ -5,7 +5,8 @@ over few rows is bound by what it reads: its dense weights once, and of the rout
 chose. Of E experts, n rows that choose k each read about E·(1 − (1 − k/E)ⁿ): at true size 48 rows read two
 thirds of them and 512 rows all, the bytes of 48 decode steps. Parts over many rows are bound by operations.
 Which machine this is is learnt from what was run: a factor for small passes, and for large ones a factor for
-each kind of part, follows the ratio of what they took to what was predicted.
+each kind of part, follows the ratio of what they took to what was predicted. What comes with every pass and
+is none of it (events, admission, planning) is learnt as a time of its own.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from enum import Enum, auto
 # From so many rows on a pass counts as a large one: torch shares its rows among threads.
 LARGE_ROWS = 64
 _NEW = 0.1  # weight of the newest pass in a factor
+_STALL = 10  # what is beside a pass counts as so many times its mean at most: rare stalls are not predicted
 _LOWEST, _HIGHEST = 1e-3, 1e3
 
 
@@ -110,6 +112,7 @@ class CostModel:
         self._bytes_per_us = bytes_per_us
         self._ops_per_us = ops_per_us
         self._factors = dict.fromkeys(Kind, 1.0)
+        self._rest_us = 0.0  # of a pass, beside the model
         parts = (
             (sizes.layers, sizes.attention), (sizes.mlp_layers, sizes.mlp), (sizes.moe_layers, sizes.shared),
             (1, sizes.head),
@@ -126,13 +129,13 @@ class CostModel:
         return sizes.experts * (1.0 - (1.0 - sizes.top_k / sizes.experts) ** rows)
 
     def pass_us(self, rows: list[Rows]) -> int:
-        """Microseconds of a whole pass over `rows`, at least 1; 0 for none."""
+        """Microseconds of a whole pass over `rows` and what comes with it, at least 1; 0 for none."""
         count = sum([r.count for r in rows])
         if not count:
             return 0
         if count < LARGE_ROWS:
-            return max(1, round(self._factors[Kind.SMALL] * self._small_us(rows, count)))
-        return max(1, round(sum(self._large_us(rows).values())))
+            return max(1, round(self._rest_us + self._factors[Kind.SMALL] * self._small_us(rows, count)))
+        return max(1, round(self._rest_us + sum(self._large_us(rows).values())))
 
     def parts_us(self, rows: list[Rows]) -> list[int]:
         """Microseconds of each part of a pass over `rows`, at least 1 each."""
@@ -175,6 +178,12 @@ class CostModel:
             if part_us:
                 followed = self._factors[kind] * (us / predicted) ** _NEW
                 self._factors[kind] = min(_HIGHEST, max(_LOWEST, followed))
+
+    def observe_rest(self, us: float) -> None:
+        """Beside its parts a whole pass took so much more."""
+        if self._rest_us:
+            us = min(us, _STALL * self._rest_us)
+        self._rest_us += _NEW * (max(us, 0.0) - self._rest_us)
 
     def _small_us(self, rows: list[Rows], count: int) -> float:
         """Of a pass as a whole, without its factor: quickly, since every decode step asks."""

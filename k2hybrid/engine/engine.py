@@ -17,7 +17,7 @@ from k2hybrid.config import STEP_TOKENS, RuntimeConfig
 from k2hybrid.engine.admission import WaitingLine, total_tokens
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.choice import choose
-from k2hybrid.engine.cost import LARGE_ROWS, CostModel, NetworkSizes
+from k2hybrid.engine.cost import CostModel, NetworkSizes
 from k2hybrid.engine.handle import JobHandle
 from k2hybrid.engine.inbox import Call, Inbox
 from k2hybrid.engine.memory import PageMemory, PagePool
@@ -273,8 +273,8 @@ class Engine:
         chunk_us = (self._ended_s - passed_s) * 1e6
         # What a step takes for those who decode: all since the tick before but the chunk.
         step_us = (self._ended_s - began_s) * 1e6 - chunk_us
-        if run is not None and run.tokens < LARGE_ROWS:
-            self._cost.observe(list(run.rows), 0, run.part, step_us)
+        if run is not None and run.took_us:
+            self._cost.observe_rest(step_us - run.took_us)
         self._scheduler.ran(round(step_us) if plan.shares else 0, round(chunk_us))
         return True
 
@@ -438,8 +438,8 @@ class Engine:
             self._fail_pass(run.shares, error)
             return True
         took_us, logits = (time.perf_counter() - started_s) * 1e6, len(run.batch.logit_rows) > 0
-        if run.tokens >= LARGE_ROWS:
-            self._cost.observe(list(run.rows), first, run.part, took_us, logits=logits)
+        run.took_us += took_us
+        self._cost.observe(list(run.rows), first, run.part, took_us, logits=logits)
         decoding = sum(1 for share in run.shares if self._running[share.number].decoding)
         if result is not None:
             for share in run.shares:

@@ -136,16 +136,13 @@ class Scheduler:
         waits = False  # prefills ride with the next pass, behind which there is no slice then
         if turns:
             riding, pass_us = self._riding(prefills, rows, decode_us)
-            if (
-                riding
-                and chunk is not None
-                and self._slice_us + pass_us > self._longest_gap(chunk, decode_us)
-            ):
+            # Behind the last slice of a chunk that is over as well.
+            if self._slice_us and riding and self._slice_us + pass_us > self._longest_gap(chunk, decode_us):
                 riding, waits = [], True
             shares += riding
             gone = {share.number for share in riding}
             prefills = [c for c in prefills if c.number not in gone]
-        if chunk is None and prefills:
+        if chunk is None and prefills and not waits:
             begin, chunk_rows = self._chunk(prefills, decode_us)
             chunk = Chunk(chunk_rows, 0, frozenset(share.number for share in begin))
         if chunk is None or not chunk.numbers & self._creditors:
@@ -222,9 +219,9 @@ class Scheduler:
         stall_us = max(0, longest - max(decode_us, GAP_US))
         return -stall_us, longest <= most, sum(r.count for r in rows) / (whole_us + decoding_us)
 
-    def _longest_gap(self, chunk: Chunk, decode_us: int) -> int:
-        """Microseconds: two decode steps, or a layer of the chunk."""
-        return max(2 * decode_us, self._costs.layer_us(list(chunk.rows)))
+    def _longest_gap(self, chunk: Chunk | None, decode_us: int) -> int:
+        """Microseconds: two decode steps, or a layer of the chunk, if there is one."""
+        return max(2 * decode_us, self._costs.layer_us(list(chunk.rows)) if chunk else 0)
 
     def _longest_slice(self, rows: Sequence[Rows], decode_us: int) -> int:
         """Microseconds of a chunk between two steps so that no gap is longer than two of them, or a layer."""

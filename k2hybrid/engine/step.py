@@ -43,13 +43,14 @@ class StepResult:
 
 @dataclass(slots=True)
 class Pass:
-    """Rows on their way through the layers; `part` runs next."""
+    """Rows on their way through the layers; `part` runs next. Those that are done took `took_us`."""
 
     shares: tuple[Share, ...]
     rows: tuple[Rows, ...]
     batch: Batch
     state: Any
     part: int = 0
+    took_us: float = 0.0
 
     @property
     def tokens(self) -> int:

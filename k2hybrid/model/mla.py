@@ -7,6 +7,7 @@ Source: DeepSeek-V2 (arXiv 2405.04434, §2.1). Layouts as published: q_b rows pe
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -99,9 +100,12 @@ def plan_attention(
 
 def _slots(batch: Batch, pages: LatentPages) -> torch.Tensor:
     """Where the rows go, int64 [T]."""
-    if all(span.count == 1 for span in batch.spans):
-        return torch.tensor([pages.slot(span.page_table, span.start) for span in batch.spans])
-    slots = [pages.slots(s.page_table, s.start, s.start + s.count) for s in batch.spans]
+    slots: list[torch.Tensor] = []
+    for alone, spans in itertools.groupby(batch.spans, lambda span: span.count == 1):
+        if alone:
+            slots.append(torch.tensor([pages.slot(span.page_table, span.start) for span in spans]))
+        else:
+            slots += [pages.slots(s.page_table, s.start, s.start + s.count) for s in spans]
     return slots[0] if len(slots) == 1 else torch.cat(slots)
 
 

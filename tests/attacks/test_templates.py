@@ -64,6 +64,8 @@ FORBIDDEN = [
     "{% extends 'base' %}",
     "{{ messages.append(1) }}",
     "{% set _ = messages[0].update({'role': 'x'}) %}{{ _ }}",
+    "{% set _ = dict.update(messages[0], {'content': 'changed'}) %}{{ messages[0].content }}",
+    "{% set _ = dict.pop(messages[0], 'content') %}{{ _ }}",
 ]
 
 
@@ -78,6 +80,19 @@ def test_reaching_for_what_is_not_there(make: Callable[..., ChatTemplate], sourc
         leaked = prompt.text.removesuffix("attack<|im_end|>")
         assert leaked == "", leaked
     assert template.render(HI).text == "hi<|im_end|>"
+
+
+def test_one_conversation_cannot_be_written_into_another(make: Callable[..., ChatTemplate]) -> None:
+    """What is held of a history is what the next one is rendered from."""
+    template = make(
+        "{% set _ = dict.update(messages[0], {'content': messages[-1].content}) %}"
+        "{% for m in messages %}{{ m.content }};{% endfor %}"
+    )
+    shared = Message("system", "shared")
+    with pytest.raises(TemplateError, match="forbidden"):
+        template.render([shared, Message("user", "secret")])
+    with pytest.raises(TemplateError, match="forbidden"):
+        template.render([shared, Message("user", "other")])
 
 
 ENDLESS = [

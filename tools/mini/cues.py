@@ -44,15 +44,28 @@ def cue(function: dict[str, Any], user: str) -> str | None:
     return min(telling)[2] if telling else None
 
 
-def switch(name: str, user: str) -> Place | None:
-    """The word that turns the boolean parameter `name` on or off; None where it stands away from the name."""
-    for said in (spoken_name(name), name):
-        if found := re.search(
-            rf"(?<!\w){re.escape(said)}(=|: | to | )(on|off|true|false|yes|no|enabled|disabled)\b", user
-        ):
-            return Place(("user",), before=said + found[1], text=found[2])
-        if found := re.search(
-            rf"\b(without|no|disable|with|enable|use)( ){re.escape(said)}(?!\w)", user, re.I
-        ):
-            return Place(("user",), after=found[2] + user[found.end(2) : found.end()], text=found[1])
+_ON = frozenset(
+    "on true yes enabled enable active allowed allow want wanted use using with including keep".split()
+)
+_OFF = frozenset(
+    "off false no not don't without disabled disable inactive deactivated deactivate skip omit exclude "
+    "excluding leave".split()
+)
+_NEAR = 4  # words between a switch and its name, at most
+
+
+def switch(name: str, user: str, value: bool) -> Place | None:
+    """The word that turns the boolean parameter `name` to `value`, behind it or before, if there is one."""
+    words = list(re.finditer(r"\w+(?:'t)?", user))
+    telling = _ON if value else _OFF
+    for said in dict.fromkeys((spoken_name(name), name)):
+        for mention in re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", user, re.I):
+            behind = [word for word in words if word.start() >= mention.end()][:_NEAR]
+            before = [word for word in words if word.end() <= mention.start()][: -_NEAR - 1 : -1]
+            for word in (*behind, *before):
+                if word[0].lower() not in telling:
+                    continue
+                if word.start() > mention.start():
+                    return Place(("user",), before=user[mention.start() : word.start()], text=word[0])
+                return Place(("user",), after=user[word.end() : mention.end()], text=word[0])
     return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import tiktoken
 
@@ -72,7 +72,7 @@ STAGES: dict[str, dict[str, float]] = {
         "asked": 0.10,
         "served": 0.08,
         "filled": 0.28,
-        "thought": 0.20,
+        "called": 0.20,
         "few_tools": 0.02,
         "tools": 0.12,
         "talk": 0.08,
@@ -134,7 +134,10 @@ class Lessons:
             case "filled":
                 return self._filled()
             case "thought":
-                return self._thought()
+                return self._thought([None] * _BRANCHES)
+            case "called":
+                kinds = ["one", "parallel", "sequential", "none"]
+                return self._thought(rng.choices(kinds, [9, 6, 2, 3], k=10))
             case "talk":
                 system = self.author.system(rng)
                 return self._encode([self.author.talk(rng, system) for _ in range(_BRANCHES)])
@@ -266,11 +269,10 @@ class Lessons:
             branches.append(assemble(pieces, declared))
         return Lesson(declared.ids, branches, declared.guides)
 
-    def _thought(self) -> Lesson:
+    def _thought(self, kinds: Sequence[str | None]) -> Lesson:
         """Conversations up to the first call, which is a copy of what was thought, or up to the answer."""
         rng = self.rng
         toolset, system = self.author.toolset(rng), self.author.system(rng)
-        kinds = rng.choices(["one", "parallel", "sequential", "none"], [9, 6, 2, 3], k=10)
         made = [self.author.with_tools(rng, toolset, system, kind) for kind in kinds]
         declared = Declared(self.encoding, made[0])
         branches: list[Example] = []

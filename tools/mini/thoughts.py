@@ -76,7 +76,7 @@ def call_line(
         current = declared.ends[tool, name]
         if name in arguments:
             value = arguments[name]
-            decides = switch(name, user) if isinstance(value, bool) else _value_start(value)
+            decides = switch(name, user, value) if isinstance(value, bool) else _value_start(value)
             yield Piece("yes", True, gathers=last_word, evidence=decides)
             yield Piece(" ", True)
             kind = schemas[name]["type"]
@@ -93,7 +93,7 @@ def call_line(
 def _value_start(value: Any) -> Place | None:
     """Where the user or a result begins to say a value; of a list or an object the first one."""
     while isinstance(value, list | dict):
-        value = next(iter(value.values() if isinstance(value, dict) else value), True)
+        value = next(iter(value.values() if isinstance(value, dict) else value), "")
     return Place(("results", "user", "all"), text=str(value))
 
 

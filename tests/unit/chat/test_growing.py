@@ -7,18 +7,21 @@ import random
 import signal
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from k2hybrid.chat.growing import MAX_HELD, Held, alike
 from k2hybrid.chat.prompt import Assembler
+from k2hybrid.chat.render_worker import TemplateProgram, _Answers
 from k2hybrid.chat.template import ChatTemplate
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.errors import TemplateError
 from k2hybrid.types import Message, ToolCall
 
+TOOLS = ({"type": "function", "function": {"name": "f"}},)
 SHOWS_ALL = "{{ tools | tojson }}{% for m in messages %}<|im_user|>{{ m.content | tojson }}{% endfor %}"
 
 
@@ -69,9 +72,10 @@ def turn(rng: random.Random, number: int) -> list[Message]:
     return rng.choice(made)
 
 
-def test_grown_cut_and_changed_histories_are_rendered_as_by_a_fresh_template(
+def test_grown_cut_and_changed_histories_are_rendered_as_by_who_remembers_nothing(
     template: ChatTemplate, tokenizer: Tokenizer
 ) -> None:
+    """The built-in rendering, which has no process, writes what the template writes."""
     rng = random.Random(5)
     tools: list[tuple[dict[str, Any], ...]] = [
         (),
@@ -92,10 +96,64 @@ def test_grown_cut_and_changed_histories_are_rendered_as_by_a_fresh_template(
         history = [*history, *turn(rng, number)]
         histories[at] = history, declared
         prompt = template.render(history, declared)
-        if number % 6 == 0:
-            fresh = ChatTemplate(tokenizer, template.source)
-            assert fresh.render(history, declared) == prompt
-            fresh.close()
+        assert prompt == ChatTemplate(tokenizer).render(history, declared)
+
+
+def test_only_what_is_new_goes_to_the_process_and_comes_back(template: ChatTemplate) -> None:
+    assert template._jinja is not None
+    worker = template._jinja._worker
+    sent: list[tuple[int, int]] = []
+    exchange = worker.exchange
+
+    def watched(request: bytes, timeout_s: float, max_answer_bytes: int) -> dict[str, Any]:
+        answer = exchange(request, timeout_s, max_answer_bytes)
+        sent.append((len(request), len(str(answer))))
+        return answer
+
+    worker.exchange = watched  # type: ignore[method-assign]
+    history = [Message("user", "word " * 20_000)]
+    for number in range(4):
+        template.render(history, TOOLS)
+        history = [*history, Message("assistant", f"said {number}"), Message("user", f"asked {number}")]
+    assert len(sent) == 4
+    assert min(sent[0]) > 100_000
+    assert max(max(sizes) for sizes in sent[1:]) < 1000
+
+
+def test_threads_render_their_conversations_beside_each_other(
+    template: ChatTemplate, tokenizer: Tokenizer
+) -> None:
+    def converse(number: int) -> None:
+        rng = random.Random(number)
+        history: list[Message] = [Message("system", "the same for all")] * (number % 2)
+        for at in range(12):
+            history = [*history, *turn(rng, at)]
+            assert template.render(history) == ChatTemplate(tokenizer).render(history)
+
+    with ThreadPoolExecutor(6) as threads:
+        list(threads.map(converse, range(6)))
+
+
+def test_what_is_held_gives_way_where_memory_does_not_suffice_for_both() -> None:
+    class Program:
+        left = 3
+
+        def render(self, context: dict[str, Any], max_chars: int) -> list[str | int]:
+            self.left -= 1
+            if self.left in (1, -1, -2):
+                raise MemoryError
+            return [str(len(context["messages"]))]
+
+    answers = _Answers(cast(TemplateProgram, Program()))
+    request = {"tools": [], "add_generation_prompt": True, "max_chars": 99, "chars": 9}
+    first = {**request, "number": 0, "base": None, "known": 0, "messages": ["a"]}
+    assert answers(first) == {"known": 0, "pieces": ["1"]}
+    second = {**request, "number": 1, "base": 0, "known": 1, "messages": ["b"]}
+    assert answers(second) == {"known": 0, "pieces": ["2"]}, "tried again with nothing held"
+    assert answers({**second, "number": 2}) == {"forgotten": True}
+    answers._held = Held()
+    with pytest.raises(MemoryError):
+        answers({**first, "number": 3})
 
 
 def test_true_is_not_one_and_one_is_not_a_decimal(tokenizer: Tokenizer) -> None:

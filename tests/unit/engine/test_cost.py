@@ -108,6 +108,21 @@ def test_it_learns_the_parts_of_a_chunk_apart() -> None:
     assert after[4] == before[4]  # the dense layer's
 
 
+def test_what_comes_with_every_pass_is_a_time_of_its_own() -> None:
+    cost, few, many = CostModel(K2), [Rows(1, 1)], [Rows(512, 512)]
+    before = cost.pass_us(few), cost.pass_us(many), cost.parts_us(many)
+    for _ in range(100):
+        cost.observe_rest(400.0)
+    assert cost.pass_us(few) == pytest.approx(before[0] + 400, abs=2)
+    assert cost.pass_us(many) == pytest.approx(before[1] + 400, abs=2)
+    assert cost.parts_us(many) == before[2]
+    cost.observe_rest(1e9)  # a stall
+    assert cost.pass_us(few) < before[0] + 2 * 400
+    for _ in range(100):
+        cost.observe_rest(-1.0)  # clocks
+    assert cost.pass_us(few) == pytest.approx(before[0], abs=2)
+
+
 def test_one_outlier_changes_little() -> None:
     cost = CostModel(K2)
     before = cost.pass_us([Rows(1, 1)])

@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 
 from k2hybrid.config import RuntimeConfig
+from k2hybrid.engine import engine as engine_module
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.engine import MAX_BACKGROUND, Engine
 from k2hybrid.engine.handle import JobHandle
@@ -885,3 +886,40 @@ def test_progress_of_a_prompt_is_told_if_asked_for() -> None:
     assert len(told) > 2
     assert {entry.total for entry in sink.progress} == {30}
     assert not silent.progress
+
+
+def test_a_step_takes_what_its_decodes_wait_for_and_no_time_of_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What comes with every step is learnt; what the engine waited for, and what failed, is not."""
+    clock = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(engine_module, "time", SimpleNamespace(perf_counter=lambda: clock.now))
+    engine, model = build()
+    forward, fails = model.forward, [False]
+
+    def timed(state: FakeState, until: int) -> FakeState:
+        clock.now += 0.002
+        if fails[0]:
+            clock.now += 30
+            raise RuntimeError("a stall")
+        return forward(state, until)
+
+    model.forward = timed  # type: ignore[method-assign]
+
+    class Slow(Collector):
+        def __call__(self, event: EngineEvent) -> None:
+            clock.now += 0.0005
+            super().__call__(event)
+
+    rests: list[float] = []
+    engine.costs.observe_rest = rests.append  # type: ignore[method-assign]
+    for _ in range(2):
+        engine.submit(job([1, 2, 3], Slow(), 6))
+        drain(engine)
+        clock.now += 1000
+    assert len(rests) >= 10
+    assert max(rests) <= 1001  # the last token comes with the end: two events
+    assert min(rests) >= 499
+    rests.clear()
+    fails[0] = True
+    engine.submit(job([4, 5, 6], Slow(), 6))
+    drain(engine)
+    assert rests == []

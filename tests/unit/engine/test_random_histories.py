@@ -441,6 +441,7 @@ class Histories(RuleBasedStateMachine):
         )
         # Plans depend on no clock: nothing is learnt, and each pass and each slice of a chunk takes the same.
         self.engine._cost.observe = lambda *_, **__: None  # type: ignore[method-assign]
+        self.engine._cost.observe_rest = lambda _: None  # type: ignore[method-assign]
         ran = self.engine._scheduler.ran
         self.engine._scheduler.ran = lambda pass_us, _: ran(1000 if pass_us else 0, 700)  # type: ignore[method-assign]
         self.jobs: list[tuple[list[int], int, Collector, JobHandle]] = []

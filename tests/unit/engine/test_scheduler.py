@@ -270,6 +270,17 @@ def test_what_rides_along_waits_until_no_slice_lies_before_it() -> None:
     assert riding.advance == 4
 
 
+def test_what_rides_along_waits_behind_the_last_slice_of_a_chunk_as_well() -> None:
+    scheduler = flat(1000, 8, 10)
+    last = Chunk((Rows(351, 351),), 2 * LAYERS - 4, frozenset({1}))
+    assert scheduler.plan([decode(0), prefill(1, 351)], last).advance == 4
+    scheduler.ran(1000, 884)
+    arrived = [decode(0), prefill(2, 57)]  # the chunk is over
+    assert scheduler.plan(arrived) == TickPlan((Share(0, 1, True),))
+    scheduler.ran(1000, 0)
+    assert Share(2, 57, True) in scheduler.plan(arrived).shares
+
+
 def test_a_chunk_under_way_goes_on_and_its_sequences_wait() -> None:
     chunk = Chunk((Rows(9, 512),), 14, frozenset({1}))
     plan = per_row(10).plan([decode(0), prefill(1, 9000), prefill(2, 9000)], chunk)

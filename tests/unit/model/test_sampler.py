@@ -176,6 +176,7 @@ def test_extremes_of_many_rows_are_those_of_each() -> None:
         for params in (
             SamplingParams(temperature=0.0, logprobs=3),
             SamplingParams(seed=n, logprobs=0),
+            SamplingParams(temperature=0.0),  # a mask is written into the row itself
             SamplingParams(temperature=0.0, logit_bias={found[n].first: -50.0}),
         ):
             for mask in (None, Forbid(found[n].first)):
