@@ -9,10 +9,10 @@ TIKTOKEN_MODEL is the published vocabulary file, which only lends its words. `tr
 exists, saves there every five minutes and on SIGTERM, and writes its log as JSON lines beside it
 (`tools/mini/curves.py` draws them). The curriculum (`data.STAGES`) has gates: copy drills until nearly every
 token of unseen sequences is copied; one tool with one parameter until held-out calls are right; up to three
-tools; then the full mix, and at last mostly calls. Steps of `--batch` tokens; Muon and AdamW, the rate held, then falling linearly to
-zero; INT4 fake quantization of the routed experts from the first step on. `export` doubles the logits
-(`export.SHARPNESS`). Sums of other threads and other CPUs round differently: a run elsewhere gives its like,
-not its bits.
+tools; then the full mix, and at last mostly calls. Steps of `--batch` tokens; Muon and AdamW, the rate held,
+then falling linearly to zero; INT4 fake quantization of the routed experts from the first step on. `export`
+doubles the logits (`export.SHARPNESS`). Sums of other threads and other CPUs round differently: a run
+elsewhere gives its like, not its bits.
 """
 
 from __future__ import annotations
