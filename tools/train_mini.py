@@ -9,10 +9,10 @@ TIKTOKEN_MODEL is the published vocabulary file, which only lends its words. `tr
 exists, saves there every five minutes and on SIGTERM, and writes its log as JSON lines beside it
 (`tools/mini/curves.py` draws them). The curriculum (`data.STAGES`) has gates: copy drills until nearly every
 token of unseen sequences is copied; one tool with one parameter until held-out calls are right; up to three
-tools; then the full mix, and at last mostly calls. Steps of `--batch` tokens; Muon and AdamW, the rate held,
-then falling linearly to zero; INT4 fake quantization of the routed experts from the first step on. `export`
-doubles the logits (`export.SHARPNESS`). Sums of other threads and other CPUs round differently: a run
-elsewhere gives its like, not its bits.
+tools; then the full mix. Steps of `--batch` tokens; Muon and AdamW, the rate held, then falling linearly to
+zero; INT4 fake quantization of the routed experts from the first step on. `export` doubles the logits
+(`export.SHARPNESS`). Sums of other threads and other CPUs round differently: a run elsewhere gives its like,
+not its bits.
 """
 
 from __future__ import annotations
@@ -56,8 +56,6 @@ GATES = {
     "one tool": ("first_tool", "calls", 0.90),
     "few tools": ("few_tools", "calls", 0.80),
 }
-# Stage → the share of all tokens after which it is left for the next.
-LEFT_AT = {"full mix": 0.8}
 # Copying is found at a high rate; what comes after is learnt better below it.
 CALM = 0.7
 # What looking elsewhere than guided weighs beside the loss of the tokens.
@@ -217,17 +215,14 @@ class Trainer:
         self.stage = stages[self.crew.told(stages.index(self.stage))]
 
     def pass_gate(self, figures: dict[str, Figures]) -> None:
-        """Go on to the next stage once this one's figure is reached, or its share of the tokens used up."""
-        stages = list(STAGES)
-        if self.tokens >= LEFT_AT.get(self.stage, 2.0) * self.args.tokens:
-            self.stage, self.stage_began = stages[stages.index(self.stage) + 1], self.tokens
-            self.log("stage", next=self.stage)
+        """Go on to the next stage once this one's figure is reached."""
         if self.stage not in GATES:
             return
         kind, name, bar = GATES[self.stage]
         reached = figures[kind].as_dict()[name]
         late = self.tokens - self.stage_began > PATIENCE * self.args.tokens
         if reached >= bar or late:
+            stages = list(STAGES)
             following = stages[stages.index(self.stage) + 1]
             self.log(
                 "gate" if reached >= bar else "patience",
@@ -267,7 +262,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, default=Path(".cache/mini/state.pt"))
     parser.add_argument(
         "--start-from", type=Path, metavar="DIR",
-        help="begin with the weights of an exported checkpoint, and with the last stage",
+        help="begin with the weights of an exported checkpoint, and with the full mix",
     )  # fmt: skip
     parser.add_argument("--tokens", type=float, default=32e6, help="tokens to train on, padding included")
     parser.add_argument(

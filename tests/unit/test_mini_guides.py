@@ -15,7 +15,7 @@ from k2hybrid.mini_eval.author import Author
 from k2hybrid.mini_eval.conversation import Conversation
 from k2hybrid.mini_eval.words import Lexicon, published_words
 from tools.mini import vocab
-from tools.mini.cues import cue, switch
+from tools.mini.cues import cue
 from tools.mini.data import Lessons
 from tools.mini.declared import NOTHING, Declared, properties
 from tools.mini.guidance import HEADS, Guidance
@@ -31,9 +31,7 @@ KINDS = (
     "member",
     "declared",
     "served",
-    "filled",
     "thought",
-    "called",
     "first_tool",
     "few_tools",
     "tools",
@@ -66,42 +64,6 @@ def test_who_copies_looks_at_an_earlier_token_like_the_next_one(
                 assert ids[looks + 1] == ids[at]
                 copied += 1
     assert copied > 100 or kind == "member"
-
-
-@pytest.mark.parametrize(
-    ("name", "user", "value", "cue", "at"),
-    [
-        ("icons", "Draw it without icons.", False, "without", 8),
-        ("show_icons", "Draw it, show icons off, legend on", False, "off", 20),
-        ("icons", "draw it with icons on", True, "on", 19),
-        ("icons", "don't use icons", False, "don't", 0),
-        ("icons", "with icons set to false", False, "false", 18),
-        ("icons", "the one with icons, the other with icons off", False, "off", 41),
-        ("icons", "icons", True, None, 0),
-        ("icons", "on the map", True, None, 0),
-    ],
-)
-def test_the_word_that_turns_a_switch(name: str, user: str, value: bool, cue: str | None, at: int) -> None:
-    found = switch(name, user, value)
-    assert (found and found.text) == cue
-    if found is not None:
-        around = found.before + (found.text or "") + found.after
-        assert user.index(around) + len(found.before) == at
-
-
-def test_filled_lessons_teach_values_of_every_type(encoding: tiktoken.Encoding) -> None:
-    """Which tool is called is given; its parameters, verdicts and values are learnt."""
-    lessons = Lessons(encoding, WORDS, seed=6)
-    learnt = ""
-    for lesson in (lessons.lesson("filled") for _ in range(30)):
-        assert len(lesson.branches) == 14
-        for branch in lesson.branches:
-            said = encoding.decode([i for i, wanted in zip(branch.ids, branch.learn, strict=True) if wanted])
-            assert "call " not in said
-            learnt += said + "\n"
-    for kind in ("string", "integer", "number", "boolean true", "boolean false", "array [", "object {"):
-        assert f":yes {kind}" in learnt
-    assert ":no;" in learnt
 
 
 def test_a_token_is_a_copy_or_free_never_both(encoding: tiktoken.Encoding) -> None:

@@ -1,7 +1,7 @@
-"""The words of a request that decide something which their neighbours' names do not say.
+"""The word of a request that tells which everyday tool it asks for, where the tool's name was not said.
 
 `How far is it from Oslo to Rome?` asks for `get_distance`: of the words in the domain's frames `far` occurs
-in the fewest other domains. `without icons` and `icons off` turn the same switch.
+in the fewest other domains.
 """
 
 from __future__ import annotations
@@ -12,8 +12,6 @@ from typing import Any
 
 from k2hybrid.mini_eval.domains import DOMAINS
 from k2hybrid.mini_eval.everyday_frames import MORE_FRAMES
-from k2hybrid.mini_eval.toolbox import spoken_name
-from tools.mini.pieces import Place
 
 _WORDS = re.compile(r"[a-z]+|[*+]")
 _MOST = 6  # of domains in whose frames a cue may occur
@@ -42,30 +40,3 @@ def cue(function: dict[str, Any], user: str) -> str | None:
         if any(word.lower() in words for words in known) and _SPREAD[word.lower()] <= _MOST
     ]
     return min(telling)[2] if telling else None
-
-
-_ON = frozenset(
-    "on true yes enabled enable active allowed allow want wanted use using with including keep".split()
-)
-_OFF = frozenset(
-    "off false no not don't without disabled disable inactive deactivated deactivate skip omit exclude "
-    "excluding leave".split()
-)
-_NEAR = 4  # words between a switch and its name, at most
-
-
-def switch(name: str, user: str, value: bool) -> Place | None:
-    """The word that turns the boolean parameter `name` to `value`, behind it or before, if there is one."""
-    words = list(re.finditer(r"\w+(?:'t)?", user))
-    telling = _ON if value else _OFF
-    for said in dict.fromkeys((spoken_name(name), name)):
-        for mention in re.finditer(rf"(?<!\w){re.escape(said)}(?!\w)", user, re.I):
-            behind = [word for word in words if word.start() >= mention.end()][:_NEAR]
-            before = [word for word in words if word.end() <= mention.start()][: -_NEAR - 1 : -1]
-            for word in (*behind, *before):
-                if word[0].lower() not in telling:
-                    continue
-                if word.start() > mention.start():
-                    return Place(("user",), before=user[mention.start() : word.start()], text=word[0])
-                return Place(("user",), after=user[word.end() : mention.end()], text=word[0])
-    return None

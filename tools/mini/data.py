@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import tiktoken
 
@@ -63,20 +63,6 @@ STAGES: dict[str, dict[str, float]] = {
         "tools": 0.14,
         "talk": 0.18,
     },
-    # What the full mix left weakest: whole walks, and values put into parameters of every type.
-    "calls": {
-        "repeat": 0.03,
-        "look_up": 0.03,
-        "declared": 0.04,
-        "member": 0.02,
-        "asked": 0.10,
-        "served": 0.08,
-        "filled": 0.28,
-        "called": 0.20,
-        "few_tools": 0.02,
-        "tools": 0.12,
-        "talk": 0.08,
-    },
 }
 _BRANCHES = 6
 
@@ -131,13 +117,8 @@ class Lessons:
                 return Lesson([], [self._asked() for _ in range(3)])
             case "served":
                 return self._served()
-            case "filled":
-                return self._filled()
             case "thought":
-                return self._thought([None] * _BRANCHES)
-            case "called":
-                kinds = ["one", "parallel", "sequential", "none"]
-                return self._thought(rng.choices(kinds, [9, 6, 2, 3], k=10))
+                return self._thought()
             case "talk":
                 system = self.author.system(rng)
                 return self._encode([self.author.talk(rng, system) for _ in range(_BRANCHES)])
@@ -245,35 +226,11 @@ class Lessons:
             branches.append(assemble(pieces[: lines[len(toolset.tools) - 1] + 2], declared))
         return Lesson(declared.ids, branches, declared.guides)
 
-    def _filled(self) -> Lesson:
-        """Requests, and of the thinking only which parameters get which value: the tools are given."""
-        rng = self.rng
-        while True:
-            toolset = self.author.toolset(rng, rng.choices([1, 2, 3], [5, 3, 2])[0])
-            kinds = {p.json_type for tool in toolset.tools for p in tool.parameters}
-            if kinds - {"string"} or rng.random() < 0.25:
-                break
-        declared = Declared(self.encoding, Conversation((Turn("", ""),), toolset.declarations))
-        branches: list[Example] = []
-        for kind in rng.choices(["one", "parallel"], [4, 1], k=14):
-            turn = self.author.with_tools(rng, toolset, None, kind, history_share=0.0).last
-            pieces = [
-                Piece("<|im_user|>user<|im_middle|>"),
-                Piece(turn.user, opens="user"),
-                Piece(f"<|im_end|>{ASSISTANT}<think>", opens="think"),
-            ]
-            for index, call in enumerate(turn.steps[0].calls):
-                line = call_line(declared, call.name, call.arguments, index, turn.user)
-                pieces += [Piece(p.text, opens=p.opens) if i < 3 else p for i, p in enumerate(line)]
-                pieces.append(Piece("\n"))
-            branches.append(assemble(pieces, declared))
-        return Lesson(declared.ids, branches, declared.guides)
-
-    def _thought(self, kinds: Sequence[str | None]) -> Lesson:
+    def _thought(self) -> Lesson:
         """Conversations up to the first call, which is a copy of what was thought, or up to the answer."""
         rng = self.rng
         toolset, system = self.author.toolset(rng), self.author.system(rng)
-        made = [self.author.with_tools(rng, toolset, system, kind) for kind in kinds]
+        made = [self.author.with_tools(rng, toolset, system) for _ in range(_BRANCHES)]
         declared = Declared(self.encoding, made[0])
         branches: list[Example] = []
         for conversation in made:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from k2hybrid.mini_eval.frames import GET_VERBS
-from tools.mini.cues import cue, switch
+from tools.mini.cues import cue
 from tools.mini.declared import NOTHING, Declared, properties
 from tools.mini.pieces import Piece, Place, Words
 
@@ -75,14 +75,12 @@ def call_line(
         last_word = len(words) - 1 if words else None
         current = declared.ends[tool, name]
         if name in arguments:
-            value = arguments[name]
-            decides = switch(name, user, value) if isinstance(value, bool) else _value_start(value)
-            yield Piece("yes", True, gathers=last_word, evidence=decides)
+            yield Piece("yes", True, gathers=last_word, evidence=_value_start(arguments[name]))
             yield Piece(" ", True)
             kind = schemas[name]["type"]
             yield Piece(kind, True, declared.inside(tool, name, '"type":"', kind, '"'))
             yield Piece(" ", True)
-            yield from _value(declared, tool, name, value)
+            yield from _value(declared, tool, name, arguments[name])
             yield Piece(" ", True)
             yield Piece(name, True, place)
         else:
@@ -91,9 +89,11 @@ def call_line(
 
 
 def _value_start(value: Any) -> Place | None:
-    """Where the user or a result begins to say a value; of a list or an object the first one."""
+    """Where the user or a result begins to say a value."""
     while isinstance(value, list | dict):
-        value = next(iter(value.values() if isinstance(value, dict) else value), "")
+        value = next(iter(value.values() if isinstance(value, dict) else value), True)
+    if isinstance(value, bool):
+        return None
     return Place(("results", "user", "all"), text=str(value))
 
 
