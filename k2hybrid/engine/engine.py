@@ -419,7 +419,10 @@ class Engine:
                 sequence.started_s = sequence.started_s or started_s
                 self._memory.grow(sequence, sequence.computed + share.tokens)
             # Who wants no token needs no logits.
-            wanted = (replace(s, last=s.last and self._running[s.number].job.max_tokens > 0) for s in shares)
+            wanted = (
+                replace(s, last=False) if s.last and not self._running[s.number].job.max_tokens else s
+                for s in shares
+            )
             return self._runner.begin(tuple(wanted), self._running)
         except Exception as error:
             self._fail_pass(shares, error)
