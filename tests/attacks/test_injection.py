@@ -278,8 +278,8 @@ def test_the_number_behind_a_control_token_is_used_once(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(render_worker, "_fresh_key", watched)
     program = render_worker.TemplateProgram("{{ body }}<think>", ["<think>"], {})
-    assert program.render({"body": "x"}, 100) == ["x", 0, ""]
-    assert program.render({"body": keys[0] + "0000"}, 100) == [keys[0] + "0000", 0, ""]
+    assert program.render({"body": "x"}, 100) == ["x", 0]
+    assert program.render({"body": keys[0] + "0000"}, 100) == [keys[0] + "0000", 0]
     assert len(set(keys)) == 2
     assert all(len(key) == 38 and key.isdecimal() for key in keys)
 
