@@ -104,9 +104,8 @@ struct Lanes {
     for (; i + 8 <= N; i += 8) SumEight(v + i, out + i);
     for (; i < N; ++i) out[i] = Sum(v[i]);
   }
-  // What is read once need not displace what is not.
   template <bool kOnce>
   static inline void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), kOnce ? _MM_HINT_NTA : _MM_HINT_T0);
+    FetchAhead<kOnce>(p);
   }
 };

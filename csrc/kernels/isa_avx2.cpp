@@ -312,10 +312,9 @@ struct Simd {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-  // What is read once need not displace what is not.
   template <bool kOnce>
   K2_ALWAYS_INLINE static void Prefetch(const void* p) {
-    _mm_prefetch(static_cast<const char*>(p), kOnce ? _MM_HINT_NTA : _MM_HINT_T0);
+    FetchAhead<kOnce>(p);
   }
 };
 

@@ -81,9 +81,8 @@ struct Int4Panel {
     for (int i = 0; i < R * T; ++i) sum[i] = total[i];
     // What comes `ahead` bytes later is read next but a few: of one row the stream itself, of several the same
     // columns of the rows that follow, since a tile takes a part of them only.
-    const int tile_bytes = R * (matrix.in / 2);
-    const int ahead =
-        R * T == 1 ? kPrefetchBytes : (kPrefetchBytes + tile_bytes - 1) / tile_bytes * tile_bytes;
+    const int tile_bytes = R * (matrix.in / 2), far = kPastCaches ? kPrefetchBytes : kPrefetchBytes / 2;
+    const int ahead = R * T == 1 ? far : (far + tile_bytes - 1) / tile_bytes * tile_bytes;
     const int full = matrix.in / kBlock;
     typename Simd::Weights w[R];
     typename Simd::F32 s[R];
