@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels/isa.h"
+#include "kernels/prefetch.h"
 
 // What the compiler leaves out of line passes its registers through memory.
 #define K2_ALWAYS_INLINE [[gnu::always_inline]] inline

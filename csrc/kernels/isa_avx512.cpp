@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "kernels/isa.h"
+#include "kernels/prefetch.h"
 
 #if defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,fma,bmi2"))), \

@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "kernels/isa.h"
+#include "kernels/prefetch.h"
 
 #if defined(__clang__)
 #pragma clang attribute push( \

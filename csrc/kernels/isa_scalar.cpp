@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "kernels/isa.h"
+#include "kernels/prefetch.h"
 
 namespace k2 {
 namespace scalar {

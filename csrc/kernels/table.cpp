@@ -35,18 +35,7 @@ bool HasAvx2() {
 #endif
 }
 
-bool PastCaches() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  return !__builtin_cpu_is("intel");
-#else
-  return true;
-#endif
-}
-
 }  // namespace
-
-const bool kPastCaches = PastCaches();
 
 const std::vector<const KernelTable*>& AvailableKernels() {
   static const std::vector<const KernelTable*> tables = [] {

@@ -6,7 +6,7 @@ Standard library only: the process that renders templates keeps such histories, 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar
 
 MAX_HELD = 8  # histories
@@ -42,6 +42,16 @@ class Held(Generic[T]):
     def newest_first(self) -> Iterable[tuple[int, T]]:
         """Numbers and histories."""
         return ((number, history) for number, (history, _) in reversed(self._kept.items()))
+
+    def longest(
+        self, items: Sequence[Any], of: Callable[[T], Sequence[Any]]
+    ) -> tuple[int | None, T | None, int]:
+        """The history whose items (`of`) begin like `items` for longest: number, itself, and for how many."""
+        found: tuple[int | None, T | None, int] = None, None, 0
+        for number, history in self.newest_first():
+            if (count := alike(of(history), items)) > found[2]:
+                found = number, history, count
+        return found
 
     def get(self, number: int | None) -> T | None:
         """The history of that number, if it is held."""

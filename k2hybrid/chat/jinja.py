@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from k2hybrid.chat.conversation import Conversation
-from k2hybrid.chat.growing import Held, alike, chars_of
+from k2hybrid.chat.growing import Held, chars_of
 from k2hybrid.chat.prompt import Piece
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.chat.worker import Worker, WorkerError
@@ -85,7 +85,8 @@ class JinjaRenderer:
         tools = json.dumps(conversation.tools)
         with self._lock:
             number = next(self._numbers)
-            base, known = self._longest_known(messages)
+            _, found, known = self._held.longest(messages, lambda rendered: rendered.messages)
+        base = found or _NOTHING
         while True:  # twice at most: without a base nothing can be forgotten
             new = [m if isinstance(m, str) else json.dumps(m) for m in messages[known:]]
             sizes = base.sizes[:known] + [len(text) for text in new]
@@ -111,14 +112,6 @@ class JinjaRenderer:
         with self._lock:
             self._held.put(number, rendered, size + chars_of(pieces), grown)
         return pieces
-
-    def _longest_known(self, messages: list[dict[str, Any] | str]) -> tuple[_Rendered, int]:
-        """The earlier history that begins like these messages for longest, and for how many of them."""
-        found, known = _NOTHING, 0
-        for _, rendered in self._held.newest_first():
-            if (count := alike(rendered.messages, messages)) > known:
-                found, known = rendered, count
-        return found, known
 
     def _answer(
         self, request: dict[str, Any], new: list[str], tools: str | None, size: int

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from k2hybrid.chat.growing import Held, alike
+from k2hybrid.chat.growing import Held
 from k2hybrid.chat.tokenizer import Tokenizer
 
 # What a renderer yields: plain text, or the id of a control token. Text never becomes a control token later
@@ -88,6 +88,9 @@ class _Assembled:
     chars_behind: list[int]
 
 
+_NOTHING = _Assembled([], [], "", [], [])
+
+
 class Assembler:
     """Pieces → ids and text; of a conversation that grew only what is new is put together. Thread-safe."""
 
@@ -103,11 +106,9 @@ class Assembler:
 
         `pieces` is kept: not to be changed.
         """
-        known, number, base = 0, None, _Assembled([], [], "", [], [])
         with self._lock:
-            for its_number, held in self._held.newest_first():
-                if (count := alike(held.pieces, pieces)) > known:
-                    known, number, base = count, its_number, held
+            number, found, known = self._held.longest(pieces, lambda assembled: assembled.pieces)
+        base = found or _NOTHING
         n_ids, n_chars = (base.ids_behind[known - 1], base.chars_behind[known - 1]) if known else (0, 0)
         ids, texts = base.ids[:n_ids], [base.text[:n_chars]]
         ids_behind, chars_behind = base.ids_behind[:known], base.chars_behind[:known]
