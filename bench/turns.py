@@ -30,7 +30,7 @@ from bench.stub import Scripted
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.engine.step import StepModel
-from k2hybrid.model import attention
+from k2hybrid.model import attention, fused
 from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
@@ -82,7 +82,7 @@ class Turn:
 
 
 class AttentionWatch:
-    """Times what attends to contexts: the CPU's kernel for few queries, `attention.expanded` for many."""
+    """Times what attends to contexts: the CPU's kernel for few queries, one of two forms for many."""
 
     def __init__(self) -> None:
         self.ms = 0.0
@@ -93,6 +93,7 @@ class AttentionWatch:
         with (
             mock.patch.object(Machine, "attend", self._timed(Machine.attend)),
             mock.patch.object(attention, "expanded", self._timed(attention.expanded)),
+            mock.patch.object(fused, "expanded", self._timed(fused.expanded)),
         ):
             yield
 

@@ -38,11 +38,12 @@ class AttentionSizes:
     value: int
     latent: int
     scale: float  # of the scores
+    fused: bool = False  # the expanded form is that of `model.fused`
 
     @property
     def absorbed_below(self) -> float:
         """See `scratch.absorbed_below`."""
-        return absorbed_below(self.latent, self.nope, self.rope, self.value)
+        return absorbed_below(self.latent, self.nope, self.rope, self.value, fused=self.fused)
 
 
 @runtime_checkable

@@ -17,6 +17,7 @@ import torch
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import ConfigError
+from k2hybrid.model import fused
 from k2hybrid.model.batch import Batch
 from k2hybrid.model.layers import MLP, Linear, LinearKernels, RMSNorm, row_kernels, unquantized
 from k2hybrid.model.mla import MLA, Attending, AttentionPlan, attention_sizes, plan_attention
@@ -125,7 +126,7 @@ class Kimi:
         self.pages = pages
         self.dtype = dtype
         self.decode = decode
-        self.sizes = attention_sizes(spec)
+        self.sizes = attention_sizes(spec, fused=decode is None and fused.serves(kernels, dtype))
         self.rope = Rope(spec)
         self.embedding = unquantized(weights.take(None, "embed_tokens"))
         self.layers = [

@@ -16,7 +16,7 @@ import torch
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import EngineError
-from k2hybrid.model import attention
+from k2hybrid.model import attention, fused
 from k2hybrid.model.attention import AttentionSizes, Context, SpanAttention
 from k2hybrid.model.batch import Batch
 from k2hybrid.model.layers import (
@@ -38,8 +38,8 @@ from k2hybrid.types import LinearWeight
 HEAD_GROUPS = 4
 
 
-def attention_sizes(spec: ModelSpec) -> AttentionSizes:
-    """The attention sizes of a model."""
+def attention_sizes(spec: ModelSpec, *, fused: bool = False) -> AttentionSizes:
+    """The attention sizes of a model. `fused`: see `fused.serves`."""
     return AttentionSizes(
         heads=spec.num_heads,
         nope=spec.qk_nope_head_dim,
@@ -47,6 +47,7 @@ def attention_sizes(spec: ModelSpec) -> AttentionSizes:
         value=spec.v_head_dim,
         latent=spec.kv_lora_rank,
         scale=softmax_scale(spec),
+        fused=fused,
     )
 
 
@@ -195,6 +196,7 @@ class MLA:
         ]
         self.key_to_latent = HeadLinearT(kernels, by_head[:, : sizes.nope])
         self.latent_to_value = HeadLinear(kernels, by_head[:, sizes.nope :])
+        self._form = fused if sizes.fused else attention
         self.o = Linear(kernels, take("o_proj"))
 
     def __call__(self, x: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
@@ -224,7 +226,7 @@ class MLA:
         part, plan = self.groups[group], attending.plan
         rows = plan.batch.row_slices()
         for i, queries in zip(plan.expanded, attending.queries, strict=True):
-            attending.out[rows[i], part.heads] = attention.expanded(
+            attending.out[rows[i], part.heads] = self._form.expanded(
                 queries[:, part.heads], self._context(plan, i), part.sizes, self.kernels, part.kv_b
             )
 

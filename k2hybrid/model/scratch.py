@@ -5,17 +5,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# Of the fused kernel: how many times as many multiplications a second it makes as the absorbed one, and from
+# how many queries on it is asked: where torch begins to use all threads.
+FUSED_RATE = 4.0
+FUSED_ROWS = 64
 
-def absorbed_below(latent: int, nope: int, rope: int, value: int) -> float:
-    """Spans with fewer new tokens than this are cheaper absorbed; 170.7 at Kimi-K2's sizes.
+
+def absorbed_below(latent: int, nope: int, rope: int, value: int, *, fused: bool = False) -> float:
+    """Spans with fewer new tokens than this are cheaper absorbed; 170.7 at Kimi-K2's sizes, 64 if `fused`.
 
     Multiplications per head and context row, for n queries: absorbed n · (2·latent + rope), scores over
     latent + rope values and a sum over latent; expanded n · (nope + rope + value), plus latent · (nope +
     value) once, to make that row's key and value. They are equal at
     n = latent · (nope + value) / ((2·latent + rope) − (nope + rope + value)).
+
+    Args:
+        fused: the expanded form is that of `model.fused`, whose multiplications take less.
     """
-    saved = (2 * latent + rope) - (nope + rope + value)
-    return latent * (nope + value) / saved if saved > 0 else float("inf")
+    rate = FUSED_RATE if fused else 1.0
+    saved = (2 * latent + rope) - (nope + rope + value) / rate
+    below = latent * (nope + value) / rate / saved if saved > 0 else float("inf")
+    return max(below, FUSED_ROWS) if fused else below
 
 
 @dataclass(frozen=True, slots=True)

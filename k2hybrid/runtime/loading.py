@@ -118,7 +118,13 @@ def open_runtime(
         engine = Engine(
             wrapped(made.model),
             pages,
-            sizes=network_sizes(spec, meter.step_bytes, pages.format.row_bytes, on_device=card is not None),
+            sizes=network_sizes(
+                spec,
+                meter.step_bytes,
+                pages.format.row_bytes,
+                on_device=card is not None,
+                fused=card is None and machine.tiles,
+            ),
             vocab_size=spec.vocab_size,
             context_tokens=context_tokens,
             config=config,

@@ -66,13 +66,16 @@ def test_fp32_agrees_to_1e_4(name: str) -> None:
     assert compare.largest_error(logits, reference.logits) <= compare.FP32_BOUND
 
 
-@pytest.mark.parametrize("kernels", ["torch", "native"])
+@pytest.mark.parametrize("kernels", ["torch", "native", "fused"])
 @pytest.mark.parametrize("name", NAMES)
-def test_bf16_agrees_within_the_derived_bound(name: str, kernels: str, machine: Machine) -> None:
+def test_bf16_agrees_within_the_derived_bound(
+    name: str, kernels: str, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The oracle's experts are used, so that a near tie is not taken for an error; ties are judged below."""
     spec, reference, bound = checkpoint(name).spec, oracle(name), bf16_bound(name, "expanded")
+    monkeypatch.setattr(machine, "tiles", kernels == "fused")
     model = (
-        native_model(name, machine) if kernels == "native" else tiny_model(checkpoint(name), torch.bfloat16)
+        tiny_model(checkpoint(name), torch.bfloat16) if kernels == "torch" else native_model(name, machine)
     )
     with compare.forced_form("expanded"):
         run = run_forced(model, name, prefill_at_once(name))

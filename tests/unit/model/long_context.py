@@ -1,7 +1,7 @@
 """One attention layer of Kimi-K2's true sizes over a long context; prints the peak of its scratch memory.
 
 Run by test_long_context.py in a process of its own, so that the peak is this work's and nobody else's.
-Usage: python -m tests.unit.model.long_context CONTEXT_TOKENS NEW_TOKENS bf16|fp8
+Usage: python -m tests.unit.model.long_context CONTEXT_TOKENS NEW_TOKENS bf16|fp8 [fused]
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def memory_bytes(field: str) -> int:
 
 
 @torch.no_grad()
-def main(context: int, count: int, rows_name: str) -> None:
+def main(context: int, count: int, rows_name: str, fused: bool) -> None:
     torch.manual_seed(0)
-    spec, sizes, machine = kimi_k2(), attention_sizes(kimi_k2()), Machine()
+    spec, sizes, machine = kimi_k2(), attention_sizes(kimi_k2(), fused=fused), Machine()
     torch.set_num_threads(machine.threads)
     weights = {
         role: torch.empty(shape, dtype=torch.bfloat16).normal_(0, shape[1] ** -0.5)
@@ -99,4 +99,4 @@ def main(context: int, count: int, rows_name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3])
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4:] == ["fused"])

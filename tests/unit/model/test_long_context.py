@@ -22,14 +22,19 @@ def test_the_threshold_of_kimi_k2() -> None:
 
 @pytest.mark.parametrize(
     ("context", "count", "absorbed", "rows"),
-    [(64 << 10, 512, False, "bf16"), (16 << 10, 170, True, "bf16"), (16 << 10, 170, True, "fp8")],
-    ids=["expanded", "absorbed", "absorbed fp8"],
+    [
+        (64 << 10, 512, False, ["bf16"]),
+        (64 << 10, 512, False, ["bf16", "fused"]),
+        (16 << 10, 170, True, ["bf16"]),
+        (16 << 10, 170, True, ["fp8"]),
+    ],
+    ids=["expanded", "fused", "absorbed", "absorbed fp8"],
 )
 def test_scratch_of_a_long_context_stays_below_512_mb(
-    context: int, count: int, absorbed: bool, rows: str
+    context: int, count: int, absorbed: bool, rows: list[str]
 ) -> None:
     """Each with the most new tokens of its form, over many blocks; the prefill chunk at 64k tokens."""
-    command = [sys.executable, "-m", "tests.unit.model.long_context", str(context), str(count), rows]
+    command = [sys.executable, "-m", "tests.unit.model.long_context", str(context), str(count), *rows]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
