@@ -198,6 +198,12 @@ class PrefixTree:
             node.until = max(node.until, until)
         return tokens
 
+    def leased(self, now: float) -> int:
+        """Pages with a lease at `now` that only the tree holds."""
+        return sum(
+            1 for page, node in self._pages.items() if node.until > now and self._counts.refcount(page) == 1
+        )
+
     def insert(self, ids: Sequence[int], pages: Sequence[int], scope: str = "") -> list[int]:
         """Record that `pages`, held by the caller, have the latents of `ids`; the last may be partly filled.
 

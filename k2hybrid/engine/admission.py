@@ -44,7 +44,10 @@ def total_tokens(job: Job, *, vocab_size: int, context_tokens: int, pool_tokens:
 
 
 class WaitingLine:
-    """Sequences that wait, in order of arrival; none overtakes the first that must wait.
+    """Sequences that wait, in order of arrival.
+
+    Who waits for a prefix that another one computes is passed by those behind; who waits for pages is not, or
+    smaller requests would keep it waiting for ever.
 
     Args:
         memory: where pages are promised.
@@ -55,7 +58,7 @@ class WaitingLine:
         self._memory = memory
         self._max_running = max_running
         self._line: deque[Sequence] = deque()
-        self._blocked = False  # the first must wait until something changes
+        self._blocked = False  # nobody can enter until something changes
 
     def __len__(self) -> int:
         return len(self._line)
@@ -67,10 +70,15 @@ class WaitingLine:
         """Newcomers go to the end; whoever was let in before, and only paused, to the front."""
         for sequence in sequences:
             if sequence.goes_on:
-                self._line.appendleft(sequence)
-                self._blocked = False
+                self.put_back(sequence)
             else:
                 self._line.append(sequence)
+                self._blocked = False
+
+    def put_back(self, sequence: Sequence) -> None:
+        """`sequence`, which was let in before, waits again, in front of all others."""
+        self._line.appendleft(sequence)
+        self._blocked = False
 
     def leave(self, sequence: Sequence) -> None:
         """`sequence` waits no longer."""
@@ -78,21 +86,26 @@ class WaitingLine:
         self._blocked = False
 
     def unblock(self) -> None:
-        """Pages or a prefix became available: the first may try again."""
+        """Pages or a prefix became available: those who wait may try again."""
         self._blocked = False
 
     def admit(self, running: dict[int, Sequence]) -> list[Sequence]:
         """Move sequences from the line to `running` as far as rows and pages allow; those moved."""
         admitted: list[Sequence] = []
+        passed: list[Sequence] = []
         while self._line and not self._blocked and len(running) < self._max_running:
-            sequence = self._line[0]
-            if self._prefix_is_coming(sequence, running) or not self._memory.admit(sequence):
+            sequence = self._line.popleft()
+            if self._prefix_is_coming(sequence, running):
+                passed.append(sequence)
+            elif self._memory.admit(sequence):
+                sequence.phase = Phase.RUNNING
+                running[sequence.number] = sequence
+                admitted.append(sequence)
+            else:
+                passed.append(sequence)
                 self._blocked = True
-                break
-            self._line.popleft()
-            sequence.phase = Phase.RUNNING
-            running[sequence.number] = sequence
-            admitted.append(sequence)
+        self._blocked |= bool(passed) and not self._line
+        self._line.extendleft(reversed(passed))
         return admitted
 
     def _prefix_is_coming(self, sequence: Sequence, running: Mapping[int, Sequence]) -> bool:

@@ -25,7 +25,7 @@ from k2hybrid.engine.metrics import ByteMeter, EngineMetrics, StepRecord
 from k2hybrid.engine.scheduler import Candidate, Chunk, Scheduler, Share, pages_for
 from k2hybrid.engine.sequence import Phase, Sequence
 from k2hybrid.engine.step import Pass, StepModel, StepResult, StepRunner
-from k2hybrid.errors import EngineError, ExpertReadError, K2Error, TimeLimitError
+from k2hybrid.errors import CapacityError, EngineError, ExpertReadError, K2Error, TimeLimitError
 from k2hybrid.model.sampler import Sampler
 from k2hybrid.types import DoneEvent, EngineEvent, Job, ReasonCode, StopRule
 
@@ -169,7 +169,7 @@ class Engine:
             sampler=Sampler(job.sampling, self._vocab_size, job.ids),
             ids=list(job.ids),
             prompt_tokens=len(job.ids),
-            reserved_pages=pages_for(total, self._memory.page_tokens),
+            most_pages=pages_for(total, self._memory.page_tokens),
         )
         return self._enqueue(sequence)
 
@@ -184,7 +184,7 @@ class Engine:
                 sampler=ended.sampler,
                 ids=list(ended.job.ids),
                 prompt_tokens=ended.prompt_tokens,
-                reserved_pages=ended.reserved_pages,
+                most_pages=ended.most_pages,
                 resumes=ended,
             )
         )
@@ -212,7 +212,7 @@ class Engine:
                 sampler=ended.sampler,
                 ids=ended.ids[:length],
                 prompt_tokens=ended.prompt_tokens,
-                reserved_pages=ended.reserved_pages,
+                most_pages=ended.most_pages,
                 kept=ended.kept[:keep],
                 goes_on=True,
                 cached_before=ended.cached_of_prompt,
@@ -247,12 +247,13 @@ class Engine:
             self._fetch(sequence)
         if not self._running:
             self._start_background()
+        waiting = self._promise_pages()
         self.metrics.running, self.metrics.waiting = len(self._running), len(self._waiting)
         plan = self._scheduler.plan(
             [
                 Candidate(s.number, s.pending, s.decoding, s.computed)
                 for s in self._running.values()
-                if not s.fetching
+                if not s.fetching and s not in waiting
             ],
             self._chunk_left(),
         )
@@ -347,14 +348,52 @@ class Engine:
     def _start_background(self) -> None:
         while self._background and not self._waiting and not self._running:
             sequence = self._background.popleft()
-            if sequence.cancelled or not self._memory.admit(sequence):
+            if sequence.cancelled:
                 self._finish(sequence, "cancelled")
+            elif not self._memory.admit(sequence):
+                self._finish(sequence, "error", CapacityError("no latent pages are left that nobody wants"))
             elif sequence.pending == 1 and not sequence.job.max_tokens:
                 sequence.phase, self._running[sequence.number] = Phase.RUNNING, sequence
                 self._finish(sequence, "length")  # all but the last token is known: as good as all of it
             else:
                 sequence.phase, self._running[sequence.number] = Phase.RUNNING, sequence
                 self._fetch(sequence)
+
+    def _promise_pages(self) -> list[Sequence]:
+        """See to pages for answers that outgrow what they were promised; those who must wait for some.
+
+        The oldest come first. Where no pages are left the youngest makes room.
+        """
+        waiting: list[Sequence] = []
+        for sequence in sorted(self._running.values(), key=_number):
+            while sequence.phase is Phase.RUNNING and not self._memory.extend(sequence):
+                youngest = max(self._running.values(), key=_number)
+                if youngest.fetching or self._in_chunk(youngest):  # its pages are being written to
+                    waiting.append(sequence)
+                    break
+                self._put_back(youngest)
+        return waiting
+
+    def _put_back(self, sequence: Sequence) -> None:
+        """Have a running sequence give up its pages and wait; it goes on from what is left of them then."""
+        if sequence.job.background:
+            self._finish(sequence, "cancelled")
+            return
+        del self._running[sequence.number]
+        sequence.phase = Phase.WAITING
+        sequence.cached_before = sequence.cached_of_prompt
+        try:
+            self._memory.publish(sequence)
+            self._keep(sequence)
+        finally:
+            self._memory.leave(sequence)
+            self._runner.forget(sequence)
+            self._waiting.put_back(sequence)
+        self.metrics.put_back += 1
+
+    def _in_chunk(self, sequence: Sequence) -> bool:
+        chunk = self._chunk
+        return chunk is not None and any(share.number == sequence.number for share in chunk.shares)
 
     # --- RAM and journal ------------------------------------------------------------------------------
 
@@ -537,7 +576,7 @@ class Engine:
             sequence.cancelled, sequence.ending = True, (reason, error)
             return
         chunk = self._chunk
-        if chunk is not None and any(share.number == sequence.number for share in chunk.shares):
+        if chunk is not None and self._in_chunk(sequence):
             sequence.cancelled, sequence.ending = True, (reason, error)
             if not now and not all(self._running[share.number].cancelled for share in chunk.shares):
                 return
@@ -613,3 +652,7 @@ class Engine:
     def cached_prefix(self, ids: Seq[int], scope: str = "") -> int:
         """How many of `ids` have their latents in the pool now. Same threads as `check`."""
         return self._memory.tree.match(ids, scope).tokens
+
+
+def _number(sequence: Sequence) -> int:
+    return sequence.number

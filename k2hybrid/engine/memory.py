@@ -1,16 +1,18 @@
-"""Which pages each sequence holds, and the promise that a running one never runs out. Layer 4.
+"""Which pages each sequence holds, and which it is promised. Layer 4.
 
-Admission reserves pages for a request's prompt and all its possible output; they are taken from the pool only
-as tokens arrive, so that until then they may keep cached prefixes. The promise is one inequality:
+Admission promises pages for a prompt and the output that comes first, `extend` those for more, since answers
+are seldom as long as they may be; where none are left, the engine has a sequence wait and come back.
+Pages are taken from the pool only as tokens arrive, so that until then they may keep cached prefixes. What is
+promised is there, by one inequality:
 
-    pages that are free or held by the prefix tree alone  ≥  Σ over running sequences (reserved − held)
+    pages that are free or held by the prefix tree alone  ≥  Σ over running sequences (promised − held)
 
 The left side is `total − held by sequences or pins`, and all of it can be had: a sequence holds the whole
 path of each page that it shares with the tree, and a page that is pinned without its path leaves the tree
 before it keeps what lies above it from being evicted. The inequality stays true because
 
-* `admit` and `pin`, which may hold pages that nobody held, compare first; the source of a copy counts as held
-  while it is copied, and where there is no room for it, nothing is copied;
+* `extend`, and `admit` and `pin`, which may hold pages that nobody held, compare first; the source of a copy
+  counts as held while it is copied, and where there is no room for it, nothing is copied;
 * `grow`, and the copy when it takes its page, lower both sides by as many; `drop_partial` raises them, for it
   gives back a page that nobody else holds;
 * `publish` exchanges own pages for the tree's: as many come back as are taken, except for those that others
@@ -35,6 +37,9 @@ from k2hybrid.engine.scheduler import pages_for
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.engine.spill import Spill
 from k2hybrid.errors import CapacityError, EngineError
+
+# Tokens of output that pages are promised for at a time.
+OUTPUT_AHEAD = 2048
 
 
 class PagePool(Protocol):
@@ -68,7 +73,7 @@ class PageMemory:
         self._running: set[Sequence] = set()
         self._holders: Counter[int] = Counter()  # page → sequences and pins that hold it
         self._pins: Counter[int] = Counter()  # page → pins
-        self._owed = 0  # Σ (reserved − held)
+        self._owed = 0  # Σ (promised − held)
 
     @property
     def total_tokens(self) -> int:
@@ -95,20 +100,24 @@ class PageMemory:
         }
 
     def admit(self, sequence: Sequence) -> bool:
-        """Give `sequence` its longest cached prefix and reserve the rest; False if it must wait.
+        """Give `sequence` its longest cached prefix and promise the rest; False if it must wait.
 
         At most all tokens but one are taken from the cache: the last one's logits are needed. A page that
         agrees only in its first rows is continued in place if they are all that is claimed of it and nobody
-        holds it; else the rows are copied to a fresh page.
+        holds it; else the rows are copied to a fresh page. For a background job no leased page is given up.
         """
+        sequence.reserved_pages = self._reach(sequence)
         match = self._match(sequence)
         pages, tokens, partial = match.pages, match.tokens, match.partial
         if partial is not None and partial.whole and partial.page not in self._holders:
             pages, partial = [*pages, partial.page], None
         owed = sequence.reserved_pages - len(pages)
-        if partial is not None and self._unheld([*pages, partial.page]) + owed > self.available_pages:
+        room = self.available_pages
+        if sequence.job.background:
+            room -= self.tree.leased(self.now())
+        if partial is not None and self._unheld([*pages, partial.page]) + owed > room:
             tokens, partial = tokens - partial.rows, None
-        if self._unheld(pages) + owed > self.available_pages:
+        if self._unheld(pages) + owed > room:
             return False
         self._hold(pages)
         self._owed += owed
@@ -125,8 +134,21 @@ class PageMemory:
         sequence.computed = sequence.cached_tokens = tokens
         return True
 
+    def extend(self, sequence: Sequence) -> bool:
+        """Promise `sequence` pages for all its tokens and, if there are, for more; False if it must wait."""
+        needed = pages_for(len(sequence.ids), self.page_tokens) - sequence.reserved_pages
+        if needed <= 0:
+            return True
+        more = self._reach(sequence) - sequence.reserved_pages
+        promised = min(more, self.available_pages)
+        if promised < needed:
+            return False
+        sequence.reserved_pages += promised
+        self._owed += promised
+        return True
+
     def grow(self, sequence: Sequence, tokens: int, *, ready: bool = True) -> None:
-        """Let `sequence` hold pages for its first `tokens` tokens; cannot fail within its reservation.
+        """Let `sequence` hold pages for its first `tokens` tokens; cannot fail within what it was promised.
 
         Without `ready` some may still be on their way to RAM: nothing is waited for, and who writes them
         first waits for what `leaving` says.
@@ -137,7 +159,7 @@ class PageMemory:
         if len(sequence.pages) + missing > sequence.reserved_pages:
             raise EngineError(
                 f"request {sequence.job.request_id!r} needs {len(sequence.pages) + missing} pages "
-                f"but reserved {sequence.reserved_pages}"
+                f"but was promised {sequence.reserved_pages}"
             )
         sequence.pages = [*sequence.pages, *self._take(missing, ready=ready)]
         sequence.pages_version += 1
@@ -176,7 +198,7 @@ class PageMemory:
             sequence.pages_version += 1
 
     def leave(self, sequence: Sequence) -> None:
-        """`sequence` gives back all it holds and all it reserved."""
+        """`sequence` gives back all it holds and all it was promised."""
         self._running.discard(sequence)
         self._owed -= sequence.reserved_pages - len(sequence.pages)
         self._drop(sequence.pages)
@@ -264,6 +286,10 @@ class PageMemory:
                 wrong.append(f"page {page}: {self.tree.rows(page)} rows claimed, {rows} computed")
             rows = 0
         return wrong
+
+    def _reach(self, sequence: Sequence) -> int:
+        """Pages for the tokens of `sequence` and those that come next."""
+        return min(sequence.most_pages, pages_for(len(sequence.ids) + OUTPUT_AHEAD, self.page_tokens))
 
     def _match(self, sequence: Sequence) -> Match:
         if not sequence.job.reuse:

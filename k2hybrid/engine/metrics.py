@@ -68,6 +68,7 @@ class EngineMetrics:
     steps: int = 0
     failed_steps: int = 0
     integrity_errors: int = 0
+    put_back: int = 0  # requests that gave their pages to older ones, to come back
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -99,6 +100,7 @@ class EngineMetrics:
         return {
             "steps": self.steps,
             "failed_steps": self.failed_steps,
+            "put_back": self.put_back,
             "integrity_errors": self.integrity_errors,
             "prompt_tokens": self.prompt_tokens,
             "cached_tokens": self.cached_tokens,

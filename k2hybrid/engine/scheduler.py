@@ -9,14 +9,14 @@ reads all experts, as many bytes as 48 decode steps.
 * A prefill rides along if the pass then takes at most half as long again.
 * Otherwise the chunk is owed nearly as much time as the passes take, and gets it in whole parts: running
   decodes keep half of their speed, and no gap between two of their tokens exceeds two decode steps, or one
-  layer of the chunk if that is longer. Among the numbers of rows with which that holds, and with which a part
-  takes no longer than a decode step or a fifth of a second, the chunk has the one that gets the prompt done
-  soonest: few rows read the same experts again and again, and parts that fill half of what the chunk is owed
-  leave the other half. Time that was predicted decides how far the chunk advances now, time that was measured
-  what it is owed next: an error of the prediction cannot add up.
+  layer of the chunk if that is longer. Time that was predicted decides how far the chunk advances now, time
+  that was measured what it is owed next: an error of the prediction cannot add up.
 * With nothing to decode the chunk advances for a moment, so that newcomers are seen soon.
-* Prefills share a chunk evenly; what the short ones leave goes to the others. So a short prompt is answered
-  after one chunk, however long the prompts beside it are.
+* A prompt is cut into the same pieces whatever runs beside it: as many rows as a chunk may have, and a rest.
+  Sums over a context are cut where its pieces are, so others would give other last bits, and a sampled answer
+  that depends on its company. A chunk is one piece of a long prompt, or whole prompts and rests as they came,
+  as many as it has room for. The two take turns, and so do the long prompts: a short one is answered after a
+  chunk or two, however long the prompts beside it are.
 """
 
 from __future__ import annotations
@@ -25,27 +25,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from k2hybrid.engine.cost import LARGE_ROWS, Rows
+from k2hybrid.engine.cost import Rows
 
 # Longest slice with nothing to decode, in microseconds: what a newcomer waits for at most, or one part.
 ALONE_US = 50_000
-# A part of a chunk beside decodes takes so long at most, or as long as a decode step, if few rows can.
-GAP_US = 200_000
 # What a chunk took too much or too little is made good within so many of its longest slices; not more,
 # since a stalled disk would otherwise stop it, or the decodes, for minutes.
 MOST_DEBT, MOST_CREDIT = 4, 1
-# Numbers of rows that a chunk may have are so far apart: each is that much of the one before.
-FEWER_PERCENT = 94
-# The largest that is nearly as fast as the fastest: what a pass costs beside its bytes and operations is not
-# predicted, and is paid for each chunk.
-NEARLY_PERCENT = 95
 # Of a pass's time, what a chunk beside it is owed. Decodes then keep 11 of 21 parts of their speed and the
 # chunk 10: a little room is left on both sides of a half for what neither accounts for.
 SHARE_NUMERATOR, SHARE_DENOMINATOR = 10, 11
 # A slice is at most so much of a step: more than its share, since whole parts leave rests to make up for.
 SLICE_PERCENT = 98
-# Rows: smaller chunks are not worth the reading of weights, and their parts are not predicted apart.
-LEAST_CHUNK = LARGE_ROWS
 
 
 class Costs(Protocol):
@@ -117,6 +108,8 @@ class Scheduler:
         self._max_rows = max_rows
         self._costs = costs
         self._last_decoded = -1  # the number after which the next round of decoding begins
+        self._last_long = -1  # the same of prompts longer than a chunk
+        self._long_turn = False  # the next chunk is one of theirs, if both wait
         self._slice_us = 0  # what the last slice of a chunk was to take
         self._owed_us = 0  # the chunk's share of what passes took, less what it took; negative: it took more
         self._creditors: frozenset[int] = frozenset()  # whose chunk is, or was, owed that
@@ -143,7 +136,9 @@ class Scheduler:
             gone = {share.number for share in riding}
             prefills = [c for c in prefills if c.number not in gone]
         if chunk is None and prefills and not waits:
-            begin, chunk_rows = self._chunk(prefills, decode_us)
+            begin = self._chunk(prefills)
+            known = {c.number: c for c in prefills}
+            chunk_rows = tuple(known[share.number].rows(share.tokens) for share in begin)
             chunk = Chunk(chunk_rows, 0, frozenset(share.number for share in begin))
         if chunk is None or not chunk.numbers & self._creditors:
             self._owed_us = 0
@@ -166,7 +161,7 @@ class Scheduler:
         pass_us = decode_us
         taken: list[Rows] = []
         shares = []
-        for candidate in sorted(prefills, key=lambda c: (c.pending, c.number)):
+        for candidate in sorted(prefills, key=_shortest):
             if candidate.pending > room:
                 break
             with_it = [*rows, *taken, candidate.rows(candidate.pending)]
@@ -179,45 +174,20 @@ class Scheduler:
             shares.append(Share(candidate.number, candidate.pending, True))
         return shares, pass_us
 
-    def _chunk(self, prefills: list[Candidate], decode_us: int) -> tuple[tuple[Share, ...], tuple[Rows, ...]]:
-        """Shares of a new chunk and their rows, beside decode steps of `decode_us` (0: none)."""
-        known = {c.number: c for c in prefills}
-
-        def dealt(room: int) -> tuple[tuple[Share, ...], tuple[Rows, ...]]:
-            shares = tuple(_deal(prefills, room))
-            return shares, tuple(known[share.number].rows(share.tokens) for share in shares)
-
-        most = min(self._max_rows, sum(c.pending for c in prefills))
-        if not decode_us:
-            return dealt(most)
-        counts = [most]
-        while (fewer := counts[-1] * FEWER_PERCENT // 100) >= LEAST_CHUNK:
-            counts.append(fewer)
-        chunks = list(map(dealt, counts))
-        # All as if behind the same tokens: what few rows do not look back on yet others will.
-        behind = {s.number: r.context for s, r in zip(*chunks[0], strict=True)}
-        worth = [
-            self._worth([Rows(s.tokens, behind[s.number]) for s in shares], decode_us) for shares, _ in chunks
-        ]
-        *least, rate = max(worth)
-        return next(
-            chunk
-            for chunk, (*gaps, its_rate) in zip(chunks, worth, strict=True)
-            if gaps == least and its_rate * 100 >= rate * NEARLY_PERCENT
-        )
-
-    def _worth(self, rows: Sequence[Rows], decode_us: int) -> tuple[int, bool, float]:
-        """Of a chunk of `rows`: how little it stalls decodes, then how many rows a microsecond it runs."""
-        parts = self._costs.parts_us(list(rows))
-        whole_us = sum(parts)
-        longest, most = max(parts), self._longest_slice(rows, decode_us)
-        slices, at = 0, 0
-        while at < len(parts):
-            at += _whole(parts, at, max(most, parts[at]))
-            slices += 1
-        decoding_us = max(slices * decode_us, whole_us * SHARE_DENOMINATOR // SHARE_NUMERATOR)
-        stall_us = max(0, longest - max(decode_us, GAP_US))
-        return -stall_us, longest <= most, sum(r.count for r in rows) / (whole_us + decoding_us)
+    def _chunk(self, prefills: list[Candidate]) -> tuple[Share, ...]:
+        """Shares of a new chunk."""
+        long = [c for c in prefills if c.pending > self._max_rows]
+        if long and (self._long_turn or len(long) == len(prefills)):
+            chosen = _after(long, self._last_long)[0]
+            self._last_long, self._long_turn = chosen.number, False
+            return (Share(chosen.number, self._max_rows, False),)
+        self._long_turn = True
+        room, shares = self._max_rows, []
+        for candidate in prefills:
+            if candidate.pending <= room:
+                room -= candidate.pending
+                shares.append(Share(candidate.number, candidate.pending, True))
+        return tuple(shares)
 
     def _longest_gap(self, chunk: Chunk | None, decode_us: int) -> int:
         """Microseconds: two decode steps, or a layer of the chunk, if there is one."""
@@ -245,8 +215,7 @@ class Scheduler:
         room = self._max_rows
         if len(decodes) <= room:
             return decodes
-        later = [c for c in decodes if c.number > self._last_decoded]
-        chosen = (later + [c for c in decodes if c.number <= self._last_decoded])[:room]
+        chosen = _after(decodes, self._last_decoded)[:room]
         self._last_decoded = chosen[-1].number
         return sorted(chosen, key=lambda c: c.number)
 
@@ -266,20 +235,13 @@ def _whole(parts: Sequence[int], first: int, most_us: int) -> int:
     return taken
 
 
-def _deal(prefills: list[Candidate], room: int) -> list[Share]:
-    """Even shares of a chunk of `room` rows, in order of arrival; what short ones leave goes to the rest."""
-    tokens = {}
-    left = room
-    for waiting, candidate in enumerate(sorted(prefills, key=lambda c: (c.pending, c.number))):
-        # What cannot be dealt evenly goes to those who come first, one row each.
-        fair = -(-left // (len(prefills) - waiting))
-        tokens[candidate.number] = min(candidate.pending, fair)
-        left -= tokens[candidate.number]
-    return [
-        Share(c.number, tokens[c.number], tokens[c.number] == c.pending)
-        for c in prefills
-        if tokens[c.number] > 0
-    ]
+def _shortest(candidate: Candidate) -> tuple[int, int]:
+    return candidate.pending, candidate.number
+
+
+def _after(candidates: list[Candidate], number: int) -> list[Candidate]:
+    """In order of arrival, beginning behind `number`: whose turn it is."""
+    return sorted(candidates, key=lambda c: (c.number <= number, c.number))
 
 
 def pages_for(tokens: int, page_tokens: int) -> int:

@@ -34,7 +34,8 @@ class Sequence:
     sampler: Sampler
     ids: list[int]
     prompt_tokens: int
-    reserved_pages: int  # for prompt and max_tokens: what admission guarantees
+    most_pages: int  # for prompt and max_tokens
+    reserved_pages: int = 0  # what it was promised, held or not
     phase: Phase = Phase.WAITING
     computed: int = 0
     cached_tokens: int = 0

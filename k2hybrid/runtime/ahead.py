@@ -15,11 +15,12 @@ from dataclasses import replace
 from itertools import takewhile
 
 from k2hybrid.errors import K2Error
-from k2hybrid.types import ChatRequest, EngineEvent, Job, Message, SamplingParams
+from k2hybrid.types import ChatRequest, DoneEvent, EngineEvent, Job, Message, SamplingParams
 
 log = logging.getLogger(__name__)
 
 MAX_WAITING = 8
+MOST_TRIES = 16  # of one request: others that come between them cancel the job
 LOOK_SECONDS = 0.05  # between two looks whether the machine is idle
 
 
@@ -42,7 +43,8 @@ class Ahead:
         self._submit = submit
         self._idle = idle
         self._changed = threading.Condition()
-        self._waiting: deque[ChatRequest] = deque(maxlen=MAX_WAITING)  # the oldest is dropped for the newest
+        # With how often each was tried; the oldest is dropped for the newest.
+        self._waiting: deque[tuple[ChatRequest, int]] = deque(maxlen=MAX_WAITING)
         self._closed = False
         self._thread = threading.Thread(target=self._loop, name="k2hybrid-ahead", daemon=True)
         self._thread.start()
@@ -50,7 +52,7 @@ class Ahead:
     def prefill(self, request: ChatRequest) -> None:
         """Compute what every user turn after `request.messages` begins with. Returns at once."""
         with self._changed:
-            self._waiting.append(request)
+            self._waiting.append((request, 0))
             self._changed.notify()
 
     def close(self) -> None:
@@ -69,10 +71,10 @@ class Ahead:
                     self._changed.wait(LOOK_SECONDS)
                 if self._closed:
                     return
-                request = self._waiting.pop()  # the newest is likeliest to go on
-            self._run(request)
+                request, tries = self._waiting.pop()  # the newest is likeliest to go on
+            self._run(request, tries + 1)
 
-    def _run(self, request: ChatRequest) -> None:
+    def _run(self, request: ChatRequest, tries: int) -> None:
         try:
             # Two turns that differ from their first letter on share exactly what any turn begins with.
             first, second = (
@@ -83,19 +85,30 @@ class Ahead:
                 1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, second, strict=False))
             )
             if common:
-                self._submit(self._job(request, first[:common]))
+                self._submit(
+                    self._job(request, first[:common], lambda event: self._ended(event, request, tries))
+                )
         except K2Error as error:  # the context is full, the template refuses, the engine has stopped
             log.debug("nothing is prefilled ahead: %s", error)
         except Exception:
             log.exception("prefilling ahead failed")
 
-    def _job(self, request: ChatRequest, ids: list[int]) -> Job:
+    def _ended(self, event: EngineEvent, request: ChatRequest, tries: int) -> None:
+        """What was cancelled goes on at the next idle moment, from where it was."""
+        if not isinstance(event, DoneEvent) or event.reason != "cancelled" or tries == MOST_TRIES:
+            return
+        with self._changed:
+            if not self._closed and len(self._waiting) < MAX_WAITING:
+                self._waiting.appendleft((request, tries))
+                self._changed.notify()
+
+    def _job(self, request: ChatRequest, ids: list[int], sink: Callable[[EngineEvent], None]) -> Job:
         return Job(
             ids=ids,
             sampling=SamplingParams(temperature=0.0),
             max_tokens=0,
             stop=_Never(),
-            sink=_nobody,
+            sink=sink,
             request_id=f"{request.request_id} ahead",
             scope=request.scope,
             store=request.store,
@@ -108,7 +121,3 @@ class _Never:
 
     def push(self, token: int) -> bool:
         return False
-
-
-def _nobody(event: EngineEvent) -> None:
-    """Nobody waits for a background job."""

@@ -18,6 +18,7 @@ _TEXT = "text/plain; version=0.0.4; charset=utf-8"
 _ENGINE_COUNTERS = {
     "steps": "Passes over the network",
     "failed_steps": "Passes that ended in an error",
+    "put_back": "Requests that gave their pages to older ones, to come back",
     "prompt_tokens": "Tokens of prompts",
     "cached_tokens": "Tokens of prompts that were not computed again",
     "completion_tokens": "Tokens generated",

@@ -295,6 +295,7 @@ _STATUS = _object(
                 "waiting": COUNT,
                 "steps": COUNT,
                 "failed_steps": COUNT,
+                "put_back": COUNT,
                 "integrity_errors": COUNT,
                 "prompt_tokens": COUNT,
                 "cached_tokens": COUNT,

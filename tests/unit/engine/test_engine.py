@@ -18,6 +18,7 @@ from k2hybrid.engine.engine import MAX_BACKGROUND, Engine
 from k2hybrid.engine.handle import JobHandle
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.metrics import PageTraffic
+from k2hybrid.engine.scheduler import Candidate, Chunk, TickPlan
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.errors import (
     CapacityError,
@@ -28,6 +29,7 @@ from k2hybrid.errors import (
     TimeLimitError,
 )
 from k2hybrid.types import EngineEvent, SamplingParams, TokenEvent
+from tests.unit.engine.engines import CONTEXT, build, drain, ended, run
 from tests.unit.engine.fakes import (
     LAYERS,
     SIZES,
@@ -40,36 +42,6 @@ from tests.unit.engine.fakes import (
     expected_tokens,
     job,
 )
-
-CONTEXT = 256
-
-
-def build(
-    pages: int = 64, *, max_step_tokens: int = 16, max_running: int = 4, max_queue: int = 64
-) -> tuple[Engine, FakeModel]:
-    model = FakeModel(FakePages(pages))
-    config = RuntimeConfig(max_step_tokens=max_step_tokens, max_running=max_running, max_queue=max_queue)
-    engine = Engine(model, model.pages, sizes=SIZES, vocab_size=VOCAB, context_tokens=CONTEXT, config=config)
-    return engine, model
-
-
-def drain(engine: Engine) -> None:
-    while engine.tick():
-        pass
-    engine.check()
-
-
-def run(engine: Engine, prompt: list[int], max_tokens: int = 5) -> Collector:
-    sink = Collector()
-    engine.submit(job(prompt, sink, max_tokens))
-    drain(engine)
-    return sink
-
-
-def ended(sink: Collector) -> str:
-    assert sink.done is not None
-    assert sink.after_done == 0
-    return sink.done.reason
 
 
 def test_one_request_in_chunks() -> None:
@@ -257,13 +229,22 @@ def test_cancel_while_waiting_prefilling_and_decoding_frees_everything() -> None
     assert engine.metrics.running == 0
 
 
-def test_a_request_that_is_cancelled_in_a_shared_chunk_leaves_with_it() -> None:
+def test_a_request_that_is_cancelled_in_a_shared_chunk_leaves_with_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     engine, model = build(pages=60, max_step_tokens=8)
+    plan = engine._scheduler.plan
+
+    def one_part(running: list[Candidate], chunk: Chunk | None) -> TickPlan:
+        planned = plan(running, chunk)
+        return replace(planned, advance=min(planned.advance, 1))
+
+    monkeypatch.setattr(engine._scheduler, "plan", one_part)
     decoding, stays, leaves = Collector(), Collector(), Collector()
     engine.submit(job([9], decoding, 60))
     engine.tick()
-    engine.submit(job([1] * 24, stays, 3))
-    handle = engine.submit(job([2] * 24, leaves, 3))
+    engine.submit(job([1] * 4, stays, 3))
+    handle = engine.submit(job([2] * 4, leaves, 3))
     while len(model.batches[-1].spans) != 2:
         engine.tick()
     handle.cancel()
@@ -271,7 +252,7 @@ def test_a_request_that_is_cancelled_in_a_shared_chunk_leaves_with_it() -> None:
     assert leaves.done is None  # the layers to come still write into its pages
     drain(engine)
     assert ended(leaves) == "cancelled"
-    assert stays.tokens == expected_tokens([1] * 24, 3)
+    assert stays.tokens == expected_tokens([1] * 4, 3)
     assert decoding.tokens == expected_tokens([9], 60)
 
 

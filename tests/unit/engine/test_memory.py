@@ -46,14 +46,14 @@ class Desk:
         self.memory.now = lambda: self.clock
 
     def sequence(self, ids: list[int], output: int = 1, scope: str = "", *, reuse: bool = True) -> Sequence:
-        job = SimpleNamespace(scope=scope, reuse=reuse, request_id="test")
+        job = SimpleNamespace(scope=scope, reuse=reuse, request_id="test", background=False)
         return Sequence(
             number=0,
             job=cast(Any, job),
             sampler=cast(Any, None),
             ids=list(ids),
             prompt_tokens=len(ids),
-            reserved_pages=pages_for(len(ids) + output, SIZE),
+            most_pages=pages_for(len(ids) + output, SIZE),
         )
 
     def admit(self, ids: list[int], output: int = 1, scope: str = "") -> Sequence:
@@ -277,7 +277,7 @@ def test_a_failing_copy_undoes_the_admission() -> None:
 def test_growing_beyond_the_reservation_is_an_error() -> None:
     desk = Desk(4)
     sequence = desk.admit([1, 2, 3])
-    with pytest.raises(EngineError, match="reserved 1"):
+    with pytest.raises(EngineError, match="promised 1"):
         desk.memory.grow(sequence, 5)
 
 

@@ -17,7 +17,7 @@ from k2hybrid.cache.host_pages import HostPages
 from k2hybrid.cache.page_keys import common_tokens, next_key, pack_ids, page_keys, root_key
 from k2hybrid.cache.prefix import _Node
 from k2hybrid.config import RuntimeConfig
-from k2hybrid.engine import archive, spill
+from k2hybrid.engine import archive, memory, spill
 from k2hybrid.engine.archive import Archive, Fetch, Fetched
 from k2hybrid.engine.cost import Kind
 from k2hybrid.engine.engine import Engine
@@ -52,6 +52,7 @@ HOST = 6
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(archive, "BATCH", 2)
     monkeypatch.setattr(spill, "BATCH", 2)
+    monkeypatch.setattr(memory, "OUTPUT_AHEAD", 3)
 
 
 class RowPages(FakePages):
@@ -110,11 +111,11 @@ class MemoryHistories(RuleBasedStateMachine):
         ids = [*begin[:cut], *ids][:20]
         sequence = Sequence(
             number=0,
-            job=cast(Any, SimpleNamespace(scope=scope, reuse=reuse, request_id="test")),
+            job=cast(Any, SimpleNamespace(scope=scope, reuse=reuse, request_id="test", background=False)),
             sampler=cast(Any, None),
             ids=list(ids),
             prompt_tokens=len(ids),
-            reserved_pages=pages_for(len(ids) + output, SIZE),
+            most_pages=pages_for(len(ids) + output, SIZE),
         )
         known = {row for page in self.memory.tree.pages() for row in self._claimed(page)}
         longest = 0
@@ -144,9 +145,16 @@ class MemoryHistories(RuleBasedStateMachine):
     def step(self, data: st.DataObject, tokens: int, fails: bool) -> None:
         """Compute rows; a step that fails has written them, but they do not count."""
         sequence = self._draw(data)
-        room = sequence.reserved_pages * SIZE
+        room = sequence.most_pages * SIZE
         while len(sequence.ids) < min(sequence.computed + tokens, room):
             sequence.ids.append(data.draw(st.integers(0, 1)))
+        available, promised = self.memory.available_pages, sequence.reserved_pages
+        if self.memory.extend(sequence):
+            assert len(sequence.ids) <= sequence.reserved_pages * SIZE <= room
+        else:
+            assert pages_for(len(sequence.ids), SIZE) - promised > available
+            assert (sequence.reserved_pages, self.memory.available_pages) == (promised, available)
+            del sequence.ids[promised * SIZE :]
         self._compute(sequence, min(sequence.computed + tokens, len(sequence.ids)), fails)
 
     @precondition(lambda self: self.running)
@@ -239,7 +247,7 @@ class MemoryHistories(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         self.settle()
-        # The promise: all can run to the end of what they reserved, pins or not.
+        # All can run to the end of what they were promised, pins or not.
         for sequence in self.running:
             self.memory.grow(sequence, sequence.reserved_pages * SIZE)
         self.memory.check()

@@ -12,8 +12,6 @@ from hypothesis import strategies as st
 from k2hybrid.engine.cost import CostModel, Rows
 from k2hybrid.engine.scheduler import (
     ALONE_US,
-    GAP_US,
-    LEAST_CHUNK,
     MOST_CREDIT,
     MOST_DEBT,
     Candidate,
@@ -165,10 +163,10 @@ def test_a_chunk_gets_its_share_of_the_time_whatever_it_and_a_step_take(
     """Steps from a fraction of a part to many layers, both predicted wrongly by up to a half."""
 
     def cost(rows: list[Rows]) -> int:
-        return sum(step_us if r.context == 101 else 1000 + GAP_US * LAYERS // 1024 * r.count for r in rows)
+        return sum(step_us if r.context == 101 else 2_000_000 for r in rows)
 
     costs = Layers(cost, feed_percent)
-    scheduler = Scheduler(4096, costs)
+    scheduler = Scheduler(512, costs)
     running = [decode(0), prefill(1, 100_000_000)]
     chunk: Chunk | None = None
     decoding = chunking = 0
@@ -189,12 +187,24 @@ def test_a_chunk_gets_its_share_of_the_time_whatever_it_and_a_step_take(
         part = chunk.part + plan.advance
         chunk = Chunk(chunk.rows, part, chunk.numbers) if part < 2 * LAYERS else None
     share = chunking / decoding
-    # Never more than its share, but for the last slice. Less, where whole parts use nine tenths of it (a
-    # larger chunk a twentieth less), where steps are shorter than was predicted and it may do no more at
-    # once, and by a slice that is not owed yet.
+    # Never more than its share, but for the last slice. Less, where whole parts use nine tenths of it, where
+    # they or the end of a chunk leave more of the time between two steps, where steps are shorter than was
+    # predicted and it may do no more at once, and by a slice that is not owed yet.
     a_slice = max(step_us, *parts) * max(1.0, chunk_percent / 100) / decoding
     assert share <= 10 / 11 + 2 * a_slice
-    assert share >= (0.95 * 0.9 * 10 / 11) * min(1.0, chunk_percent / step_percent) - a_slice
+    most = max(step_us * 98 // 100, parts[0] + parts[1] - step_us, *parts)
+    fitting = sum(parts) / _slices(parts, most) / step_us
+    assert share >= 0.95 * 0.9 * min(10 / 11, fitting) * min(1.0, chunk_percent / step_percent) - a_slice
+
+
+def _slices(parts: list[int], most: int) -> int:
+    """In how many slices of whole parts that take `most` at most all of them fit."""
+    slices = left = 0
+    for part in parts:
+        if part > left:
+            slices, left = slices + 1, most
+        left -= part
+    return slices
 
 
 def _advances(scheduler: Scheduler, ticks: int, *, pass_us: int, part_us: int) -> list[int]:
@@ -205,16 +215,6 @@ def _advances(scheduler: Scheduler, ticks: int, *, pass_us: int, part_us: int) -
         advances.append(scheduler.plan([decode(0), prefill(1, 40)], chunk).advance)
         scheduler.ran(pass_us, advances[-1] * part_us)
     return advances
-
-
-def test_a_chunk_beside_decodes_has_no_part_longer_than_a_gap_may_be() -> None:
-    row_us = 2 * GAP_US * LAYERS // 128  # so many rows take that long in half a layer
-    (share,) = per_row(row_us).plan([decode(0), prefill(1, 400)]).begin
-    assert 0.94 * 0.94 * 128 <= share.tokens <= 128
-    assert per_row(row_us).plan([prefill(1, 400)]).begin == (Share(1, 400, True),)
-    # The smallest chunk, where even that has longer parts.
-    (share,) = per_row(10 * row_us).plan([decode(0), prefill(1, 400)]).begin
-    assert LEAST_CHUNK <= share.tokens <= LEAST_CHUNK / 0.94 / 0.94
 
 
 @pytest.mark.parametrize(
@@ -293,20 +293,50 @@ def test_alone_a_chunk_advances_for_a_moment() -> None:
     assert scheduler.plan([prefill(0, 5000)]) == TickPlan((), (Share(0, 512, False),), 4)
 
 
-def test_prefills_share_a_chunk_evenly_and_short_ones_leave_their_rest() -> None:
-    plan = per_row(1).plan([prefill(3, 5000), prefill(4, 12), prefill(5, 5000)])
-    assert plan.begin == (Share(3, 250, False), Share(4, 12, True), Share(5, 250, False))
+def test_a_prompt_is_cut_the_same_whatever_runs_beside_it() -> None:
+    alone = pieces([700], decodes=0)
+    for others, decodes in (([], 3), ([40], 0), ([40, 900, 300], 2), ([1300, 511, 512, 513], 1)):
+        assert pieces([700, *others], decodes)[0] == alone[0] == [512, 188]
 
 
-def test_what_cannot_be_dealt_evenly_is_dealt_anyway() -> None:
-    scheduler = Scheduler(4, Layers(lambda rows: 1))
-    plan = scheduler.plan([prefill(n, 50) for n in range(6)])
-    assert sum(share.tokens for share in plan.begin) == 4
+def pieces(prompts: list[int], decodes: int) -> list[list[int]]:
+    """How each of `prompts` is cut beside so many decodes."""
+    scheduler = flat(1000, 8, 10)
+    found: list[list[int]] = [[] for _ in prompts]
+    while any(sum(cut) < prompt for cut, prompt in zip(found, prompts, strict=True)):
+        running = [decode(100 + n) for n in range(decodes)]
+        running += [
+            prefill(n, prompt - sum(cut))
+            for n, (cut, prompt) in enumerate(zip(found, prompts, strict=True))
+            if sum(cut) < prompt
+        ]
+        plan = scheduler.plan(running)  # each chunk is over at once
+        for share in (*plan.shares, *plan.begin):
+            if share.number < 100:
+                found[share.number].append(share.tokens)
+    return found
 
 
-def test_a_short_prompt_is_answered_after_one_chunk_beside_long_ones() -> None:
-    plan = per_row(1000).plan([*(prefill(n, 30_000) for n in range(10)), prefill(99, 40)])
-    assert Share(99, 40, True) in plan.begin
+def test_short_prompts_share_a_chunk_as_they_came_and_what_does_not_fit_waits() -> None:
+    plan = per_row(1).plan([prefill(3, 400), prefill(4, 113), prefill(5, 50), prefill(6, 62)])
+    assert plan.begin == (Share(3, 400, True), Share(5, 50, True), Share(6, 62, True))
+
+
+def test_long_prompts_take_turns_with_each_other_and_with_short_ones() -> None:
+    scheduler = per_row(1)
+    running = [*(prefill(n, 30_000) for n in range(3)), prefill(99, 40)]
+    begun = [scheduler.plan(running).begin for _ in range(6)]
+    first = (Share(99, 40, True),)
+    assert begun == [
+        first,
+        (Share(0, 512, False),),
+        first,
+        (Share(1, 512, False),),
+        first,
+        (Share(2, 512, False),),
+    ]
+    del running[-1]
+    assert [scheduler.plan(running).begin[0].number for _ in range(4)] == [0, 1, 2, 0]
 
 
 def test_a_fully_cached_prompt_runs_its_last_token() -> None:

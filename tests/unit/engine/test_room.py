@@ -1,0 +1,106 @@
+"""Who may enter, who makes room, and who is passed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from k2hybrid.engine import memory
+from k2hybrid.types import SamplingParams
+from tests.unit.engine.engines import build, drain, ended, run
+from tests.unit.engine.fakes import Collector, expected_tokens, job
+
+
+def test_who_waits_for_a_prefix_is_passed_by_those_behind() -> None:
+    engine, model = build(pages=200, max_step_tokens=8)
+    long, twin, other = Collector(), Collector(), Collector()
+    engine.submit(job([1] * 150, long, 2))
+    engine.tick()
+    engine.submit(job([1] * 150, twin, 2))
+    engine.submit(job([5, 6], other, 2))
+    while not other.done:
+        engine.tick()
+    assert model.tokens_run < 100
+    assert not long.tokens
+    drain(engine)
+    assert long.tokens == twin.tokens == expected_tokens([1] * 150, 2)
+    assert twin.done is not None
+    assert twin.done.usage.cached_tokens == 149
+
+
+def test_answers_that_may_be_long_run_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of four could fill all pages; so much is promised only as far as it comes."""
+    monkeypatch.setattr(memory, "OUTPUT_AHEAD", 8)
+    engine, model = build(pages=20)  # 80 tokens
+    sinks = [Collector() for _ in range(4)]
+    for n, sink in enumerate(sinks):
+        engine.submit(job([n], sink, 79, stop=expected_tokens([n], 12)[-1]))
+    wide = 0
+    while engine.tick():
+        wide = max(wide, *(len(batch.spans) for batch in model.batches[-2:]))
+        engine.check()
+    assert wide == 4
+    for n, sink in enumerate(sinks):
+        known = expected_tokens([n], 12)
+        assert sink.tokens == known[: known.index(known[-1]) + 1]
+    assert engine.metrics.put_back == 0
+
+
+@pytest.mark.parametrize("ram_pages", [None, 30], ids=["pool alone", "with RAM"])
+def test_the_youngest_makes_room_for_older_ones_and_comes_back(
+    monkeypatch: pytest.MonkeyPatch, ram_pages: int | None
+) -> None:
+    monkeypatch.setattr(memory, "OUTPUT_AHEAD", 4)
+    engine, _ = build(pages=20, ram_pages=ram_pages)  # 80 tokens: two of 51 do not fit
+    sampling = SamplingParams(temperature=1.5, seed=5, frequency_penalty=0.4)
+    alone: list[list[int]] = []
+    for n in range(3):
+        sink = Collector()
+        engine.submit(job([n], sink, 50, sampling=sampling))
+        drain(engine)
+        alone.append(sink.tokens)
+    sinks = [Collector() for _ in range(3)]
+    for n, sink in enumerate(sinks):
+        engine.submit(job([n], sink, 50, sampling=sampling))
+    ends: list[int] = []
+    while len(ends) < 3:
+        engine.tick()
+        engine.check()
+        ends += [n for n, sink in enumerate(sinks) if sink.done and n not in ends]
+    assert [sink.tokens for sink in sinks] == alone
+    assert ends == [0, 1, 2]
+    assert engine.metrics.put_back >= 2
+    for sink in sinks:
+        assert sink.after_done == 0
+        assert sink.done is not None
+        assert sink.done.usage.completion_tokens == 50
+        assert sink.done.usage.cached_tokens <= 1  # what was its own before is not counted as cached
+
+
+def test_who_was_put_back_can_be_cancelled_and_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "OUTPUT_AHEAD", 4)
+    engine, _ = build(pages=20)
+    sinks = [Collector() for _ in range(2)]
+    handles = [engine.submit(job([n], sink, 70)) for n, sink in enumerate(sinks)]
+    while not engine.metrics.put_back:
+        engine.tick()
+    handles[1].cancel()
+    drain(engine)
+    assert [ended(sink) for sink in sinks] == ["length", "cancelled"]
+    assert sinks[0].tokens == expected_tokens([0], 70)
+    engine.check()
+
+
+def test_idle_prefill_leaves_leased_pages_alone() -> None:
+    engine, _ = build(pages=10)  # 40 tokens
+    sink = Collector()
+    handle = engine.submit(job(list(range(30)), sink, 2))
+    drain(engine)
+    handle.lease(1000.0)
+    ahead = Collector()
+    engine.submit(replace(job([9] * 30, ahead, 0), background=True))
+    drain(engine)
+    assert ended(ahead) == "error"
+    assert engine.cached_prefix(list(range(30))) == 30
+    assert run(engine, [9] * 30, 2).tokens == expected_tokens([9] * 30, 2)  # a request may have them
