@@ -126,9 +126,10 @@ class CompletionRequest:
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     request_id: str = ""
-    scope: str = ""  # as in `ChatRequest`, and so the next two
+    scope: str = ""  # as in `ChatRequest`, and so the next three
     store: bool = True
     reuse: bool = True
+    retry_key: str = ""
 
 
 # --- chat: what comes out -------------------------------------------------------------------------

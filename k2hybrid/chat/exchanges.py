@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -263,8 +264,7 @@ class Exchanges:
             if known is not None:
                 self._keys.move_to_end(digest)
                 return known
-        meaning = json.dumps(_meaning(message), sort_keys=True, separators=(",", ":"))
-        key = hashlib.blake2b(meaning.encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(_meaning(message).encode(), digest_size=16).hexdigest()
         with self._lock:
             self._keys[digest] = key
             while len(self._keys) > _KEYS:
@@ -292,10 +292,14 @@ def _assistant_spans(ids: list[int], markers: Markers) -> list[tuple[int, int]]:
         return spans
 
 
-def _meaning(message: Message) -> Any:
-    """What of a message a client keeps: role, words, calls by name and value. No reasoning, no ids."""
+def _meaning(message: Message) -> str:
+    """What of a message a client keeps: role, words, calls by name and value. No reasoning, no ids.
+
+    One text for one meaning. As Python values, true and 1 would be equal.
+    """
     calls = [[call.name, _value(call.arguments)] for call in message.tool_calls]
-    return [message.role, _words(_text(message.content)), calls]
+    meant = [message.role, _words(_text(message.content)), calls]
+    return json.dumps(meant, sort_keys=True, separators=(",", ":"))
 
 
 def _text(content: Any) -> str:
@@ -315,9 +319,20 @@ def _value(arguments: str) -> Any:
     if not arguments.strip():
         return {}
     try:
-        return json.loads(arguments)
+        return json.loads(arguments, parse_int=_number, parse_float=_number, parse_constant=_number)
     except (ValueError, RecursionError):
         return arguments.strip()
+
+
+def _number(text: str) -> int | float | None:
+    """A number as it comes back from JavaScript, whose numbers are doubles.
+
+    Whole ones lose point and exponent there, zero its sign, and what is not finite becomes null.
+    """
+    value = float(text)
+    if not math.isfinite(value):
+        return None
+    return int(value) if value.is_integer() else value
 
 
 def _chained(chain: str, key: str) -> str:

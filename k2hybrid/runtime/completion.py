@@ -8,11 +8,9 @@ from dataclasses import dataclass
 
 from k2hybrid.chat.holdback import StopScan, Utf8Pieces
 from k2hybrid.chat.tokenizer import Tokenizer
-from k2hybrid.engine.handle import JobHandle
 from k2hybrid.runtime.generate import TokenRun
 from k2hybrid.types import (
     CompletionRequest,
-    Job,
     PromptProgress,
     ReasonCode,
     TokenEvent,
@@ -90,41 +88,26 @@ class TextStopRule:
 class TextRun:
     """A continuation under way. Iterate it once, by `for` or by `async for`; leaving early cancels it.
 
-    `usage` and `finish_reason` are valid after the end. Whoever never iterates must `cancel`.
+    `usage` and `finish_reason` are valid after the end. Whoever never iterates must `cancel`, or `park`.
 
     Args:
+        reader: makes what reads the tokens.
         max_tokens: of output at most, as far as the context goes.
-        submit: of the engine.
+        parked: takes the run if its consumer is gone; None: then it is cancelled.
     """
 
     def __init__(
         self,
-        request: CompletionRequest,
-        ids: list[int],
+        tokens: TokenRun,
+        reader: Callable[[], TextReader],
         max_tokens: int,
-        tokenizer: Tokenizer,
-        stop_ids: Collection[int],
-        submit: Callable[[Job], JobHandle],
+        parked: Callable[[TextRun], None] | None = None,
     ) -> None:
-        stop = TextStopRule(request, tokenizer, stop_ids)
-        self._reader = TextReader(request, tokenizer, stop_ids)
-        self._tokens = TokenRun(
-            lambda mailbox: submit(
-                Job(
-                    ids=ids,
-                    sampling=request.sampling,
-                    max_tokens=max_tokens,
-                    stop=stop,
-                    sink=mailbox.put,
-                    request_id=request.request_id,
-                    scope=request.scope,
-                    store=request.store,
-                    reuse=request.reuse,
-                )
-            ),
-            len(ids),
-        )
-        self.prompt_tokens = len(ids)
+        self._tokens = tokens
+        self._new_reader = reader
+        self._reader = reader()
+        self._parked = parked
+        self.prompt_tokens = tokens.prompt_tokens
         self.max_tokens = max_tokens
 
     @property
@@ -147,8 +130,14 @@ class TextRun:
         self._tokens.cancel()
 
     def park(self) -> None:
-        """As `cancel`: a continuation is not kept for a retry."""
+        """As `cancel`, for a text that may be asked for again: what was generated is kept for a time."""
         self.cancel()
+        if self._parked is not None and self.finish_reason != "error":
+            self._parked(self)
+
+    def resumed(self) -> TextRun:
+        """The text of a parked run once more, from its beginning to the end it would have had."""
+        return TextRun(self._tokens.resumed(), self._new_reader, self.max_tokens, self._parked)
 
     def __iter__(self) -> Generator[TextDelta, None, None]:
         """Deltas as they come.

@@ -18,12 +18,13 @@ from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
-from k2hybrid.errors import ContextLengthError, EngineError
+from k2hybrid.engine.handle import JobHandle
+from k2hybrid.errors import CapacityError, ContextLengthError, EngineError
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.memory import MachineMemory, MemoryUse
 from k2hybrid.runtime.ahead import Ahead
 from k2hybrid.runtime.chat import ChatRun
-from k2hybrid.runtime.completion import TextRun, prompt_ids
+from k2hybrid.runtime.completion import TextReader, TextRun, TextStopRule, prompt_ids
 from k2hybrid.runtime.experts import expert_status
 from k2hybrid.runtime.generate import StopTokens, TokenRun
 from k2hybrid.runtime.guarded import GuardedRun, InvalidCalls
@@ -78,6 +79,7 @@ class Runtime:
         exchanges = Exchanges(self._markers, tokenizer)
         self._sessions = sessions or Sessions(exchanges, engine.page_tokens)
         self._parking: Parking[ChatRun] = Parking(ttl_s=config.retry_seconds)
+        self._parked_texts: Parking[TextRun] = Parking(ttl_s=config.retry_seconds)
         self._rulebook = Rulebook(tokenizer, self._markers, self._stop_ids)
         self._ahead = Ahead(self._prompt_ids, engine.submit, lambda: engine.idle)
 
@@ -133,9 +135,7 @@ class Runtime:
         stop = StopTokens(self._stop_ids if stop_ids is None else stop_ids)
         params = sampling or SamplingParams()
         return TokenRun(
-            lambda mailbox: self.engine.submit(
-                Job(ids, params, limit, stop, mailbox.put, request_id=request_id)
-            ),
+            lambda mailbox: self._submit(Job(ids, params, limit, stop, mailbox.put, request_id=request_id)),
             len(ids),
         )
 
@@ -170,7 +170,7 @@ class Runtime:
         )
         mask = self._rulebook.mask(rules)
         tokens = TokenRun(
-            lambda mailbox: self.engine.submit(self._job(request, prompt, limit, mask, mailbox.put)),
+            lambda mailbox: self._submit(self._job(request, prompt, limit, mask, mailbox.put)),
             len(prompt.ids),
         )
         guarded = GuardedRun(
@@ -201,13 +201,41 @@ class Runtime:
     def complete(self, request: CompletionRequest) -> TextRun:
         """Tokenize and queue a text to be continued as it stands; iterate the result for more of it.
 
+        A request with a `retry_key` is taken up again by it, as in `chat`.
+
         Raises:
             RequestError, ContextLengthError, CapacityError, EngineError: as `generate`.
         """
         self._require_open()
+        key = request.retry_key
+        if key and (parked := self._parked_texts.take(key)) is not None:
+            return parked.resumed()
         ids = prompt_ids(request, self.tokenizer)
         limit = self._output_tokens(len(ids), request.max_tokens, "prompt")
-        return TextRun(request, ids, limit, self.tokenizer, self._stop_ids, self.engine.submit)
+        stop = TextStopRule(request, self.tokenizer, self._stop_ids)
+        tokens = TokenRun(
+            lambda mailbox: self._submit(
+                Job(
+                    ids=ids,
+                    sampling=request.sampling,
+                    max_tokens=limit,
+                    stop=stop,
+                    sink=mailbox.put,
+                    request_id=request.request_id,
+                    scope=request.scope,
+                    store=request.store,
+                    reuse=request.reuse,
+                    resumable=bool(key),
+                )
+            ),
+            len(ids),
+        )
+        return TextRun(
+            tokens,
+            lambda: TextReader(request, self.tokenizer, self._stop_ids),
+            limit,
+            parked=(lambda run: self._parked_texts.put(key, run, TextRun.cancel)) if key else None,
+        )
 
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that `chat` would make of `request`; raises as it does."""
@@ -228,6 +256,7 @@ class Runtime:
         if not self._closed:
             self._closed = True
             self._parking.close()
+            self._parked_texts.close()
             self._ahead.close()
             self.engine.stop()
             self._rulebook.close()
@@ -246,6 +275,18 @@ class Runtime:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def _submit(self, job: Job) -> JobHandle:
+        """As `Engine.submit`; a full queue is told with the numbers that say how full."""
+        try:
+            return self.engine.submit(job)
+        except CapacityError as error:  # prompt and output fit: `_output_tokens`
+            running, most = self.engine.metrics.running, self.config.max_queue
+            waiting = max(self.engine.metrics.waiting, most)  # those included that the engine has not seen
+            raise CapacityError(
+                f"the queue is full: {running} requests running, {waiting} waiting (--max-queue {most}); "
+                "try again later"
+            ) from error
 
     def _job(
         self,
@@ -325,12 +366,18 @@ class Runtime:
         return replace(prompt, ids=[*ids, *begin, self._markers.think_end], in_reasoning=False)
 
     def _output_tokens(self, prompt_tokens: int, asked: int | None, param: str) -> int:
-        most = self.context_tokens
+        most, context = self.context_tokens, self.engine.context_tokens
         left = most - prompt_tokens
         if left < 1:
+            limit = f"{most} tokens of context"
+            if most < context:
+                limit = (
+                    f"the KV cache holds {most} tokens, fewer than the context's {context}; "
+                    "start the server with a larger --latent-gb (latent_bytes in Python)"
+                )
             raise ContextLengthError(
                 f"the prompt is too long: {prompt_tokens} tokens > {most - 1} maximum "
-                f"({most} tokens of context, at least one of them for the answer)",
+                f"({limit}; at least one token is for the answer)",
                 param=param,
             )
         return left if asked is None else min(asked, left)

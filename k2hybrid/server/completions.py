@@ -17,11 +17,12 @@ from k2hybrid.server.body import read_object
 from k2hybrid.server.chat_reply import usage
 from k2hybrid.server.completions_reply import TextChoice, prompt_text, summed
 from k2hybrid.server.completions_request import CompletionCall, parse_completion
-from k2hybrid.server.guard import key_scope, request_id
+from k2hybrid.server.guard import request_id
 from k2hybrid.server.head import Head
 from k2hybrid.server.live import LiveRuns
 from k2hybrid.server.patient import PatientResponse
-from k2hybrid.server.runs import failure_of, log_answer, merge, seeded, start_all
+from k2hybrid.server.retry import choice_key
+from k2hybrid.server.runs import chosen, connected, failure_of, log_answer, merge, start_all
 from k2hybrid.server.served import ServedModel, TextRun
 from k2hybrid.server.sse import DONE, EventStream, data_event
 
@@ -41,8 +42,8 @@ class Completions:
         call, runs = await run_in_threadpool(self._start, body, request.scope)
         self._live.add(runs)
 
-        def close(_sent: bool) -> None:
-            self._live.end(runs)
+        def close(sent: bool) -> None:
+            self._live.end(runs, park=not sent and bool(call.requests[0].retry_key))
 
         if call.stream:
             return EventStream(self._events(call, runs, head, request.scope), close)
@@ -53,19 +54,17 @@ class Completions:
         )
 
     def _start(self, body: dict[str, Any], scope: Scope) -> tuple[CompletionCall, list[TextRun]]:
-        """In a thread: parse, tokenize, queue. With a seed, each choice gets its own."""
+        """In a thread: parse, tokenize, queue."""
         call = parse_completion(body)
-        requests = (
-            dataclasses.replace(
-                request,
-                sampling=seeded(request.sampling, i),
-                request_id=request_id(scope),
-                scope=key_scope(scope),
-            )
-            for request in call.requests
-            for i in range(call.choices)
+        first = connected(call.requests[0], body, scope)  # once: it takes as long as the body is
+        requests = tuple(
+            dataclasses.replace(first, prompt=request.prompt, retry_key=choice_key(first.retry_key, i))
+            for i, request in enumerate(call.requests)
         )
-        return call, start_all(self._model.complete, requests)
+        call = dataclasses.replace(call, requests=requests)
+        return call, start_all(
+            self._model.complete, (chosen(request, i) for request in requests for i in range(call.choices))
+        )
 
     def _choices(self, call: CompletionCall) -> list[TextChoice]:
         tokenizer = self._model.tokenizer

@@ -14,10 +14,11 @@ from k2hybrid.server.failures import Failure, classify
 from k2hybrid.server.guard import key_scope, log_unexpected, request_id
 from k2hybrid.server.retry import choice_key, retry_key
 from k2hybrid.server.served import ChatRun, Run, ServedModel
-from k2hybrid.types import ChatRequest, SamplingParams
+from k2hybrid.types import ChatRequest, CompletionRequest, SamplingParams
 
 T = TypeVar("T")
 _Request = TypeVar("_Request")
+_Retriable = TypeVar("_Retriable", ChatRequest, CompletionRequest)
 _Run = TypeVar("_Run", bound=Run)
 
 _log = logging.getLogger("k2hybrid.server")
@@ -27,12 +28,16 @@ _MERGE_DEPTH = 64
 
 
 def identified(request: ChatRequest, body: Mapping[str, Any], scope: Scope, response_id: str) -> ChatRequest:
-    """`request` with what the connection adds: ids, the key's namespace, and the key of its retries."""
+    """`request` with what the connection adds, and the id under which its answer goes out."""
+    return dataclasses.replace(connected(request, body, scope), response_id=response_id)
+
+
+def connected(request: _Retriable, body: Mapping[str, Any], scope: Scope) -> _Retriable:
+    """`request` with what the connection adds: its id, the key's namespace, and the key of its retries."""
     namespace = key_scope(scope)
     return dataclasses.replace(
         request,
         request_id=request_id(scope),
-        response_id=response_id,
         scope=namespace,
         # What is to be computed anew takes nothing up again either.
         retry_key=retry_key(namespace, scope["path"], body) if request.reuse else "",
@@ -40,17 +45,16 @@ def identified(request: ChatRequest, body: Mapping[str, Any], scope: Scope, resp
 
 
 def start_runs(model: ServedModel, request: ChatRequest, choices: int = 1) -> list[ChatRun]:
-    """Queue one run per choice. With a seed, each choice gets its own. Call it in a thread."""
-    return start_all(
-        model.chat,
-        (
-            dataclasses.replace(
-                request,
-                sampling=seeded(request.sampling, i),
-                retry_key=choice_key(request.retry_key, i),
-            )
-            for i in range(choices)
-        ),
+    """Queue one run per choice. Call it in a thread."""
+    return start_all(model.chat, (chosen(request, i) for i in range(choices)))
+
+
+def chosen(request: _Retriable, choice: int) -> _Retriable:
+    """`request` for one of several answers: with a seed, each has its own; and so has each retry."""
+    return dataclasses.replace(
+        request,
+        sampling=seeded(request.sampling, choice),
+        retry_key=choice_key(request.retry_key, choice),
     )
 
 

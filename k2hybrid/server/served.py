@@ -50,7 +50,7 @@ class Run(Protocol):
         """End generation soon; may be called from any thread, twice, and after the end."""
 
     def park(self) -> None:
-        """As `cancel`, but what was generated is kept: `chat` with the same retry_key takes it up again.
+        """As `cancel`, but what was generated is kept: a request with the same retry_key takes it up again.
 
         Also after the end: an answer may be finished and not have arrived. A later `cancel` changes nothing.
         """
@@ -72,7 +72,7 @@ class TextDelta(Protocol):
 
 
 class TextRun(Run, Protocol):
-    """A continuation being generated. It is never kept for a retry: `park` cancels."""
+    """A continuation being generated."""
 
     def __aiter__(self) -> AsyncIterator[TextDelta]: ...
 
@@ -131,7 +131,10 @@ class ServedModel(Protocol):
         """
 
     def complete(self, request: CompletionRequest) -> TextRun:
-        """Tokenize and queue a text to be continued as it stands. Raises as `chat`; call it in a thread."""
+        """Tokenize and queue a text to be continued as it stands. Raises as `chat`; call it in a thread.
+
+        A retry_key works as in `chat`.
+        """
 
     def count(self, request: ChatRequest) -> int:
         """Tokens of the prompt that `chat` would make of `request`. Takes as long: call it in a thread."""

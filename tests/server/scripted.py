@@ -223,14 +223,18 @@ class ScriptedModel:
         """What comes next; the past, and what is parked, stays."""
         self._scripts = list(scripts)
 
+    def _resumed(self, retry_key: str) -> ScriptedRun | None:
+        if not (retry_key and (parked := self.parked.get(retry_key))):
+            return None
+        self.runs.append(parked.pop(0).again())
+        return self.runs[-1]
+
     def chat(self, request: ChatRequest) -> ScriptedRun:
         with self._lock:
-            if request.retry_key and (parked := self.parked.get(request.retry_key)):
-                self.requests.append(request)
-                self.runs.append(parked.pop(0).again())
-                return self.runs[-1]
-            script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
             self.requests.append(request)
+            if (resumed := self._resumed(request.retry_key)) is not None:
+                return resumed
+            script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
             if isinstance(script, Exception):
                 raise script
             length = len(self.template.render(request.messages, request.tools).ids)
@@ -243,8 +247,10 @@ class ScriptedModel:
 
     def complete(self, request: CompletionRequest) -> ScriptedRun:
         with self._lock:
-            script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
             self.completions.append(request)
+            if (resumed := self._resumed(request.retry_key)) is not None:
+                return resumed
+            script = self._scripts.pop(0) if len(self._scripts) > 1 else self._scripts[0]
             if isinstance(script, Exception):
                 raise script
             prompt = request.prompt
@@ -253,7 +259,8 @@ class ScriptedModel:
             length = len(prompt.encode() if isinstance(prompt, str) else prompt)
             if length >= self.context_tokens:
                 raise ContextLengthError(f"the prompt has {length} tokens", param="prompt")
-            run = ScriptedRun(script, length, request.max_tokens or self.context_tokens - length)
+            limit = request.max_tokens or self.context_tokens - length
+            run = ScriptedRun(script, length, limit, request.retry_key, self.parked)
             self.runs.append(run)
             return run
 

@@ -46,17 +46,23 @@ class Halting:
         self.steps[self.half].delay_s = 0
 
 
-def ask(server: Served, key: str = "any", read_s: float = 30, **fields: Any) -> httpx.Response:
+CHAT, TEXT = "chat/completions", "completions"
+
+
+def ask(
+    server: Served, key: str = "any", read_s: float = 30, *, path: str = CHAT, **fields: Any
+) -> httpx.Response:
+    asked = {"messages": [USER]} if path == CHAT else {"prompt": "hi"}
     return httpx.post(
-        f"{server.url}/v1/chat/completions",
-        json={"messages": [USER], **fields},
+        f"{server.url}/v1/{path}",
+        json={**asked, **fields},
         headers={"authorization": f"Bearer {key}"},
         timeout=httpx.Timeout(30, read=read_s),
     )
 
 
 def give_up(server: Served, key: str = "any", **fields: Any) -> None:
-    """Ask, and go when nothing more comes for a while."""
+    """Ask, at `path` if one is given, and go when nothing more comes for a while."""
     before = len(server.model.runs)
     with pytest.raises(httpx.ReadTimeout):
         ask(server, key, READ_S, **fields)
@@ -66,36 +72,52 @@ def give_up(server: Served, key: str = "any", **fields: Any) -> None:
 
 def text_of(response: httpx.Response) -> str:
     assert response.status_code == 200
+    return texts_of(response)[0]
+
+
+def texts_of(response: httpx.Response) -> list[str]:
+    """Of every choice, whichever endpoint answered, streamed or not."""
+    assert response.status_code == 200
     if response.headers["content-type"] == "application/json":
-        return str(response.json()["choices"][0]["message"]["content"])
+        choices = response.json()["choices"]
+        return [
+            str(choice["text"] if "text" in choice else choice["message"]["content"]) for choice in choices
+        ]
     *chunks, done = events(response.text)
     assert done == "[DONE]"
     assert chunks[-1]["choices"][0]["finish_reason"] == "stop"
-    return "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    texts: dict[int, str] = {}
+    for (choice,) in (chunk["choices"] for chunk in chunks):
+        text = choice["text"] if "text" in choice else choice["delta"].get("content", "")
+        texts[choice["index"]] = texts.get(choice["index"], "") + text
+    return [texts[i] for i in sorted(texts)]
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_retry_gets_the_whole_answer_and_costs_the_rest(server: Served, stream: bool) -> None:
+def test_a_retry_gets_the_whole_answer_and_costs_the_rest(server: Served, stream: bool, path: str) -> None:
     answer = Halting()
     server.model.play(answer.script())
-    give_up(server, stream=stream)
+    give_up(server, stream=stream, path=path)
     answer.go()
-    response = ask(server, stream=stream)
+    response = ask(server, stream=stream, path=path)
     assert text_of(response) == answer.text
     assert [run.generated for run in server.model.runs] == [answer.half, len(answer.text) - answer.half]
     if not stream:
         assert response.json()["usage"]["completion_tokens"] == len(answer.text)
-    assert not server.model.parked[server.model.requests[0].retry_key]
+    (request, _) = server.model.requests or server.model.completions
+    assert not server.model.parked[request.retry_key]
 
 
+@pytest.mark.parametrize("path", [CHAT, TEXT])
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_retry_may_give_up_too(server: Served, stream: bool) -> None:
+def test_a_retry_may_give_up_too(server: Served, stream: bool, path: str) -> None:
     answer = Halting()
     server.model.play(answer.script())
-    give_up(server, stream=stream)
-    give_up(server, stream=stream)
+    give_up(server, stream=stream, path=path)
+    give_up(server, stream=stream, path=path)
     answer.go()
-    assert text_of(ask(server, stream=stream)) == answer.text
+    assert text_of(ask(server, stream=stream, path=path)) == answer.text
     assert [run.generated for run in server.model.runs] == [answer.half, 0, len(answer.text) - answer.half]
 
 
@@ -141,6 +163,28 @@ def test_every_choice_is_taken_up_as_itself_a_finished_one_too(server: Served) -
     assert keys[0] != keys[1]
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_every_choice_of_every_prompt_is_taken_up_as_itself(server: Served, stream: bool) -> None:
+    halting = Halting("abcdefgh")
+    others = ("xyz", "uvw", "rst")
+    asked = {"path": TEXT, "prompt": ["one", "two"], "n": 2, "stream": stream}
+    server.model.play(Script(words(*"xyz")), halting.script(), Script(words(*"uvw")), Script(words(*"rst")))
+    give_up(server, **asked)
+    halting.go()
+    response = ask(server, **asked)
+    assert texts_of(response) == [others[0], halting.text, *others[1:]]
+    assert [run.generated for run in server.model.runs] == [3, 4, 3, 3, 0, 4, 0, 0]
+    keys = [request.retry_key for request in server.model.completions]
+    assert keys[:4] == keys[4:]
+    assert len(set(keys)) == 4
+
+
+def test_equal_prompts_of_one_request_are_told_apart(server: Served) -> None:
+    ask(server, path=TEXT, prompt=["hi", "hi"])
+    one, other = server.model.completions
+    assert one.retry_key != other.retry_key
+
+
 def test_equal_requests_at_one_time_are_two_answers(server: Served) -> None:
     text = "abcdefgh"
     server.model.play(Script(words(*text, delay_s=0.05)))
@@ -160,18 +204,19 @@ def test_equal_requests_one_after_the_other_are_two_answers(server: Served) -> N
     assert [run.generated for run in server.model.runs] == [2, 2]
 
 
-def test_another_key_or_another_body_is_another_request() -> None:
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_another_key_or_another_body_is_another_request(path: str) -> None:
     answer = Halting()
     with serving(ScriptedModel(answer.script()), Settings(api_keys=KEYS)) as served:
-        give_up(served, "key-one")
+        give_up(served, "key-one", path=path)
         served.model.play_next(Script(words("new")))
-        assert text_of(ask(served, "key-two")) == "new"
-        assert text_of(ask(served, "key-one", temperature=0.5)) == "new"
-        assert text_of(ask(served, "key-one", stream=True)) == "new"
+        assert text_of(ask(served, "key-two", path=path)) == "new"
+        assert text_of(ask(served, "key-one", temperature=0.5, path=path)) == "new"
+        assert text_of(ask(served, "key-one", stream=True, path=path)) == "new"
         answer.go()
-        assert text_of(ask(served, "key-one")) == answer.text
+        assert text_of(ask(served, "key-one", path=path)) == answer.text
         assert served.model.runs[-1].generated == len(answer.text) - answer.half
-        scopes = [request.scope for request in served.model.requests]
+        scopes = [request.scope for request in served.model.requests or served.model.completions]
         assert scopes[0] == scopes[2] != scopes[1]
         assert not any(key in scope for key in KEYS for scope in scopes)
 
@@ -188,12 +233,24 @@ def test_the_same_body_to_another_endpoint_is_another_request(server: Served) ->
     assert text_of(ask(server, **body)) == answer.text
 
 
-def test_what_is_to_be_computed_anew_is_not_parked(server: Served) -> None:
+def test_nor_is_a_text_taken_up_as_an_answer(server: Served) -> None:
+    body = {"messages": [USER], "prompt": "hi", "max_tokens": 50}
     answer = Halting()
     server.model.play(answer.script())
-    give_up(server, cache_prompt=False)
+    give_up(server, path=TEXT, **body)
+    server.model.play_next(Script(words("new")))
+    assert text_of(ask(server, **body)) == "new"
     answer.go()
-    assert text_of(ask(server, cache_prompt=False)) == answer.text
+    assert text_of(ask(server, path=TEXT, **body)) == answer.text
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+def test_what_is_to_be_computed_anew_is_not_parked(server: Served, path: str) -> None:
+    answer = Halting()
+    server.model.play(answer.script())
+    give_up(server, cache_prompt=False, path=path)
+    answer.go()
+    assert text_of(ask(server, cache_prompt=False, path=path)) == answer.text
     assert [run.generated for run in server.model.runs] == [answer.half, len(answer.text)]
     assert not server.model.parked
 

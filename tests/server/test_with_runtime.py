@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import threading
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import httpx
 import pytest
 
 from k2hybrid.runtime import Runtime, load
+from k2hybrid.server.options import add_model_options
 from tests.server.conftest import Served, serving
 from tests.server.test_disconnect import WITHIN_S, send_chat
 from tests.server.test_openai_stream import events
@@ -64,6 +66,24 @@ def test_a_retry_goes_on_where_the_client_left(real: Served, runtime: Runtime) -
     assert last["choices"][0]["usage"]["completion_tokens"] == 400
     before = [chunk["choices"][0]["delta"] for chunk in events(complete)]
     assert before == [chunk["choices"][0]["delta"] for chunk in chunks[: len(before)]]
+
+
+def test_a_retried_text_goes_on_where_the_client_left(real: Served, runtime: Runtime) -> None:
+    body = {"prompt": ["hi", "ho"], "n": 2, "max_tokens": 300, "stream": True, **ENDLESS}  # without a seed
+    with httpx.stream("POST", f"{real.url}/v1/completions", json=body, timeout=60) as response:
+        seen = ""
+        for text in response.iter_text():
+            seen += text
+            if seen.count("\n\n") > 40:
+                break
+    wait_for_running(runtime, 0, 10)
+    before, after = ["", "", "", ""], ["", "", "", ""]
+    again = events(real.post("/v1/completions", json=body).text)[:-1]
+    for texts, chunks in ((before, events(seen[: seen.rindex("\n\n")])), (after, again)):
+        for (choice,) in (chunk["choices"] for chunk in chunks):
+            texts[choice["index"]] += choice["text"]
+    assert all(before)
+    assert [whole[: len(begun)] for begun, whole in zip(before, after, strict=True)] == before
 
 
 def test_a_seed_gives_the_same_answer_whole_or_streamed_alone_or_in_a_crowd(real: Served) -> None:
@@ -205,6 +225,22 @@ def test_what_only_the_runtime_can_judge(real: Served, fields: dict[str, Any], p
     assert real.chat(max_tokens=1).status_code == 200
 
 
+def test_a_prompt_beyond_the_latent_pages_is_told_which_option_helps(tiny_model: Path) -> None:
+    page_bytes = 2 * 64 * 48 * 2
+    with load(tiny_model, threads=1, latent_bytes=3 * page_bytes) as runtime, serving(runtime) as served:  # type: ignore[arg-type]
+        error = served.post("/v1/completions", json={"prompt": [5] * 300})
+        assert error.status_code == 400
+        assert error.json()["error"]["code"] == "context_length_exceeded"
+        message = error.json()["error"]["message"]
+        assert message.startswith("the prompt is too long: 300 tokens > 191 maximum")
+        assert "holds 192 tokens" in message
+        assert "context's 65536" in message
+        assert "--latent-gb" in message
+    parser = argparse.ArgumentParser()
+    add_model_options(parser)
+    assert parser.parse_args(["--latent-gb", "1"]).latent_gb == 1
+
+
 def test_a_full_queue_is_429_until_there_is_room_again(tiny_model: Path) -> None:
     with (
         load(tiny_model, threads=1, latent_bytes=1 << 26, max_running=1, max_queue=1) as runtime,
@@ -222,6 +258,10 @@ def test_a_full_queue_is_429_until_there_is_room_again(tiny_model: Path) -> None
         assert response.json()["error"]["type"] == "rate_limit_error"
         assert int(response.headers["retry-after"]) >= 1
         assert "x-should-retry" not in response.headers
+        assert response.json()["error"]["message"] == (
+            "the queue is full: 1 requests running, 1 waiting (--max-queue 1); try again later"
+        )
+        assert served.post("/v1/completions", json={"prompt": "x"}).status_code == 429
         waiting.close()
         running.close()
         wait_for_running(runtime, 0, 10)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from k2hybrid.chat.exchanges import Exchanges, gather
+from k2hybrid.chat.exchanges import Answer, Exchanges, gather
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.stream import ChatStream
 from k2hybrid.chat.template import ChatTemplate
@@ -134,6 +137,76 @@ def test_a_run_of_tool_calls_continues_to_the_token(
         f"<think>Now the mail.\n</think>{SB}" + call("mail", '{"text": "rain; sun"}', 2) + SE + END
     )
     chat.results("sent")
+    assert chat.prompt()[: len(known)] == known
+
+
+# What JavaScript's JSON.stringify(JSON.parse(text)) makes of numbers and their like (from Node).
+JAVASCRIPT = {
+    "1": "1", "1.0": "1", "1e0": "1", "10e-1": "1", "-1": "-1", "-1.0": "-1",
+    "1000": "1000", "1e3": "1000", "1E+3": "1000", "1000.0": "1000",
+    "0": "0", "-0": "0", "-0.0": "0", "0e5": "0", "-0e-5": "0", "1e-400": "0",
+    "0.1": "0.1", "0.10": "0.1", "1e-1": "0.1", "0.10000000000000001": "0.1",
+    "0.10000000000000002": "0.10000000000000002",
+    "0.3": "0.3", "0.30000000000000004": "0.30000000000000004",
+    "2.5": "2.5", "25e-1": "2.5",
+    "1e-7": "1e-7", "0.0000001": "1e-7",
+    "9007199254740991": "9007199254740991",
+    "9007199254740992": "9007199254740992", "9007199254740993": "9007199254740992",
+    "9007199254740994": "9007199254740994",
+    "9007199254740995": "9007199254740996", "-9007199254740993": "-9007199254740992",
+    "12345678901234567890": "12345678901234567000", "12345678901234567168": "12345678901234567000",
+    "18446744073709551615": "18446744073709552000", "18446744073709551616": "18446744073709552000",
+    "999999999999999999999": "1e+21", "1000000000000000000000": "1e+21", "1e21": "1e+21",
+    "123456789012345678901234567890": "1.2345678901234568e+29",
+    "1e23": "1e+23", "9.999999999999999e22": "1e+23",
+    "5e-324": "5e-324", "3e-324": "5e-324",
+    "1.7976931348623157e308": "1.7976931348623157e+308", "1e400": "null", "-1e400": "null",
+    "true": "true", "false": "false", "null": "null", '"1"': '"1"', '"1.0"': '"1.0"', "[1.0]": "[1]",
+}  # fmt: skip
+
+
+def calling(value: str) -> Answer:
+    return Answer("", "", (("f", f'{{"x":{value}}}'),))
+
+
+def test_numbers_mean_what_javascript_makes_of_them(markers: Markers, tokenizer: Tokenizer) -> None:
+    spellings = [*JAVASCRIPT, *JAVASCRIPT.values()]
+    means = {**{text: text for text in JAVASCRIPT.values()}, **JAVASCRIPT}
+    exchanges = Exchanges(markers, tokenizer)
+    start = exchanges.recall("", ())
+    keys = {text: exchanges.made("", start, calling(text), (), "").message_key for text in spellings}
+    for one in spellings:
+        for other in spellings:
+            alike = means[one] == means[other]
+            assert calling(one).same_as(calling(other)) is alike, (one, other)
+            assert (keys[one] == keys[other]) is alike, (one, other)
+
+
+@given(st.floats(allow_nan=False, allow_infinity=False), st.floats(allow_nan=False, allow_infinity=False))
+def test_a_double_is_itself_however_it_is_written_and_no_other(one: float, other: float) -> None:
+    for text in (repr(one), f"{one:.17g}", f"{one:.25e}", f"{Decimal(one):f}"):
+        assert calling(text).same_as(calling(repr(one)))
+    assert calling(repr(one)).same_as(calling(repr(other))) is (one == other)
+
+
+def test_digits_without_end_are_a_number_too() -> None:
+    assert calling("1" * 5000).same_as(calling("null"))
+    assert calling("0." + "1" * 5000).same_as(calling("0.1111111111111111"))
+
+
+def test_a_call_that_comes_back_from_javascript_keeps_its_ids(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer
+) -> None:
+    def javascript(message: Message, _: int) -> Message:
+        back = '{"x":1,"y":[1000,0,9007199254740992],"z":true}'
+        calls = tuple(ToolCall(f"call_{c.id}", c.name, back) for c in message.tool_calls)
+        return replace(message, tool_calls=calls, reasoning=None, response_id=None)
+
+    chat = Chat(template, markers, tokenizer, javascript)
+    chat.messages.append(Message("user", "Call it."))
+    said = call("f", '{"x": 1.0, "y": [1e3, -0, 9007199254740993], "z": true}', 0)
+    known = chat.answer(f"<think>Numbers.</think>{SB}{said}{SE}{END}")
+    chat.results("done")
     assert chat.prompt()[: len(known)] == known
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -89,6 +91,73 @@ def test_nothing_is_the_beginning_of_a_document(scripted: tuple[Runtime, Scripte
     run = scripted[0].complete(CompletionRequest("", max_tokens=2))
     assert len(list(run)) == 2
     assert run.prompt_tokens == 1
+
+
+def spelled(runtime: Runtime, text: str) -> list[int]:
+    return [token for letter in text for token in runtime.tokenizer.encode(letter)]
+
+
+@pytest.mark.parametrize("left_after", [0, 2, 9])
+def test_a_parked_text_is_given_again_and_goes_on(
+    scripted: tuple[Runtime, ScriptedModel], left_after: int
+) -> None:
+    runtime, model = scripted
+    asked = CompletionRequest(
+        "once", sampling=SamplingParams(temperature=0), stop=("here",), retry_key=f"k{left_after}"
+    )
+    model.play(spelled(runtime, "a" * 900))
+    run = runtime.complete(asked)
+    deltas = iter(run)
+    for _ in range(left_after):
+        next(deltas)
+    run.park()
+    deltas.close()
+    deadline = time.monotonic() + 10
+    while not runtime.engine.idle:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    said: list[str] = []
+    # Whoever takes it up may go as well, after the end too: then it is given again as it is.
+    for continuation in (" so far, and here it ends", "never said"):
+        model.play(spelled(runtime, continuation))
+        again = runtime.complete(asked)
+        said.append("".join(delta.text for delta in again))
+        assert (again.finish_reason, again.stop_sequence) == ("stop", "here")
+        assert (again.prompt_tokens, again.max_tokens) == (run.prompt_tokens, run.max_tokens)
+        again.park()
+    assert said[0] == said[1]
+    kept = said[0].removesuffix(" so far, and ")
+    assert left_after <= len(kept) < 900
+    assert kept == "a" * len(kept)
+    model.play(spelled(runtime, "b"))
+    other = runtime.complete(dataclasses.replace(asked, retry_key="another", max_tokens=1))
+    assert "".join(delta.text for delta in other) == "b"
+
+
+@pytest.mark.parametrize("key", ["", "failed"])
+def test_what_failed_or_has_no_key_is_not_parked(
+    scripted: tuple[Runtime, ScriptedModel], monkeypatch: pytest.MonkeyPatch, key: str
+) -> None:
+    runtime, model = scripted
+    asked = CompletionRequest("once", sampling=SamplingParams(temperature=0), max_tokens=1, retry_key=key)
+    model.play(runtime.tokenizer.encode("a"))
+    run = runtime.complete(asked)
+    if key:
+
+        def fail() -> None:
+            raise EngineError("the step failed")
+
+        monkeypatch.setattr(model, "before_step", fail)
+        run.cancel()
+        run = runtime.complete(asked)
+        with pytest.raises(EngineError):
+            list(run)
+        monkeypatch.undo()
+    else:
+        list(run)
+    run.park()
+    model.play(runtime.tokenizer.encode("b"))
+    assert [delta.text for delta in runtime.complete(asked)] == ["b"]
 
 
 def test_logprobs_and_usage(scripted: tuple[Runtime, ScriptedModel]) -> None:

@@ -17,7 +17,7 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import Fp8Rows
 from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import RuntimeConfig
-from k2hybrid.errors import ConfigError, EngineError, TensorError, TokenizerError
+from k2hybrid.errors import ConfigError, ContextLengthError, EngineError, TensorError, TokenizerError
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.runtime import Runtime, latents, load, models
 from k2hybrid.runtime.memory import start_needs
@@ -99,6 +99,21 @@ def test_few_pages_bound_the_context(checkpoint: Path) -> None:
     page_bytes = 2 * 64 * 48 * 2
     with load(checkpoint, latent_bytes=3 * page_bytes, threads=1) as small:
         assert small.context_tokens == 3 * 64
+        for tokens in (3 * 64, 2000):
+            with pytest.raises(ContextLengthError, match=rf"{tokens} tokens > 191 maximum") as refused:
+                small.generate([1] * tokens)
+            assert "holds 192 tokens, fewer than the context's 1024" in str(refused.value)
+            assert "--latent-gb" in str(refused.value)
+            assert "latent_bytes" in str(refused.value)
+
+
+def test_where_the_context_bounds_it_no_memory_is_asked_for(checkpoint: Path) -> None:
+    with (
+        load(checkpoint, latent_bytes=4 << 20, threads=1) as roomy,
+        pytest.raises(ContextLengthError, match="1024 tokens of context") as refused,
+    ):
+        roomy.generate([1] * 1024)
+    assert "latent" not in str(refused.value)
 
 
 def test_a_context_beyond_the_models_is_said(checkpoint: Path, caplog: pytest.LogCaptureFixture) -> None:
