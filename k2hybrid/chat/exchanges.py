@@ -16,11 +16,11 @@ import hashlib
 import json
 import math
 import threading
+from array import array
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from typing import Any
+from typing import Any, TypeVar
 
 from k2hybrid.chat.conversation import text_of
 from k2hybrid.chat.markers import Markers
@@ -41,6 +41,8 @@ MAX_TOKENS = 4 << 20  # of all exchanges together
 _OVERHEAD = 64  # tokens that an exchange counts for beside its own
 _ALIKE = 8  # answers that mean the same after the same history; the newest are kept
 _KEYS = 16_384
+
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,7 +135,8 @@ class Exchanges:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
         self._tokens = 0
-        self._read = lru_cache(512)(self._read_anew)  # the same answers come back with every turn
+        # Digest of generated and of rendered ids → whether they mean the same: all come back with every turn.
+        self._verdicts: OrderedDict[bytes, bool] = OrderedDict()
         self._keys: OrderedDict[bytes, str] = OrderedDict()  # digest of a message → of its meaning
         self._lock = threading.Lock()
         # (scope, context, message) → response id → exchange, oldest first in both.
@@ -237,10 +240,18 @@ class Exchanges:
             return False
         if list(exchange.ids) == rendered:
             return False  # as it is already
-        said = self._read(exchange.ids)
-        if said.malformed or self._headers(exchange.ids) != self._headers(rendered):
-            return False  # the model must not read such, nor other ids than canonical ones
-        return said.same_as(self._read(tuple(rendered)))
+        both = array("I", [len(rendered), *rendered, *exchange.ids])
+        digest = hashlib.blake2b(both, digest_size=16).digest()
+        with self._lock:
+            known = self._verdicts.get(digest)
+        if known is None:
+            said = self._read(exchange.ids)
+            # The model must not read what is malformed, nor other ids of calls than canonical ones.
+            known = not said.malformed and self._headers(exchange.ids) == self._headers(rendered)
+            known = known and said.same_as(self._read(rendered))
+        with self._lock:
+            _remember(self._verdicts, digest, known)
+        return known
 
     def _headers(self, ids: Sequence[int]) -> list[str]:
         """The ids of the calls as written."""
@@ -266,17 +277,22 @@ class Exchanges:
                 return known
         key = hashlib.blake2b(_meaning(message).encode(), digest_size=16).hexdigest()
         with self._lock:
-            self._keys[digest] = key
-            while len(self._keys) > _KEYS:
-                self._keys.popitem(last=False)
+            _remember(self._keys, digest, key)
         return key
 
-    def _read_anew(self, ids: Sequence[int]) -> Answer:
+    def _read(self, ids: Sequence[int]) -> Answer:
         stream = ChatStream(self._markers, self._tokenizer)
         events: list[Event] = []
         for token in ids:
             events += stream.push(token)
         return gather([*events, *stream.finish()])
+
+
+def _remember(known: OrderedDict[bytes, _Value], digest: bytes, value: _Value) -> None:
+    known[digest] = value
+    known.move_to_end(digest)
+    while len(known) > _KEYS:
+        known.popitem(last=False)
 
 
 def _assistant_spans(ids: list[int], markers: Markers) -> list[tuple[int, int]]:

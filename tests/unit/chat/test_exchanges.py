@@ -140,6 +140,31 @@ def test_a_run_of_tool_calls_continues_to_the_token(
     assert chat.prompt()[: len(known)] == known
 
 
+def test_a_long_history_is_compared_once(
+    template: ChatTemplate, markers: Markers, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many its answers are, a turn reads only what it brings."""
+    read: list[int] = []
+    anew = Exchanges._read
+    monkeypatch.setattr(Exchanges, "_read", lambda self, ids: read.append(len(ids)) or anew(self, ids))
+    chat = Chat(template, markers, tokenizer, other_json)
+    chat.messages.append(Message("user", "Count."))
+    for n in range(300):
+        arguments = f'{{"b":{n},"a":1}}'
+        made = f"<think>.</think>{SB}{call('count', arguments, n)}{SE}{END}"
+        generated = tokenizer.encode_with_specials(made)
+        before = chat.exchanges.recall("", chat.messages)
+        answer = Answer(".", "", (("count", arguments),))
+        chat.exchanges.add(chat.exchanges.made("", before, answer, generated, f"r{n}"))
+        chat.messages.append(other_json(answer.message(), n))
+        chat.results("ok")
+    first = chat.prompt()
+    assert len(read) >= 300
+    read.clear()
+    assert chat.prompt() == first
+    assert not read
+
+
 # What JavaScript's JSON.stringify(JSON.parse(text)) makes of numbers and their like (from Node).
 JAVASCRIPT = {
     "1": "1", "1.0": "1", "1e0": "1", "10e-1": "1", "-1": "-1", "-1.0": "-1",
