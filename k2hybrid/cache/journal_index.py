@@ -1,18 +1,21 @@
 """Which pages on disk belong to which sessions, and what may go first. Memory only: it touches no file.
 
 A page knows its parent, so pages form trees; a session reaches the pages on the way from the last pages of
-its answers to the root. A page that no session reaches belongs to a request that still runs, or that was
-interrupted: it is kept like a session that nobody named, by its last use.
+its answers to the root. A page that no session reaches belongs to a request that still runs or was
+interrupted, was computed ahead of a turn that did not come yet, or follows a page that is missing: it is kept
+like a session that nobody named, by its last use.
 """
 
 from __future__ import annotations
 
+import threading
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from k2hybrid.cache.page_files import PageFile
-from k2hybrid.cache.page_keys import ID_BYTES, Found, unpack_ids
+from k2hybrid.cache.page_keys import ID_BYTES, Found, common_tokens, unpack_ids
 from k2hybrid.cache.session_log import Exchange, LogContent
 
 
@@ -48,31 +51,40 @@ class _Session:
 
 
 class JournalIndex:
-    """Pages and sessions of one fingerprint. `pages` may be read by other threads."""
+    """Pages and sessions of one fingerprint. Its owner sees to it that one thread at a time changes it.
+
+    Meanwhile other threads may look into `pages`, and call `closest` and `touch_session`.
+    """
 
     def __init__(self) -> None:
         self.pages: dict[bytes, PageFile] = {}
         self.size = 0  # bytes of all pages and logs
-        self._children: dict[bytes, set[bytes]] = {}
+        # parent → (tokens, key) of the pages after it, sorted: those that begin alike are neighbours.
+        self._children: dict[bytes, list[tuple[bytes, bytes]]] = {}
+        # Held while one page comes or goes, and while `closest` looks: whoever looks waits for no more.
+        self._guard = threading.Lock()
         self._sessions: dict[str, _Session] = {}
 
     def add_page(self, key: bytes, page: PageFile) -> None:
         """A page is on disk."""
         self.drop_page(key)
-        self.pages[key] = page
-        self._children.setdefault(page.parent, set()).add(key)
-        self.size += page.size
+        with self._guard:
+            self.pages[key] = page
+            insort(self._children.setdefault(page.parent, []), (page.packed, key))
+            self.size += page.size
 
-    def drop_page(self, key: bytes) -> None:
-        """A page is on disk no more."""
-        page = self.pages.pop(key, None)
-        if page is None:
-            return
-        self.size -= page.size
-        siblings = self._children[page.parent]
-        siblings.discard(key)
-        if not siblings:
-            del self._children[page.parent]
+    def drop_page(self, key: bytes) -> PageFile | None:
+        """A page is on disk no more, or about to go; what was known of it."""
+        with self._guard:
+            page = self.pages.pop(key, None)
+            if page is None:
+                return None
+            self.size -= page.size
+            siblings = self._children[page.parent]
+            del siblings[bisect_left(siblings, (page.packed, key))]
+            if not siblings:
+                del self._children[page.parent]
+            return page
 
     def add_log(self, session: str, content: LogContent) -> None:
         """A log was read."""
@@ -118,8 +130,7 @@ class JournalIndex:
 
     def unreachable_bytes(self) -> int:
         """Size of the pages that no session reaches."""
-        reached = set().union(*(self._reach(session) for session in self._sessions.values()))
-        return sum(page.size for key, page in self.pages.items() if key not in reached)
+        return sum(self.pages[key].size for key in self._unreached())
 
     def deepest(self, chain: Iterable[bytes]) -> bytes:
         """The last page of a history, given first to last, up to which all are on disk; empty if none is."""
@@ -132,13 +143,22 @@ class JournalIndex:
 
     def closest(self, parent: bytes, packed: bytes) -> Found | None:
         """The page after `parent` with the most tokens in common with `packed`; of several, a short one."""
-        best: Found | None = None
-        for key in self._children.get(parent, ()):
-            page = self.pages[key]
-            rows = _common_bytes(page.packed, packed) // ID_BYTES
-            if rows and (best is None or (rows, -len(page.packed)) > (best.rows, -len(best.ids) * ID_BYTES)):
-                best = Found(key, parent, unpack_ids(page.packed), rows)
-        return best
+        wanted = unpack_ids(packed)
+        with self._guard:
+            siblings = self._children.get(parent, [])
+            place = bisect_left(siblings, (packed, b""))
+            best, rows = b"", 0
+            for tokens, key in siblings[max(place - 1, 0) : place + 1]:
+                common = common_tokens(unpack_ids(tokens), wanted)
+                if common > rows:
+                    best, rows = key, common
+            if not rows:
+                return None
+            # Who ends where the agreement does is the shortest, and comes first of all that agree as far.
+            alike = packed[: rows * ID_BYTES]
+            tokens, key = siblings[bisect_left(siblings, (alike, b""))]
+            best = key if tokens == alike else best
+            return Found(best, parent, unpack_ids(self.pages[best].packed), rows)
 
     def ancestors(self, key: bytes) -> set[bytes]:
         """The page and all before it, as far as they are on disk."""
@@ -147,10 +167,16 @@ class JournalIndex:
         return found
 
     def alone(self, name: str) -> Victim:
-        """A session, the pages that no other session reaches, and what hangs below these."""
-        session = self._sessions[name]
-        others = set().union(*(self._reach(s) for n, s in self._sessions.items() if n != name))
-        return self._victim(session.used, name, self._reach(session) - others, set())
+        """A session, and all pages that no other session reaches: what is left is what others know anyway.
+
+        What no session reaches goes as well. It may hold this one's words: what was computed ahead of its
+        next turn may branch from a page that it shares with others, and nothing tells whose that is.
+        """
+        return self._victim(self._sessions[name].used, name, self._unreached(but=name), set())
+
+    def unreached(self) -> Victim:
+        """All pages that no session reaches."""
+        return self._victim(0.0, None, self._unreached(), set())
 
     def superseded(self) -> list[bytes]:
         """Partly filled pages whose tokens are in a longer page as well.
@@ -160,12 +186,14 @@ class JournalIndex:
         """
         longer: dict[bytes, set[bytes]] = {}
         for siblings in self._children.values():
-            if len(siblings) > 1:
-                for key in siblings:
-                    packed = self.pages[key].packed
-                    by = {other for other in siblings if self.pages[other].packed.startswith(packed)} - {key}
-                    if by and key not in self._children:
-                        longer[key] = by
+            for place, (packed, key) in enumerate(siblings):
+                by = set()
+                for i in range(place + 1, len(siblings)):
+                    if not siblings[i][0].startswith(packed):
+                        break
+                    by.add(siblings[i][1])
+                if by and key not in self._children:
+                    longer[key] = by
         if longer:
             for session in self._sessions.values():
                 reach = self._reach(session)
@@ -207,7 +235,7 @@ class JournalIndex:
             key = pending.pop()
             if key not in found:
                 found[key] = None
-                pending += [child for child in self._children.get(key, ()) if child not in spared]
+                pending += [child for _, child in self._children.get(key, ()) if child not in spared]
         return Victim(used, session, tuple(found))
 
     def _reach(self, session: _Session) -> set[bytes]:
@@ -215,6 +243,11 @@ class JournalIndex:
         for key in session.last_pages:
             self._climb(key, found)
         return found
+
+    def _unreached(self, but: str | None = None) -> set[bytes]:
+        """Pages that no session reaches; with `but`, none but that one."""
+        others = (session for name, session in self._sessions.items() if name != but)
+        return set(self.pages).difference(*(self._reach(session) for session in others))
 
     def _climb(self, key: bytes, found: set[bytes]) -> None:
         while key not in found and (page := self.pages.get(key)) is not None:
@@ -248,7 +281,3 @@ class JournalIndex:
             if parent in used:
                 used[parent] = max(used[parent], used[key])
         return used
-
-
-def _common_bytes(a: bytes, b: bytes) -> int:
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

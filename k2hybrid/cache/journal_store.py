@@ -1,4 +1,7 @@
-"""One fingerprint's folder of a journal: its pages and logs, with the index over them. Does not lock.
+"""One fingerprint's folder of a journal: its pages and logs, with the index over them.
+
+Its owner sees to it that one thread at a time changes it. What the index answers to other threads meanwhile
+never waits for the disk.
 
 <fingerprint>/pages/<key>.page      <fingerprint>/sessions/<session>.log
 """
@@ -68,8 +71,14 @@ class Store:
     def remove(self, victim: Victim) -> None:
         """Delete pages and, last, their session's log: until then the session can be deleted again."""
         for key in victim.pages:
-            self.pages.remove(key)
-            self.index.drop_page(key)
+            # Nobody finds it from now on, however long the disk takes; and until it is gone it counts.
+            page = self.index.drop_page(key)
+            try:
+                self.pages.remove(key)
+            except OSError:
+                if page is not None:
+                    self.index.add_page(key, page)
+                raise
         if victim.session is not None:
             self.logs.remove(victim.session)
             self.index.drop_session(victim.session)

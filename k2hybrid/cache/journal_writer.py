@@ -19,6 +19,15 @@ Payload = Bytes | Sequence[Bytes]
 
 
 @dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits to be written, or is being written."""
+
+    pages: int
+    size: int  # bytes of the pages, each counted as a full one
+    sessions: tuple[str, ...]  # whose answers wait
+
+
+@dataclass(frozen=True, slots=True)
 class _Page:
     key: bytes
     parent: bytes
@@ -61,10 +70,19 @@ class JournalWriter:
         self._queue: deque[_Page | _Answer] = deque()
         self._waiting: set[bytes] = set()  # keys of pages in the queue, or being written
         self._answers = 0
-        self._busy = False
+        self._current: _Page | _Answer | None = None  # what is being written
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="k2hybrid-journal", daemon=True)
         self._thread.start()
+
+    @property
+    def ready(self) -> bool:
+        """Whether an offer would be taken now, unless the page is known."""
+        return not self._closed and len(self._waiting) < self._max_pages and self._journal.ready
+
+    def knows(self, key: bytes) -> bool:
+        """Whether a page is on disk, or about to be."""
+        return self._journal.has(key) or key in self._waiting
 
     def offer(
         self,
@@ -74,15 +92,13 @@ class JournalWriter:
         payload_source: Callable[[], Payload],
         done: Callable[[], None],
     ) -> bool:
-        """Queue a page; False if it is known, the queue is full, or nothing is written any more.
+        """Queue a page; False if it is known, the queue is full, or nothing is written at the moment.
 
         After True, and only then, the writer's thread calls `payload_source` at most once, for what is to be
         written, and `done` exactly once, when that is needed no more, whatever happened.
         """
-        if self._journal.failed or self._journal.has(key):
-            return False
         with self._changed:
-            if self._closed or key in self._waiting or len(self._waiting) >= self._max_pages:
+            if not self.ready or self.knows(key):
                 return False
             self._waiting.add(key)
             self._queue.append(_Page(key, parent, ids, payload_source, done))
@@ -90,19 +106,27 @@ class JournalWriter:
         return True
 
     def append(self, exchange: Exchange, chain: Sequence[bytes] = ()) -> bool:
-        """Queue an answer (see `Journal.append`) behind what was offered before; False if it is full."""
+        """Queue an answer (see `Journal.append`) behind what was offered before; False as for `offer`."""
         with self._changed:
-            if self._closed or self._journal.failed or self._answers >= self._max_answers:
+            if self._closed or not self._journal.ready or self._answers >= self._max_answers:
                 return False
             self._answers += 1
             self._queue.append(_Answer(exchange, chain))
             self._changed.notify_all()
         return True
 
+    def backlog(self) -> Backlog:
+        """What is not written yet."""
+        with self._changed:
+            entries = [*self._queue, *([self._current] if self._current else [])]
+        answers = [entry.exchange.session for entry in entries if isinstance(entry, _Answer)]
+        pages = len(entries) - len(answers)
+        return Backlog(pages, pages * self._journal.page_bytes, tuple(dict.fromkeys(answers)))
+
     def flush(self, timeout_s: float) -> bool:
         """Wait until all that was queued is written or given up; False if that takes longer."""
         with self._changed:
-            return self._changed.wait_for(lambda: not self._queue and not self._busy, timeout_s)
+            return self._changed.wait_for(lambda: not self._queue and self._current is None, timeout_s)
 
     def close(self, timeout_s: float = 10.0) -> bool:
         """Give up the pages that wait, write the answers, end the thread; False if that takes longer."""
@@ -122,8 +146,7 @@ class JournalWriter:
                 )
                 if not self._queue and self._closed:
                     return
-                entry = self._queue.popleft() if self._queue else None
-                self._busy = entry is not None
+                self._current = entry = self._queue.popleft() if self._queue else None
                 write = not self._closed
             if isinstance(entry, _Page):
                 self._write_page(entry, write)
@@ -133,16 +156,21 @@ class JournalWriter:
                 self._guarded("sweeping", lambda: self._journal.sweep(time.time()))
                 next_sweep = time.monotonic() + self._sweep_s
             with self._changed:
-                self._busy = False
+                self._current = None
                 self._changed.notify_all()
 
     def _write_page(self, page: _Page, write: bool) -> None:
+        journal = self._journal
         try:
-            if write and not self._journal.failed:
-                self._guarded(
+            if not (
+                write
+                and journal.takes(page.parent)
+                and self._guarded(
                     "writing a page",
-                    lambda: self._journal.write_page(page.key, page.parent, page.ids, page.payload_source()),
+                    lambda: journal.write_page(page.key, page.parent, page.ids, page.payload_source()),
                 )
+            ):
+                journal.leave_out(page.key)
         finally:
             with self._changed:
                 self._waiting.discard(page.key)
@@ -153,9 +181,12 @@ class JournalWriter:
         with self._changed:
             self._answers -= 1
 
-    def _guarded(self, what: str, act: Callable[[], object]) -> None:
-        """An exception must not end the thread: pages would wait for their `done` forever."""
+    def _guarded(self, what: str, act: Callable[[], object]) -> bool:
+        """Whether `act` says that it did it. An exception must not end the thread: pages would wait for their
+        `done` forever.
+        """
         try:
-            act()
+            return bool(act())
         except Exception:
             log.exception("journal: %s failed", what)
+            return False

@@ -19,7 +19,7 @@ def add_sessions_options(parser: argparse.ArgumentParser) -> None:
     """`list` and `delete`, each with its own options."""
     actions = parser.add_subparsers(dest="action", metavar="ACTION", required=True, parser_class=Parser)
     listing = actions.add_parser("list", help="show the sessions in a journal, also while a server uses it")
-    delete = actions.add_parser("delete", help="delete sessions, and the pages that are theirs alone")
+    delete = actions.add_parser("delete", help="delete sessions, and all pages that no other one reaches")
     for action in (listing, delete):
         action.set_defaults(parser=action)
         action.add_argument("--journal", type=Path, required=True, metavar="DIR", help="the journal's folder")
@@ -60,7 +60,8 @@ def _list(journal: Path) -> int:
     else:
         print("no sessions")
     if unreachable:
-        print(f"and {_size(unreachable)} of requests that still run, or were interrupted")
+        rest = "of requests that still run, or were interrupted, and of turns computed ahead"
+        print(f"and {_size(unreachable)} {rest}")
     return 0
 
 
@@ -73,6 +74,8 @@ def _delete(journal: Path, names: set[str]) -> int:
         for name in sorted(names):
             if name in store.index:
                 store.remove(store.index.alone(name))
+        # Of a request that was interrupted, a page may lie where the session has no answer.
+        store.remove(store.index.unreached())
     print(f"deleted {len(names)} session{'s' if len(names) > 1 else ''}", file=sys.stderr)
     return 0
 

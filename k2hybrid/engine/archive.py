@@ -41,6 +41,9 @@ class PageReader(Protocol):
 class PageWriter(Protocol):
     """Writes behind the scenes (`JournalWriter` has it)."""
 
+    @property
+    def ready(self) -> bool: ...
+    def knows(self, key: bytes, /) -> bool: ...
     def offer(
         self,
         key: bytes,
@@ -131,6 +134,9 @@ class Archive:
     ) -> None:
         """Offer the full pages computed since the last time, and with `last` the partly filled one too.
 
+        A page that the journal does not take is offered again the next time, and none after it before that:
+        without it they would lead nowhere.
+
         Args:
             call: has the engine's thread call a function, from any thread.
         """
@@ -139,9 +145,10 @@ class Archive:
         size = self._page_tokens
         full = sequence.computed // size
         self._extend_keys(sequence, full)
-        for index in range(sequence.journaled, full):
-            self._offer(self._writer, sequence, sequence.page_keys[index], memory, call)
-        sequence.journaled = max(sequence.journaled, full)
+        while sequence.journaled < full:
+            if not self._offer(self._writer, sequence, sequence.page_keys[sequence.journaled], memory, call):
+                return
+            sequence.journaled += 1
         if last and sequence.computed > full * size:
             key = self._key(sequence, self._parent(sequence, full), full * size, sequence.computed)
             self._offer(self._writer, sequence, key, memory, call)
@@ -333,7 +340,12 @@ class Archive:
         key: PageKey,
         memory: PageMemory,
         call: Callable[[Callable[[PageMemory], None]], None],
-    ) -> None:
+    ) -> bool:
+        """Whether the page is on disk, or about to be."""
+        if writer.knows(key.key):
+            return True
+        if not writer.ready:  # asked first: a mark and a pin at every step would be dear
+            return False
         page, tokens = sequence.pages[key.start // self._page_tokens], key.stop - key.start
         after = self.mover.mark()
         memory.pin([page])
@@ -346,3 +358,4 @@ class Archive:
         )
         if not taken:
             memory.unpin([page])
+        return taken

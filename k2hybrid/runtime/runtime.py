@@ -98,7 +98,8 @@ class Runtime:
 
         "engine" and "latents" are as `EngineMetrics.snapshot` and `PageMemory.snapshot`, with the row format;
         "experts" says where they lie, "device" what computes the rest (see `models.DeviceStatus`), "weights"
-        which files were lost, and "memory" what this process and the machine have.
+        which files were lost, "journal" whether it is written (see `Sessions.status`), and "memory" what this
+        process and the machine have.
         """
         return {
             "engine": self.engine.metrics.snapshot(),
@@ -106,6 +107,7 @@ class Runtime:
             "experts": expert_status(self._store),
             "device": self._device(),
             "weights": {"lost_files": list(self._lost_files())},
+            "journal": self._sessions.status(),
             "memory": {**asdict(MemoryUse.now()), **asdict(MachineMemory.now())},
         }
 

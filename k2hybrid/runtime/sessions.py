@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from k2hybrid.cache.journal import Journal
 from k2hybrid.cache.journal_writer import JournalWriter
@@ -15,7 +17,10 @@ from k2hybrid.cache.session_log import Exchange as LoggedExchange
 from k2hybrid.chat.exchanges import Exchange, Exchanges
 from k2hybrid.config import RuntimeConfig
 
+log = logging.getLogger(__name__)
+
 _FLUSH_SECONDS = 10.0
+_SLOW_DISK = 50e6  # bytes/s that even a busy or rotating disk writes
 _UNFIT = re.compile(r"[^A-Za-z0-9_-]")
 
 
@@ -65,13 +70,35 @@ class Sessions:
             [key.key for key in keys],
         )
 
+    def status(self) -> dict[str, Any]:
+        """Of the journal: whether there is one, whether it is being written, and why that failed last."""
+        if self._journal is None:
+            return {"enabled": False}
+        return {
+            "enabled": True,
+            "writing": not self._journal.failed,
+            "last_error": self._journal.last_error,
+            "bytes": self._journal.size,
+        }
+
     def close(self) -> None:
-        """Write what waits, and close the journal."""
+        """Write what waits, for as long as a slow disk takes, and close the journal."""
         if self._writer is not None:
-            self._writer.flush(_FLUSH_SECONDS)
-            self._writer.close()
+            self._flush(self._writer)
         if self._journal is not None:
             self._journal.close()
+
+    def _flush(self, writer: JournalWriter) -> None:
+        seconds = _FLUSH_SECONDS + writer.backlog().size / _SLOW_DISK
+        left = None if writer.flush(seconds) else writer.backlog()
+        if left is not None and left.pages:
+            log.warning(
+                "journal: %d latent pages, %.2f GB, were not written in the %.0f s there were for it; after "
+                "a restart their tokens are prefilled again",
+                left.pages, left.size / 1e9, seconds,
+            )  # fmt: skip
+        if not writer.close() and (unsaved := writer.backlog().sessions):
+            log.warning("journal: the last answers of sessions %s were not written", ", ".join(unsaved))
 
 
 def journal_limit(config: RuntimeConfig, folder: Path) -> int:

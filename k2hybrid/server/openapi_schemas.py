@@ -339,6 +339,7 @@ _STATUS = _object(
         "memory": _object(
             {"private_bytes": COUNT, "mapped_bytes": COUNT}, {"total_bytes": COUNT, "available_bytes": COUNT}
         ),
+        "journal": _object({"enabled": FLAG}, {"writing": FLAG, "last_error": TEXT, "bytes": COUNT}),
     }
 )
 

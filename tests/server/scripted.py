@@ -208,6 +208,7 @@ class ScriptedModel:
             "experts": {"place": "mapped"},
             "device": {"name": "cpu"},
             "weights": {"lost_files": []},
+            "journal": {"enabled": False},
             "memory": {"private_bytes": 1 << 20, "mapped_bytes": 0},
         }
 

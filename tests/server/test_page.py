@@ -215,7 +215,7 @@ def test_script_and_page_name_the_same_elements() -> None:
 
 def test_the_script_asks_for_described_figures_alone() -> None:
     parts = REPLIES["Status"]["properties"]
-    used = re.findall(r"\b(server|engine|latents|experts|device|weights|memory)\.(\w+)", SCRIPT)
+    used = re.findall(r"\b(server|engine|latents|experts|device|weights|memory|journal)\.(\w+)", SCRIPT)
     used += [
         ("experts", name) for name in re.findall(r"(\w+):", *re.findall(r"const \{(.*)\} = experts", SCRIPT))
     ]

@@ -14,6 +14,10 @@ from typing import Any
 import pytest
 from openai import OpenAI
 
+from k2hybrid.cache.page_files import PageFile, PageFiles
+from k2hybrid.cache.page_keys import unpack_ids
+from k2hybrid.chat.tokenizer import Tokenizer
+from k2hybrid.config import MINI_MODEL
 from tests.server.process import command, listening
 
 QUESTION = "Please remember this: " + " ".join(f"box {n} holds {n * n} nails;" for n in range(40))
@@ -119,6 +123,44 @@ def test_sessions_are_listed_and_deleted(tmp_path: Path) -> None:
     deleted = sessions("delete", "--journal", journal, line.split()[0])
     assert deleted.returncode == 0
     assert "chatcmpl-" not in sessions("list", "--journal", journal).stdout
+
+
+def test_a_deleted_session_leaves_no_words(tmp_path: Path) -> None:
+    """Neither in its own pages, nor in those computed ahead, which branch from a page that both share."""
+    journal = tmp_path / "journal"
+    rules = " ".join(f"Rule {n}: box {n} holds {n * n} nails." for n in range(30))
+    system = {"role": "system", "content": f"You are a helpful assistant. {rules}"}
+    with served("--journal", journal) as (client, process):
+        for question in ("What is the capital of Zanzibar?", "Please name a fruit."):
+            ask(client, [system, {"role": "user", "content": question}], max_tokens=600)
+        wait_for_pages(journal)
+        process.terminate()
+        assert process.wait() == 0
+    before = texts(journal)
+    pages_with = [text for text in before if "Zanzibar" in text]
+    assert len(pages_with) == 2, "the answer's, and the one computed ahead"
+    assert all("Rule 29" in text for text in pages_with), "both follow a page that is shared"
+    named = [row.split() for row in sessions("list", "--journal", journal).stdout.splitlines()]
+    first, second = sorted(
+        (row for row in named if row[0].startswith("chatcmpl-")), key=lambda row: -int(row[2])
+    )
+    assert sessions("delete", "--journal", journal, first[0]).returncode == 0
+    after = texts(journal)
+    assert not [text for text in after if "Zanzibar" in text]
+    assert [text for text in after if "name a fruit" in text]
+    assert sum("box" in text for text in after) >= len(after) - 1 > 5, "what is shared stays"
+    assert second[0] in sessions("list", "--journal", journal).stdout
+
+
+def texts(journal: Path) -> list[str]:
+    """Of all pages on disk."""
+    tokenizer = Tokenizer.load(Path(MINI_MODEL))
+    return [
+        tokenizer.decode(unpack_ids(page.packed))
+        for folder in journal.glob("*/pages")
+        for _, _, page in PageFiles(folder, None, create=False).scan(time.time())
+        if isinstance(page, PageFile)
+    ]
 
 
 def sessions(*argv: object) -> subprocess.CompletedProcess[str]:

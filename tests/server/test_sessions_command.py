@@ -84,6 +84,19 @@ def test_delete_takes_what_is_theirs_alone(journal: Path, capsys: pytest.Capture
     assert capsys.readouterr().out == "no sessions\n"
 
 
+def test_delete_takes_what_was_interrupted_under_another_fingerprint(journal: Path) -> None:
+    other = Journal(journal, FINGERPRINTS[1], 4096)
+    ids = [1, 2, 3, 4, 77]
+    for page in page_keys("s", ids, 4):
+        other.write_page(page.key, page.parent, ids[page.start : page.stop], bytes(4096))
+    other.close()
+    assert len(list((journal / FINGERPRINTS[1]).rglob("*.page"))) == 3
+    assert run("delete", "apple", "--journal", str(journal)) == 0
+    left = {path.stem for path in (journal / FINGERPRINTS[1]).rglob("*.page")}
+    assert page_keys("s", ids, 4)[1].key.hex() not in left
+    assert len(left) == 2
+
+
 def test_delete_all(journal: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("delete", "--all", "--journal", str(journal)) == 0
     assert "everything" in capsys.readouterr().err

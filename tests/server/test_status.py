@@ -74,6 +74,7 @@ def test_a_real_models(real: Served) -> None:
     assert latents["used"] + latents["kept"] + latents["free"] == latents["pages"]
     assert latents["kept"] > 0
     assert after["weights"] == {"lost_files": []}
+    assert after["journal"] == {"enabled": False}
     assert after["device"] == {"name": "cpu"}
     memory = after["memory"]
     assert 0 < memory["private_bytes"] < memory["total_bytes"]
@@ -92,6 +93,20 @@ def test_a_real_models(real: Served) -> None:
         assert set(experts) == {"place", "experts", "expert_bytes"}
 
 
+def test_a_journal_that_cannot_be_written(tiny_model: Path, tmp_path: Path) -> None:
+    with (
+        load(tiny_model, threads=1, latent_bytes=1 << 26, journal=tmp_path / "j") as runtime,
+        serving(runtime) as served,
+    ):
+        well = {"enabled": True, "writing": True, "last_error": "", "bytes": 0}
+        assert figures(served)["journal"] == well
+        journal = runtime._sessions._journal
+        assert journal is not None
+        journal._health.fail(OSError(28, "No space left on device"))
+        failed = {"writing": False, "last_error": "No space left on device"}
+        assert figures(served)["journal"] == {**well, **failed}
+
+
 @pytest.fixture(scope="module")
 def emulated(tiny_model: Path) -> Iterator[Served]:
     options = {"context_tokens": 512, "latent_bytes": 1 << 26, "max_step_tokens": 64}
@@ -105,14 +120,14 @@ def emulated(tiny_model: Path) -> Iterator[Served]:
 def test_a_devices(emulated: Served) -> None:
     before = figures(emulated)["device"]
     assert (before["name"], before["signal"]) == ("emulated", "emulated")
-    assert (before["chunk"], before["recorded"], before["hot_found"]) == (64, [], None)
+    assert (before["chunk"], before["hot_found"]) == (64, None)
     assert before["hot_experts"] == 0
     for _ in range(30):  # experts come and uses are counted every few steps
         assert emulated.chat(max_tokens=40).status_code == 200
         after = figures(emulated)["device"]
         if after["hot_experts"] == 4 and after["hot_found"]:
             break
-    assert after["recorded"] == [1]
+    assert after["recorded"] == [*range(1, 9)]
     assert after["hot_experts"] == after["hot_slots"] == 4  # all there are
     assert 0 < after["hot_found"] <= 1
     assert 1 <= after["handed_rows"] <= 64
@@ -127,7 +142,7 @@ def test_a_devices(emulated: Served) -> None:
     }
     assert samples["k2hybrid_device", "emulated"] == 1
     assert samples["k2hybrid_device_hot_experts",] == samples["k2hybrid_device_hot_slots",] == 4
-    assert samples["k2hybrid_device_recorded_steps",] == 1
+    assert samples["k2hybrid_device_recorded_steps",] == 8
     assert samples["k2hybrid_device_hot_found",] > 0
     for what, nbytes in after["holds"].items():
         assert samples["k2hybrid_device_bytes", what] == nbytes

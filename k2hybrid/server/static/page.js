@@ -152,9 +152,10 @@ function showMemory(memory) {
   show("memory-total", bytes(memory.total_bytes));
 }
 
-function showTrouble({ engine, experts, weights }) {
+function showTrouble({ engine, experts, weights, journal }) {
   const found = [
     ...weights.lost_files.map((name) => `${name}: bytes are lost; put the whole file back in its place`),
+    ...(journal.enabled && !journal.writing ? [`Nothing is written in the journal: ${journal.last_error}`] : []),
     [experts.fill_failed, "experts could not be brought into memory; they are read from their files"],
     [experts.lost, "reads of an expert failed"],
     [engine.finished.error, "requests ended in an error"],

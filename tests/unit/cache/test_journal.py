@@ -5,19 +5,27 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import random
+import shutil
 import stat
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from k2hybrid.cache import journal_index
 from k2hybrid.cache.journal import Journal
+from k2hybrid.cache.journal_health import FIRST_PAUSE_S
+from k2hybrid.cache.journal_index import JournalIndex
+from k2hybrid.cache.page_files import PageFile, PageFiles
 from k2hybrid.cache.page_keys import Found, PageKey, next_key, pack_ids, page_keys, root_key, unpack_ids
-from k2hybrid.cache.session_log import Exchange
+from k2hybrid.cache.session_log import Exchange, SessionLogs
 from k2hybrid.errors import ConfigError
 
 FINGERPRINT = "0123456789abcdef"
@@ -246,6 +254,122 @@ def test_the_clock_going_back_keeps_a_sessions_order(tmp_path: Path) -> None:
     journal.close()
 
 
+# --- look-ups -------------------------------------------------------------------------------------
+
+
+def index_of(pages: Sequence[Sequence[int]]) -> tuple[JournalIndex, dict[bytes, tuple[int, ...]]]:
+    """An index of pages after one parent."""
+    index, tokens = JournalIndex(), {}
+    for ids in pages:
+        key = next_key(b"parent", pack_ids(ids))
+        index.add_page(key, PageFile(b"parent", pack_ids(ids), 1, 0.0))
+        tokens[key] = tuple(ids)
+    return index, tokens
+
+
+def agreed(one: Sequence[int], other: Sequence[int]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+def test_the_closest_page_is_as_close_as_any() -> None:
+    """Ids whose bytes sort unlike the numbers, pages that begin each other, and pages that come and go."""
+    rng = random.Random(0)
+    alphabet = [0, 1, 255, 256, 65536, 2**31 - 1]
+    for _ in range(300):
+        pages = {tuple(rng.choices(alphabet, k=rng.randint(1, 4))) for _ in range(rng.randint(0, 25))}
+        index, tokens = index_of(sorted(pages))
+        for key in rng.sample(sorted(tokens), len(tokens) // 3):
+            index.drop_page(key)
+            del tokens[key]
+        for _ in range(10):
+            wanted = rng.choices(alphabet, k=rng.randint(0, 5))
+            most = max((agreed(ids, wanted) for ids in tokens.values()), default=0)
+            found = index.closest(b"parent", pack_ids(wanted))
+            assert (found is not None) == (most > 0)
+            if found is not None:
+                assert (found.rows, found.ids) == (most, tokens[found.key])
+                assert agreed(found.ids, wanted) == most
+                if tuple(wanted[:most]) in tokens.values():
+                    assert len(found.ids) == most, "no more is read than is used"
+        superseded = {
+            key
+            for key, ids in tokens.items()
+            if any(other[: len(ids)] == ids != other for other in tokens.values())
+        }
+        assert set(index.superseded()) == superseded
+
+
+def test_a_look_up_compares_few_of_many_siblings(monkeypatch: pytest.MonkeyPatch) -> None:
+    index, _ = index_of([[n, 7] for n in range(4000)])
+    compared: list[Any] = []
+    common = journal_index.common_tokens
+
+    def counted(one: Sequence[int], other: Sequence[int]) -> int:
+        compared.append(one)
+        return common(one, other)
+
+    monkeypatch.setattr(journal_index, "common_tokens", counted)
+    found = index.closest(b"parent", pack_ids([1234, 8]))
+    assert found is not None
+    assert (found.ids, found.rows) == ((1234, 7), 1)
+    assert len(compared) <= 2
+
+
+@pytest.mark.parametrize("slow", ["a page's removal", "a folder's removal", "an answer"])
+def test_look_ups_do_not_wait_for_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: str
+) -> None:
+    opened(tmp_path, OTHER).close()
+    journal = opened(tmp_path, max_age_s=3600)
+    (old,) = write(journal, [1, 1, 1, 1])
+    (kept,) = write(journal, [2, 2, 2, 2])
+    journal._store.index.pages[old.key].used -= 5000
+    started, go_on = threading.Event(), threading.Event()
+
+    def waits(*_args: object, **_options: object) -> None:
+        started.set()
+        assert go_on.wait(20)
+
+    if slow == "a page's removal":
+        monkeypatch.setattr(PageFiles, "remove", waits)
+    elif slow == "a folder's removal":
+        journal._foreign = [dataclasses.replace(foreign, used=0.0) for foreign in journal._foreign]
+        monkeypatch.setattr(shutil, "rmtree", waits)
+    else:
+        monkeypatch.setattr(SessionLogs, "append", lambda *args: waits(*args) or 0)
+    change = (
+        (lambda: journal.append(exchange("a", [])))
+        if slow == "an answer"
+        else (lambda: journal.sweep(time.time()))
+    )
+    changing = threading.Thread(target=change)
+    changing.start()
+    looked: list[Found | None] = []
+
+    def look() -> None:
+        looked.append(journal.closest(root_key("s"), [2, 2, 3]))
+        looked.append(journal.closest(root_key("s"), [1, 1, 3]))
+        journal.touch("a")
+
+    looking = threading.Thread(target=look)
+    try:
+        assert started.wait(20)
+        looking.start()
+        looking.join(10)
+        assert not looking.is_alive(), "it waits for the disk"
+        assert read(journal, kept, [2, 2, 2, 2]) == payload_of(kept)
+    finally:
+        go_on.set()
+        changing.join()
+        looking.join()
+    assert looked[0] == Found(kept.key, kept.parent, (2, 2, 2, 2), 2)
+    if slow == "a page's removal":
+        assert looked[1] is None, "what is about to go is not found"
+    journal.close()
+
+
 # --- the folder -----------------------------------------------------------------------------------
 
 
@@ -349,6 +473,59 @@ def test_delete_keeps_what_others_reach(tmp_path: Path) -> None:
     assert not any(journal.has(page.key) for page in (*pages_a, *pages_b, below))
     assert files(tmp_path) == [tmp_path / "lock"]
     assert journal.size == 0
+    journal.close()
+
+
+def test_delete_leaves_no_words_of_a_session(tmp_path: Path) -> None:
+    """What was computed ahead of a next turn is reached by no answer, and may branch from a shared page."""
+    journal = opened(tmp_path)
+    shared = [1, 2, 3, 4]
+    a, b = [*shared, 5, 5, 5, 5, 6], [*shared, 7, 7, 7, 7]
+    write(journal, a)
+    kept = write(journal, b)
+    journal.append(exchange("a", a))
+    journal.append(exchange("b", b))
+    write(journal, [*shared, 5, 5, 6, 6, 6])  # ahead of a's next turn
+    write(journal, [1, 2, 5, 5, 6])  # the same where not even the first page is shared
+    lost = write(journal, [9] * 12)  # of a request of a's that was interrupted, its middle lost
+    assert journal.delete("a")
+    assert journal._store.index.pages.keys() == {page.key for page in kept}
+    assert {path.name for path in tmp_path.rglob("*.page")} == {f"{page.key.hex()}.page" for page in kept}
+    assert not journal.has(lost[2].key)
+    journal.close()
+
+
+def test_what_follows_a_missing_page_is_deleted_too(tmp_path: Path) -> None:
+    journal = opened(tmp_path)
+    ids = [1] * 12
+    pages = write(journal, ids)
+    journal.append(exchange("a", ids))
+    (tmp_path / FINGERPRINT / "pages" / f"{pages[1].key.hex()}.page").unlink()
+    assert read(journal, pages[1], ids) is None
+    assert journal.delete("a")
+    assert files(tmp_path) == [tmp_path / "lock"]
+    journal.close()
+
+
+def test_a_page_that_cannot_be_removed_is_still_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal = opened(tmp_path)
+    ids = [1] * 8
+    pages = write(journal, ids)
+    journal.append(exchange("a", ids))
+    size = journal.size
+
+    def fails(*_args: object) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PageFiles, "remove", fails)
+        assert not journal.delete("a")
+    assert (journal.failed, journal.size) == ("Input/output error", size)
+    assert all(journal.has(page.key) for page in pages)
+    assert journal.delete("a")
+    assert files(tmp_path) == [tmp_path / "lock"]
     journal.close()
 
 
@@ -491,10 +668,12 @@ def test_superseded_ends_go_and_are_still_matched(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("call", ["writev", "open", "rename"])
-def test_a_failed_write_ends_writing_once_aloud(
+def test_a_failed_write_pauses_writing_aloud(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
     journal = opened(tmp_path)
+    clock = [0.0]
+    journal._health._clock = lambda: clock[0]
     kept = write(journal, [1, 2, 3, 4])[0]
     before = files(tmp_path)
 
@@ -508,12 +687,44 @@ def test_a_failed_write_ends_writing_once_aloud(
             assert not journal.write_page(page.key, page.parent, ids, payload_of(page))
             assert not journal.has(page.key)
         assert not journal.append(exchange("a", [1]))
-    assert journal.failed == "No space left on device"
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert files(tmp_path) == before, "nothing half-written is left"
-    assert not journal.append(exchange("a", [1])), "the disk may be full again at any time"
+        assert journal.failed == "No space left on device"
+        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert files(tmp_path) == before, "nothing half-written is left"
+        clock[0] += FIRST_PAUSE_S
+        assert not journal.write_page(page.key, page.parent, ids, payload_of(page)), "it fails again"
+        clock[0] += FIRST_PAUSE_S
+    assert not journal.ready
+    assert not journal.append(exchange("a", [1])), "each pause is longer"
     assert read(journal, kept, [1, 2, 3, 4]) == payload_of(kept)
     assert journal.exchanges() == []
+    assert len(caplog.records) == 1
+    clock[0] += FIRST_PAUSE_S
+    with caplog.at_level(logging.WARNING):
+        write(journal, [5] * 4)
+        assert journal.append(exchange("a", [1]))
+    assert (journal.failed, journal.last_error) == ("", "No space left on device")
+    assert "it is written again" in caplog.records[1].getMessage()
+    assert len(caplog.records) == 2
+    journal.close()
+
+
+def test_nothing_is_written_after_a_page_that_was_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take room and lead nowhere, until the page before it comes again."""
+    journal = opened(tmp_path)
+    journal._health._clock = lambda: 0.0
+    ids = [1] * 12
+    first, second, third = page_keys("s", ids, TOKENS)
+    with monkeypatch.context() as patch:
+        patch.setattr(PageFiles, "prepare", lambda *_args: (_ for _ in ()).throw(OSError(28, "full")))
+        assert not journal.write_page(first.key, first.parent, ids[:4], b"x")
+    journal._health._clock = lambda: FIRST_PAUSE_S
+    for page in (second, third):
+        assert not journal.write_page(page.key, page.parent, ids[:4], b"x")
+    assert list(tmp_path.rglob("*.page")) == []
+    write(journal, ids)
+    assert len(list(tmp_path.rglob("*.page"))) == 3
     journal.close()
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from k2hybrid.cache.journal import Journal
-from k2hybrid.cache.journal_writer import JournalWriter
+from k2hybrid.cache.journal_health import FIRST_PAUSE_S
+from k2hybrid.cache.journal_writer import Backlog, JournalWriter
 from k2hybrid.cache.page_keys import page_keys
 from k2hybrid.cache.session_log import Exchange
 
@@ -150,20 +151,70 @@ def test_errors_of_the_callers_do_not_end_the_thread(bench: Bench) -> None:
     assert bench.journal.failed == ""
 
 
-def test_after_a_failed_write_nothing_is_taken(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_failed_write_nothing_is_taken_for_a_while(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*_args: object) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("k2hybrid.cache.page_files.PageFiles.prepare", full)
-    assert bench.offer(1)
-    assert bench.offer(2)
-    assert bench.started.wait(10)
-    bench.gate.set()
-    assert bench.writer.flush(10)
+    clock = [0.0]
+    bench.journal._health._clock = lambda: clock[0]
+    with monkeypatch.context() as patch:
+        patch.setattr("k2hybrid.cache.page_files.PageFiles.prepare", full)
+        assert bench.offer(1)
+        assert bench.offer(2)
+        assert bench.started.wait(10)
+        bench.gate.set()
+        assert bench.writer.flush(10)
     assert bench.done == Counter([1, 2])
     assert bench.sources == Counter([1])
+    assert not bench.writer.ready
     assert not bench.offer(3)
     assert not bench.writer.append(answer(1))
+    clock[0] += FIRST_PAUSE_S
+    assert bench.writer.ready
+    assert bench.offer(3)
+    assert bench.writer.append(answer(1))
+    assert bench.writer.flush(10)
+    assert bench.read(3) is not None
+    assert len(bench.journal.exchanges()) == 1
+    bench.done.clear()
+    assert bench.offer(1), "what was lost can be written later"
+
+
+def test_what_follows_a_lost_page_is_not_even_fetched(bench: Bench) -> None:
+    bench.gate.set()
+    ids = [1, 2, 3, 4, 5]
+    first, second = page_keys("s", ids, 4)
+
+    def fails() -> bytes:
+        raise RuntimeError("the page is gone")
+
+    fetched: list[bytes] = []
+
+    def fetch() -> bytes:
+        fetched.append(b"x")
+        return b"x"
+
+    for again in (fails, fetch):
+        assert bench.writer.offer(first.key, first.parent, ids[:4], again, lambda: None)
+        assert bench.writer.offer(second.key, second.parent, ids[4:], fetch, lambda: None)
+        assert bench.writer.flush(10)
+        assert bench.journal.has(second.key) == bench.journal.has(first.key) == (again is fetch)
+    assert len(fetched) == 2
+
+
+def test_what_waits_is_told(bench: Bench) -> None:
+    assert bench.writer.backlog() == Backlog(0, 0, ())
+    assert bench.offer(1)
+    assert bench.started.wait(10)
+    assert bench.offer(2)
+    assert bench.writer.append(answer(1))
+    assert bench.writer.append(answer(2))
+    assert bench.writer.backlog() == Backlog(2, 2 * PAGE_BYTES, ("a",))
+    bench.gate.set()
+    assert bench.writer.flush(10)
+    assert bench.writer.backlog() == Backlog(0, 0, ())
 
 
 def test_the_journal_is_swept_now_and_then(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -232,12 +232,16 @@ class Deferred:
 
 
 class FakeJournal:
-    """Pages on disk, as journal and writer in one; what is offered is written at once."""
+    """Pages on disk, as journal and writer in one; what is offered is written at once if `ready`."""
 
     def __init__(self) -> None:
+        self.ready = True
         self.files: dict[bytes, tuple[bytes, tuple[int, ...], list[Any]]] = {}
         self.broken: set[bytes] = set()
         self.reads = 0
+
+    def knows(self, key: bytes) -> bool:
+        return key in self.files
 
     def offer(
         self,
@@ -247,7 +251,7 @@ class FakeJournal:
         payload: Callable[[], Any],
         done: Callable[[], None],
     ) -> bool:
-        if key in self.files:
+        if not self.ready or key in self.files:
             return False
         self.files[key] = (parent, tuple(ids), list(payload()))
         done()

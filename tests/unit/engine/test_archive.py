@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -509,3 +509,42 @@ def test_with_threads_of_its_own() -> None:
         assert again() == 1
     engine.stop()
     engine.check()
+
+
+def test_pages_that_the_journal_does_not_take_are_offered_again() -> None:
+    """And none after them before: what follows a hole cannot be found."""
+    journal = FakeJournal()
+    bench = Bench(ram_pages=None, journal=journal)
+    offers: list[tuple[int, ...]] = []
+    offer = journal.offer
+
+    def refusing(key: bytes, parent: bytes, ids: Sequence[int], *rest: Any) -> bool:
+        offers.append(tuple(ids))
+        return len(offers) > 2 and offer(key, parent, ids, *rest)
+
+    journal.offer = refusing  # type: ignore[method-assign]
+    bench.run(HISTORY, 8)
+    assert offers[:3] == [tuple(HISTORY[:4])] * 3, "at each step, until it is taken"
+    ids = [*HISTORY, *expected_tokens(HISTORY, 8)]
+    written = {tokens for _, tokens, _ in journal.files.values()}
+    assert {tuple(ids[n : n + 4]) for n in range(0, 36, 4)} <= written
+    bench.crowd()
+    assert bench.run([*HISTORY, 1]) == 1
+
+
+def test_a_journal_that_takes_nothing_is_not_offered_anything() -> None:
+    """What is refused anyway must not be pinned and marked at every step."""
+    journal = FakeJournal()
+    bench = Bench(ram_pages=None, journal=journal)
+    marks: list[None] = []
+    mark = bench.mover.mark
+    bench.mover.mark = lambda: marks.append(None) or mark()  # type: ignore[func-returns-value,method-assign]
+    journal.ready = False
+    bench.run(HISTORY, 8)
+    assert not journal.files
+    assert len(marks) == 0
+    journal.ready = True
+    bench.run([*HISTORY, 1])
+    assert {tuple(HISTORY[n : n + 4]) for n in range(0, 28, 4)} <= {
+        ids for _, ids, _ in journal.files.values()
+    }, "the next turn brings them"

@@ -1,7 +1,11 @@
-"""Turns of a conversation: what is cached when the next one comes, however the client echoes the last."""
+"""Turns of a conversation: what is cached when the next one comes, however the client echoes the last.
+
+And what becomes of it in the journal at the end.
+"""
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -9,7 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from k2hybrid.runtime import Runtime
+from k2hybrid.cache.journal import Journal
+from k2hybrid.cache.journal_writer import JournalWriter
+from k2hybrid.cache.page_keys import page_keys
+from k2hybrid.cache.session_log import Exchange as LoggedExchange
+from k2hybrid.chat.exchanges import Exchanges
+from k2hybrid.runtime import Runtime, sessions
+from k2hybrid.runtime.sessions import Sessions
 from k2hybrid.types import ChatRequest, Content, Message, Reasoning, SamplingParams, ToolCall
 from tests.unit.runtime.scripted import ScriptedModel, scripted_runtime
 
@@ -124,3 +134,91 @@ def test_another_scope_and_no_reuse_see_nothing(scripted: tuple[Runtime, Scripte
     assert say(runtime, model, text, request(QUESTION))[2] > 0
     assert say(runtime, model, text, request(QUESTION, scope="b"))[2] == 0
     assert say(runtime, model, text, request(QUESTION, reuse=False))[2] == 0
+
+
+# --- the journal ------------------------------------------------------------------------------------------
+
+PAGE_BYTES = 64
+FULL = OSError(28, "No space left on device")
+
+
+class Slow:
+    """Sessions over a journal whose pages take a while each."""
+
+    def __init__(self, scripted_exchanges: Exchanges, folder: Path, page_seconds: float) -> None:
+        self.journal = Journal(folder, "0123456789abcdef", PAGE_BYTES)
+        self.writer = JournalWriter(self.journal)
+        self.sessions = Sessions(scripted_exchanges, 4, self.journal, self.writer)
+        self.page_seconds = page_seconds
+
+    def offer(self, pages: int) -> None:
+        for n in range(pages):
+            (page,) = page_keys("s", [n], 4)
+            assert self.writer.offer(page.key, page.parent, [n], self.payload, lambda: None)
+
+    def payload(self) -> bytes:
+        time.sleep(self.page_seconds)
+        return bytes(PAGE_BYTES)
+
+
+def exchanges_of(scripted: tuple[Runtime, ScriptedModel]) -> Exchanges:
+    return scripted[0]._sessions.exchanges
+
+
+@pytest.mark.parametrize("rate", [PAGE_BYTES / 5.0, 1e12])
+def test_what_waits_has_as_long_as_a_slow_disk_takes(
+    scripted: tuple[Runtime, ScriptedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    rate: float,
+) -> None:
+    """At the rate that is supposed of it; what was not written then is named."""
+    monkeypatch.setattr(sessions, "_FLUSH_SECONDS", 0.05)
+    monkeypatch.setattr(sessions, "_SLOW_DISK", rate)
+    slow = Slow(exchanges_of(scripted), tmp_path / "j", page_seconds=0.1)
+    slow.offer(6)
+    slow.sessions.close()
+    written = len(list((tmp_path / "j").rglob("*.page")))
+    if rate < 1e12:
+        assert written == 6
+        assert caplog.records == []
+    else:
+        assert written < 6
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert "latent pages" in record.getMessage()
+        assert "were not written" in record.getMessage()
+
+
+def test_answers_that_could_not_be_written_are_named_by_their_session(
+    scripted: tuple[Runtime, ScriptedModel],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(sessions, "_FLUSH_SECONDS", 0.05)
+    slow = Slow(exchanges_of(scripted), tmp_path / "j", page_seconds=0.0)
+    go_on = threading.Event()
+    monkeypatch.setattr(slow, "payload", lambda: bytes(PAGE_BYTES * go_on.wait(20)))
+    slow.offer(1)
+    slow.writer.append(LoggedExchange("a-session", "r", "s", "c", "m", (1,), "", 1, "", 1))
+    close = slow.writer.close
+    monkeypatch.setattr(slow.writer, "close", lambda: close(timeout_s=0.05))
+    slow.sessions.close()
+    assert "a-session" in caplog.records[-1].getMessage()
+    go_on.set()
+    assert close()
+
+
+def test_the_journals_state_is_told(scripted: tuple[Runtime, ScriptedModel], tmp_path: Path) -> None:
+    exchanges = exchanges_of(scripted)
+    assert Sessions(exchanges, 4).status() == {"enabled": False}
+    slow = Slow(exchanges, tmp_path / "j", page_seconds=0.0)
+    told = {"enabled": True, "writing": True, "last_error": "", "bytes": 0}
+    assert slow.sessions.status() == told
+    slow.journal._health.fail(FULL)
+    assert slow.sessions.status() == {**told, "writing": False, "last_error": FULL.strerror}
+    slow.journal._health.worked()
+    assert slow.sessions.status() == {**told, "last_error": FULL.strerror}
+    slow.sessions.close()
