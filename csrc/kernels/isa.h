@@ -7,6 +7,7 @@ namespace k2 {
 
 extern const KernelTable kScalarKernels;
 #if defined(__x86_64__)
+const KernelTable& AmxBf16Kernels();
 extern const KernelTable kAvx512Bf16Kernels;
 extern const KernelTable kAvx512Kernels;
 extern const KernelTable kAvx2Kernels;

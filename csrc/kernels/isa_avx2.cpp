@@ -327,6 +327,8 @@ struct Simd {
 //
 #include "kernels/dense.inl.h"
 //
+#include "kernels/exp.inl.h"
+//
 #include "kernels/ffn.inl.h"
 //
 #include "kernels/rows.inl.h"
@@ -339,8 +341,7 @@ struct Simd {
 const KernelTable kAvx2Kernels = {
     "avx2",         avx2::Prepare,  avx2::FewOrManyRows, avx2::SwiGlu, avx2::AddScaled,
     avx2::RmsNorm,  avx2::Sigmoid,  avx2::Rotate,        avx2::Round,  avx2::DenseRows,
-    avx2::Int8Rows, avx2::E4m3Rows, avx2::DenseColumns,  avx2::Attend, avx2::DecodeRows,
-    nullptr};
+    avx2::Int8Rows, avx2::E4m3Rows, avx2::DenseColumns,  avx2::Attend, avx2::DecodeRows};
 
 }  // namespace k2
 

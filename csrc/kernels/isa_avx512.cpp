@@ -106,6 +106,8 @@ struct Simd : Lanes {
 //
 #include "kernels/dense.inl.h"
 //
+#include "kernels/exp.inl.h"
+//
 #include "kernels/ffn.inl.h"
 //
 #include "kernels/rows.inl.h"
@@ -118,8 +120,7 @@ struct Simd : Lanes {
 const KernelTable kAvx512Kernels = {
     "avx512",         avx512::Prepare,  avx512::Int4Rows,     avx512::SwiGlu, avx512::AddScaled,
     avx512::RmsNorm,  avx512::Sigmoid,  avx512::Rotate,       avx512::Round,  avx512::DenseRows,
-    avx512::Int8Rows, avx512::E4m3Rows, avx512::DenseColumns, avx512::Attend, avx512::DecodeRows,
-    nullptr};
+    avx512::Int8Rows, avx512::E4m3Rows, avx512::DenseColumns, avx512::Attend, avx512::DecodeRows};
 
 }  // namespace k2
 

@@ -88,6 +88,8 @@ struct Simd : Lanes {
 //
 #include "kernels/dense.inl.h"
 //
+#include "kernels/exp.inl.h"
+//
 #include "kernels/ffn.inl.h"
 //
 #include "kernels/rows.inl.h"
@@ -111,8 +113,7 @@ const KernelTable kAvx512Bf16Kernels = {"avx512_bf16",
                                         avx512_bf16::E4m3Rows,
                                         avx512_bf16::DenseColumns,
                                         avx512_bf16::Attend,
-                                        avx512_bf16::DecodeRows,
-                                        nullptr};
+                                        avx512_bf16::DecodeRows};
 
 }  // namespace k2
 

@@ -145,6 +145,8 @@ struct Simd {
 //
 #include "kernels/dense.inl.h"
 //
+#include "kernels/exp.inl.h"
+//
 #include "kernels/ffn.inl.h"
 //
 #include "kernels/rows.inl.h"
@@ -157,7 +159,6 @@ struct Simd {
 const KernelTable kScalarKernels = {
     "scalar",         scalar::Prepare,  scalar::Int4Rows,     scalar::SwiGlu, scalar::AddScaled,
     scalar::RmsNorm,  scalar::Sigmoid,  scalar::Rotate,       scalar::Round,  scalar::DenseRows,
-    scalar::Int8Rows, scalar::E4m3Rows, scalar::DenseColumns, scalar::Attend, scalar::DecodeRows,
-    nullptr};
+    scalar::Int8Rows, scalar::E4m3Rows, scalar::DenseColumns, scalar::Attend, scalar::DecodeRows};
 
 }  // namespace k2

@@ -8,16 +8,6 @@
 
 namespace k2 {
 
-// Room for engines that multiply tiles (AMX and its like): they want many rows of one expert at once and a layout of
-// activations of their own. No set has one yet; where there is one, groups of `least_rows` and more go to it.
-struct TileEngine {
-  int least_rows;
-  size_t (*prepared_bytes)(int in);
-  void (*prepare)(const bf16* x, int in, void* prepared);
-  void (*int4_rows)(const Int4Matrix& weights, int row0, int rows, const void* const* x, int tokens, float* y,
-                    ptrdiff_t ldy);
-};
-
 // A tile of activations is a list of row pointers: the rows an expert got need not be neighbours.
 struct KernelTable {
   const char* name;
@@ -59,8 +49,6 @@ struct KernelTable {
 
   // FP8 rows, `row_bytes` apart, as bf16 [rows][latent + rope].
   void (*decode_rows)(const uint8_t* stored, ptrdiff_t row_bytes, int rows, int latent, int rope, bf16* out);
-
-  const TileEngine* tiles;  // null: none
 };
 
 // Entries this CPU can run, best first; the last is always "scalar".

@@ -70,8 +70,8 @@ class Machine:
             self.handle = EXTENSION.Machine(count, isa or "", cpus, groups)
         self.threads: int = self.handle.threads
         self.isa: str = self.handle.isa
-        # AMX, which torch uses: bf16 products of many rows are several times as fast by torch there.
-        self.tiles: bool = self.isa == "avx512_bf16" and torch.cpu._is_amx_tile_supported()
+        # AMX, which torch uses as well: bf16 products of many rows are several times as fast by torch there.
+        self.tiles: bool = self.isa == "amx_bf16"
         self.nodes: int = self.handle.groups
         self.rows = NativeRows(self.handle)
         self._known_spans: tuple[object, _GivenSpans] = (None, [])  # all layers of a pass have the same

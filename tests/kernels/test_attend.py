@@ -64,7 +64,7 @@ def make(heads: int, latent: int, rope: int, row_format: str, pages: int = 14, s
     return Case(heads, latent, rope, fmt, stored, 2.0 / math.sqrt(latent + rope), g)
 
 
-def check(got: torch.Tensor, q: torch.Tensor, context: torch.Tensor, case: Case) -> None:
+def check(got: torch.Tensor, q: torch.Tensor, context: torch.Tensor, case: Case, isa: str) -> None:
     """One query [heads, width] over a context, within the bound of docs/numerics.md."""
     n, width = context.shape
     scores = (q.double() @ context.T) * case.scale
@@ -72,7 +72,8 @@ def check(got: torch.Tensor, q: torch.Tensor, context: torch.Tensor, case: Case)
     values = context[:, : case.latent]
     magnitude = (q.double().abs() @ context.abs().T).amax(-1, keepdim=True) * case.scale
     of_weights = (width + 8) * U * magnitude + 8 * U
-    bound = (2 * of_weights + (n + 70) * U) * (weights @ values.abs())
+    rounded = 2.0**-8 if isa == "amx_bf16" else 0.0  # weights, when they meet the values
+    bound = (2 * of_weights + (n + 70) * U + rounded) * (weights @ values.abs())
     error = (got.double() - weights @ values).abs()
     assert torch.all(error <= bound), f"{(error / bound).max():.2f} of the bound"
 
@@ -86,7 +87,7 @@ def test_it_is_softmax_over_the_rows_that_a_query_sees(
     contexts = CONTEXTS if isa != "scalar" or heads < 33 else CONTEXTS[:4]
     for n in contexts:
         table, q = case.table(n), case.queries(1)
-        check(case.run(machine, q, (table, n - 1, 1))[0], q[0], case.context(table, n), case)
+        check(case.run(machine, q, (table, n - 1, 1))[0], q[0], case.context(table, n), case, isa)
 
 
 def test_a_context_whose_stretches_grow(isa: str) -> None:
@@ -94,7 +95,7 @@ def test_a_context_whose_stretches_grow(isa: str) -> None:
     machine, case = Machine(2, isa), make(3, 16, 2, "bf16", pages=300)
     n = 64 * 256 + 700
     table, q = case.table(n), case.queries(1) * 3
-    check(case.run(machine, q, (table, n - 1, 1))[0], q[0], case.context(table, n), case)
+    check(case.run(machine, q, (table, n - 1, 1))[0], q[0], case.context(table, n), case, isa)
 
 
 @pytest.mark.parametrize("row_format", ["bf16", "fp8"])
@@ -106,7 +107,7 @@ def test_queries_of_a_span_see_rows_up_to_their_own(isa: str, row_format: str) -
     row = 0
     for table, start, count in spans:
         for i in range(count):
-            check(got[row], q[row], case.context(table, start + i + 1), case)
+            check(got[row], q[row], case.context(table, start + i + 1), case, isa)
             row += 1
 
 
