@@ -153,8 +153,8 @@ class Archive:
             key = self._key(sequence, self._parent(sequence, full), full * size, sequence.computed)
             self._offer(self._writer, sequence, key, memory, call)
 
-    def find(self, sequence: Sequence) -> Fetch | None:
-        """What RAM and journal have beyond the tokens that `sequence` has; None if it is nothing.
+    def find(self, sequence: Sequence, least: int = 1) -> Fetch | None:
+        """What RAM and journal have beyond the tokens that `sequence` has; None if it is less than `least`.
 
         The last token of the prompt is left to be run: its logits are needed. What is found in RAM stays
         there until `end`.
@@ -177,7 +177,7 @@ class Archive:
             if source.found.rows < size:
                 break
             parent = source.found.key
-        if tokens <= sequence.computed:
+        if tokens < sequence.computed + least:
             return None
         fetch = Fetch(first, tuple(sources), tokens)
         for source in sources:

@@ -397,13 +397,17 @@ class Engine:
 
     # --- RAM and journal ------------------------------------------------------------------------------
 
-    def _fetch(self, sequence: Sequence) -> None:
-        """Begin to bring back what of the prompt lies in RAM or on disk and not in the pool."""
+    def _fetch(self, sequence: Sequence, least: int = 1) -> None:
+        """Begin to bring back what of the prompt lies in RAM or on disk and not in the pool.
+
+        Args:
+            least: tokens; less is sooner computed.
+        """
         if self._archive is None or not sequence.job.reuse:
             return
         fetch = None
         try:
-            fetch = self._archive.find(sequence)
+            fetch = self._archive.find(sequence, least)
             if fetch is None:
                 return
             self._memory.drop_partial(sequence)
@@ -426,7 +430,8 @@ class Engine:
         if self._archive is not None:
             self._archive.end(fetch, fetched)
         if sequence.phase is Phase.RUNNING:
-            sequence.computed = sequence.cached_tokens = fetched.tokens
+            sequence.cached_tokens += fetched.tokens - sequence.computed
+            sequence.computed = fetched.tokens
             self._memory.publish(sequence)
 
     def _keep(self, sequence: Sequence, *, last: bool = False) -> None:
@@ -531,6 +536,8 @@ class Engine:
                 self._memory.publish(sequence)
                 self._keep(sequence)
                 self._waiting.unblock()
+                # Others may lie behind a page that was lost: they are not computed as long as they exist.
+                self._fetch(sequence, self._memory.page_tokens)
             return
         job = sequence.job
         try:

@@ -183,7 +183,8 @@ class PageMemory:
             self._owed += 1
             sequence.pages = sequence.pages[:full]
             sequence.pages_version += 1
-            sequence.computed = sequence.cached_tokens = full * self.page_tokens
+            sequence.computed = full * self.page_tokens
+            sequence.cached_tokens = min(sequence.cached_tokens, sequence.computed)
 
     def publish(self, sequence: Sequence) -> None:
         """Enter all tokens computed so far into the tree, for later requests that begin with them."""

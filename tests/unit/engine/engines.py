@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.engine import Engine
-from tests.unit.engine.fakes import SIZES, VOCAB, Collector, FakeModel, FakePages, archive_for, job
+from tests.unit.engine.fakes import (
+    SIZES,
+    VOCAB,
+    Collector,
+    FakeJournal,
+    FakeModel,
+    FakePages,
+    archive_for,
+    job,
+)
 
 CONTEXT = 256
 
@@ -16,11 +25,14 @@ def build(
     max_running: int = 4,
     max_queue: int = 64,
     ram_pages: int | None = None,
+    journal: FakeJournal | None = None,
 ) -> tuple[Engine, FakeModel]:
-    """An engine without a thread, and with so many pages in RAM; it is ticked by hand."""
+    """An engine without a thread, with pages in RAM or in a journal as well; it is ticked by hand."""
     model = FakeModel(FakePages(pages))
     config = RuntimeConfig(max_step_tokens=max_step_tokens, max_running=max_running, max_queue=max_queue)
-    archive = None if ram_pages is None else archive_for(model.pages, ram_pages)
+    archive = None
+    if ram_pages is not None or journal is not None:
+        archive = archive_for(model.pages, ram_pages, journal)
     engine = Engine(
         model,
         model.pages,

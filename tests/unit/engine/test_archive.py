@@ -170,13 +170,20 @@ def test_begin_in_the_pool_middle_in_ram_and_end_on_disk() -> None:
     assert figures["cached_journal_tokens"] == 10
 
 
-def test_where_a_file_is_bad_the_rest_is_computed() -> None:
+def computed(known: int, chunk: int = 8) -> int:
+    """Of the 31 tokens of `[*HISTORY, 1]`, if so many came back and the next ones did not."""
+    rest = 31 - known
+    behind = 30 - known - chunk  # tokens that may come back behind the first piece that is computed
+    return rest if rest <= chunk or behind < 4 else chunk + 1
+
+
+def test_where_a_file_is_bad_its_piece_is_computed() -> None:
     journal = FakeJournal()
     bench = Bench(ram_pages=None, journal=journal)
     bench.run(HISTORY)
     bench.crowd()
     journal.broken = {key for key, (_, ids, _) in journal.files.items() if ids == tuple(HISTORY[12:16])}
-    assert bench.run([*HISTORY, 1]) == 19
+    assert bench.run([*HISTORY, 1]) == computed(12)
 
 
 def test_what_left_for_ram_is_in_the_journal_all_the_same() -> None:
@@ -303,7 +310,7 @@ def test_a_page_that_is_still_on_its_way_out_can_come_back(batch: int) -> None:
 
 
 @pytest.mark.parametrize("fails_at", range(8))
-def test_a_copy_that_fails_on_its_way_back_costs_what_follows_it(fails_at: int, batch: int) -> None:
+def test_a_copy_that_fails_on_its_way_back_costs_its_piece(fails_at: int, batch: int) -> None:
     if fails_at * batch >= 8:
         return
     bench = Bench()
@@ -317,13 +324,13 @@ def test_a_copy_that_fails_on_its_way_back_costs_what_follows_it(fails_at: int, 
         return way == "in" and ways.count("in") == fails_at + 1
 
     bench.mover.fails = fails
-    assert bench.run([*HISTORY, 1]) == 31 - 4 * batch * fails_at
+    assert bench.run([*HISTORY, 1]) == computed(4 * batch * fails_at)
     assert bench.archive.traffic.copy_errors == 1
     bench.crowd()
     assert bench.run([*HISTORY, 1, 2]) == 1
 
 
-def test_a_copy_that_cannot_begin_costs_what_follows_it(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_copy_that_cannot_begin_costs_its_piece(batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     bench = Bench()
     bench.run(HISTORY)
     bench.crowd()
@@ -337,7 +344,7 @@ def test_a_copy_that_cannot_begin_costs_what_follows_it(batch: int, monkeypatch:
         return into(*args)
 
     monkeypatch.setattr(bench.mover, "into", refuse)
-    assert bench.run([*HISTORY, 1]) == max(1, 31 - 4 * batch)
+    assert bench.run([*HISTORY, 1]) == (computed(4 * batch) if batch < 8 else 1)
     assert bench.archive.traffic.copy_errors == (batch < 8)
 
 

@@ -628,7 +628,7 @@ class FetchingArchive:
     def keep(self, *_: object, **__: object) -> None:
         pass
 
-    def find(self, sequence: Sequence) -> Fetch | None:
+    def find(self, sequence: Sequence, least: int = 1) -> Fetch | None:
         if not sequence.computed < 8 < len(sequence.ids):
             return None
         fetch = Fetch(0, (), 8)

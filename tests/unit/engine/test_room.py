@@ -9,7 +9,7 @@ import pytest
 from k2hybrid.engine import memory
 from k2hybrid.types import SamplingParams
 from tests.unit.engine.engines import build, drain, ended, run
-from tests.unit.engine.fakes import Collector, expected_tokens, job
+from tests.unit.engine.fakes import Collector, FakeJournal, expected_tokens, job
 
 
 def test_who_waits_for_a_prefix_is_passed_by_those_behind() -> None:
@@ -104,3 +104,20 @@ def test_idle_prefill_leaves_leased_pages_alone() -> None:
     assert ended(ahead) == "error"
     assert engine.cached_prefix(list(range(30))) == 30
     assert run(engine, [9] * 30, 2).tokens == expected_tokens([9] * 30, 2)  # a request may have them
+
+
+def test_pages_behind_a_lost_one_are_not_computed_again() -> None:
+    journal, prompt = FakeJournal(), list(range(60))
+    before, _ = build(max_step_tokens=8, journal=journal)
+    whole = run(before, prompt, 2)
+    keys = list(journal.files)
+    journal.broken = {keys[3], keys[9]}
+    engine, model = build(max_step_tokens=8, journal=journal)
+    sink = Collector()
+    engine.submit(job(prompt, sink, 2))
+    while not sink.done:
+        engine.tick()
+    engine.check()
+    assert sink.tokens == whole.tokens == expected_tokens(prompt, 2)
+    assert model.tokens_run <= 2 * 8 + 4 + 1  # a piece for each page that was lost, the last rows, an answer
+    assert sink.done.usage.cached_tokens == 60 - (model.tokens_run - 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import queue
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ import jsonschema
 import pytest
 
 from k2hybrid.chat.exchanges import Answer, gather
+from k2hybrid.engine.memory import PageMemory
 from k2hybrid.errors import RequestError
 from k2hybrid.runtime import ChatRun, Runtime
 from k2hybrid.runtime.guarded import RETRIES
@@ -165,6 +167,30 @@ def test_valid_calls_before_one_that_never_fits_stay(scripted: tuple[Runtime, Sc
     assert answer.calls == (("flag", '{"on":true}'),)
     assert [event.code for event in events if isinstance(event, Malformed)] == ["invalid_tool_call"]
     assert run.finish_reason == "tool_calls"
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_an_answer_that_ends_in_a_call_leaves_its_latents_leased(
+    scripted: tuple[Runtime, ScriptedModel], *, calls: bool
+) -> None:
+    runtime, model = scripted
+    call = '<|tool_call_begin|>functions.flag:0<|tool_call_argument_begin|>{"on":true}<|tool_call_end|>'
+    said = f"<|tool_calls_section_begin|>{call}<|tool_calls_section_end|>" if calls else "Hello."
+    model.play(runtime.tokenizer.encode_with_specials(f"{said}<|im_end|>"))
+    run = runtime.chat(ChatRequest(HELLO, tools=(FLAG,), max_tokens=300, thinking=False))
+    answer_of(run)
+    assert run.finish_reason == ("tool_calls" if calls else "stop")
+    leased: queue.Queue[tuple[int, int]] = queue.Queue()
+
+    def count(memory: PageMemory) -> None:
+        now = memory.now()
+        later = memory.tree.leased(now + runtime.config.lease_seconds + 1)
+        leased.put((memory.tree.leased(now), later))
+
+    runtime.engine.call(count)
+    held, afterwards = leased.get(timeout=10)
+    assert bool(held) is calls
+    assert afterwards == 0
 
 
 def test_a_parked_guarded_answer_comes_again(runtime: Runtime) -> None:
