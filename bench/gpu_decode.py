@@ -168,10 +168,10 @@ def rows(made: Slice, batches: tuple[int, ...], inputs: int, rounds: int) -> Ite
     """A row a batch size."""
     most, spec = max(batches), made.spec
     # With no experts on the card nothing depends on rates, which take long to measure.
-    device = dataclasses.replace(made.device, rates=lambda spec, machine: emulated_rates(spec))
+    device = dataclasses.replace(made.device, rates=lambda spec, *_: emulated_rates(spec))
     fit = CardFit(chunk=most, graph_rows=most, hot=0, needs=())
     experts = device_experts(
-        device, fit, spec, made.store, made.machine, made.dispatcher(most), max_running=most
+        device, fit, spec, made.store, made.machine, made.dispatcher(most), max_running=most, dense=made.dense
     )
     try:
         for batch in batches:

@@ -24,6 +24,7 @@ import torch
 
 from k2hybrid.errors import EngineError
 from k2hybrid.hardware.cuda_driver import CudaDriver
+from k2hybrid.hardware.cuda_graphs import captured
 from k2hybrid.hardware.device_side import DeviceSide
 from k2hybrid.hardware.doorbell import Doorbell
 from k2hybrid.hardware.streams import SIGNALS, Signal
@@ -35,7 +36,7 @@ REPLAYS = 1000
 def capture(record: Callable[[], None]) -> torch.cuda.CUDAGraph:
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         record()
     return graph
 

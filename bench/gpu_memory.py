@@ -82,11 +82,18 @@ class Filled:
             pages=pages,
         )
         fit = CardFit(wishes.chunk, wishes.graph_rows, plan.hot, plan.needs)
-        quick = dataclasses.replace(device, rates=lambda spec, machine: emulated_rates(spec))
+        quick = dataclasses.replace(device, rates=lambda spec, *_: emulated_rates(spec))
         cold = made.dispatcher(min(COLD_ROWS, wishes.chunk))
         before = count.allocated()
         experts = device_experts(
-            quick, fit, self._few, made.store, made.machine, cold, max_running=wishes.graph_rows
+            quick,
+            fit,
+            self._few,
+            made.store,
+            made.machine,
+            cold,
+            max_running=wishes.graph_rows,
+            dense=wishes.dense,
         )
         try:
             there = count.allocated() - before

@@ -47,7 +47,9 @@ class Prefill:
         self.expert_bytes = ModelSizes.of(spec).experts.expert_bytes
         fit = CardFit(chunk=chunk, graph_rows=0, hot=0, needs=())
         cold = made.dispatcher(min(COLD_ROWS, chunk))
-        self.experts = device_experts(device, fit, spec, made.store, made.machine, cold, max_running=RUNNING)
+        self.experts = device_experts(
+            device, fit, spec, made.store, made.machine, cold, max_running=RUNNING, dense=made.dense
+        )
         self._model = DeviceModel(
             made.network(self.experts),
             self.experts,

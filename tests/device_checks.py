@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import time
 from collections.abc import Sequence
@@ -28,6 +29,7 @@ VARIANTS: list[dict[str, Any]] = [
     {"hot_experts": 0, "expert_place": "resident"},
 ]
 SESSIONS, TURNS = 3, 3
+TRIES = 8  # of what is timed
 
 
 def of_card(options: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +80,7 @@ def check_streamed(device: str, options: dict[str, Any], monkeypatch: pytest.Mon
 
     monkeypatch.setattr(StreamedExperts, "submit", counted)
     # So small a model's experts would never be streamed at a card's own rates.
-    monkeypatch.setattr(devices, "measure_split_rates", lambda spec, *rest: emulated_rates(spec))
+    monkeypatch.setattr(devices, "measure_split_rates", lambda spec, *_, **__: emulated_rates(spec))
     with opened("cpu", max_step_tokens=256, **of_card(options)) as cpu:
         prompts = cpu.prompts(2, 300)
         for prompt in prompts:
@@ -134,20 +136,26 @@ def check_stuck(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         native = handoffs[0].native
         (prompt,) = card.prompts(1, 60)
         (want,) = card.answer([prompt], 6)  # kernels are compiled, and a step is recorded
-        native.stall_at(3)
-        card.told.seen.clear()
-        begun = time.monotonic()
-        with pytest.raises(EngineError, match="no progress"):
-            card.answer([prompt], 6)
-        assert time.monotonic() - begun < 2.0  # it is this bound that is promised
-        native.stall_at(-1)
-        deadline = time.monotonic() + 10
-        while True:  # until the worker is back
+        took = math.inf
+        for _ in range(TRIES):
+            native.stall_at(3)
             card.told.seen.clear()
-            try:
-                (said,) = card.answer([prompt], 6)
-                break
-            except EngineError:
-                assert time.monotonic() < deadline
-                time.sleep(0.05)
-        assert said == want
+            begun = time.monotonic()
+            with pytest.raises(EngineError, match="no progress"):
+                card.answer([prompt], 6)
+            took = min(took, time.monotonic() - begun)
+            native.stall_at(-1)
+            deadline = time.monotonic() + 10
+            while True:  # until the worker is back
+                card.told.seen.clear()
+                try:
+                    (said,) = card.answer([prompt], 6)
+                    break
+                except EngineError:
+                    assert time.monotonic() < deadline
+                    time.sleep(0.05)
+            assert said == want
+            if took < 1.0:
+                return
+        # Others on this machine take a part of one try, not of all; what is in the way by construction does.
+        raise AssertionError(f"an error is promised within a second and came after {took:.2f} s at best")

@@ -20,6 +20,7 @@ from k2hybrid.config import RuntimeConfig
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.step import StepModel
 from k2hybrid.model.batch import Batch
+from k2hybrid.native.extension import INSTRUCTION_SETS
 from k2hybrid.runtime import Runtime
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.types import Message, SamplingParams, TokenEvent
@@ -27,7 +28,9 @@ from tests.mini_sizes import EXPERT_BYTES
 
 MODEL = Path(__file__).parent / "models" / "mini-4"
 GREEDY = SamplingParams(temperature=0)
-OPTIONS: dict[str, Any] = {"threads": 2, "context_tokens": 4096, "idle_prefill": False}
+# Sets with exact products agree bit for bit, so that every machine excludes the same positions.
+EXACT_SET = "avx2" if "avx2" in INSTRUCTION_SETS else "scalar"
+OPTIONS: dict[str, Any] = {"threads": 2, "context_tokens": 4096, "idle_prefill": False, "isa": EXACT_SET}
 SOME_HOT = 12 * EXPERT_BYTES
 
 DISTANCE = 0.012  # docs/numerics.md, of two devices

@@ -13,7 +13,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-constexpr auto kWatchdog = std::chrono::milliseconds(1000);
+constexpr auto kWatchdog = std::chrono::milliseconds(800);  // an error is promised within a second
 constexpr int kTokenTile = 64;  // rows of one expert whose results fit a worker's scratch
 constexpr int kPrepareRows = 8;
 // The most rows of a chunk: the longer a stream, the less its beginnings cost.

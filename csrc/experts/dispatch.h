@@ -22,7 +22,7 @@
 //     ends its request, not the step: the other rows are valid.
 //  8. Abort. The abort word makes every outstanding and later ticket complete as poisoned, at the next chunk; Resume
 //     clears it, nothing being outstanding. The watchdog does the same for one ticket whose other workers made no
-//     progress for a second; a chunk tells of its progress, so a slow one is not a stuck one. The collecting thread's
+//     progress for 0.8 s; a chunk tells of its progress, so a slow one is not a stuck one. The collecting thread's
 //     own chunk it cannot interrupt: who watches that thread looks at Progress.
 //  9. Report. Each ticket tells bytes read, misses (experts that had to be fetched first), and the
 //  nanoseconds from

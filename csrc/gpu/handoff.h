@@ -9,7 +9,7 @@
 // that lists them. Rows beyond the step's are not looked at, and their output is left as it was.
 //
 // One error. A ring without an answer whose pool shows no progress for timeout_ms, and a ticket whose workers
-// show none for a second (dispatch.h, 8), end the step for the same reason: "watchdog". Every wait then
+// show none for 0.8 s (dispatch.h, 8), end the step for the same reason: "watchdog". Every wait then
 // completes as poisoned until Reset(), which demands that the worker came back.
 //
 // Threads. Begin, End and Reset belong to the thread that drives the stream; Abort and Close may be called by

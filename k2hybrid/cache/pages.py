@@ -108,7 +108,7 @@ class LatentPages:
 
     def put(self, layer: int, slots: torch.Tensor, rows: torch.Tensor) -> None:
         """Store rows [n, latent_dim] at `slots` [n], which may belong to several sequences."""
-        self._rows[layer].index_copy_(0, slots, self.format.encode(rows))
+        self.format.put(rows, slots, self._rows[layer])
 
     def write(self, layer: int, page_table: torch.Tensor, start: int, rows: torch.Tensor) -> None:
         """Store rows [n, latent_dim] as tokens start…start+n-1 of the sequence with this page table [P].
@@ -127,16 +127,29 @@ class LatentPages:
                 raise EngineError(f"latent page {page} is free; no rows are copied from it or to it")
         self._storage[:, dst, :rows] = self._storage[:, src, :rows]
 
-    def gather(self, layer: int, page_table: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Rows [stop - start, latent_dim] of tokens start…stop-1; a view if their pages adjoin."""
+    def gather(
+        self,
+        layer: int,
+        page_table: torch.Tensor,
+        start: int,
+        stop: int,
+        there: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Rows [stop - start, latent_dim] of tokens start…stop-1; a view if their pages adjoin.
+
+        Args:
+            page_table: in RAM.
+            there: the same where the rows lie; None: it is copied, which on a device is waited for.
+        """
         first = start // PAGE_TOKENS
-        pages = page_table[first : -(-stop // PAGE_TOKENS)]
-        numbers = pages.tolist()
+        some = slice(first, -(-stop // PAGE_TOKENS))
+        numbers = page_table[some].tolist()
         if numbers == list(range(numbers[0], numbers[0] + len(numbers))):
             base = numbers[0] * PAGE_TOKENS
             rows = self._rows[layer]
         else:
             base = 0
-            rows = self._storage[layer].index_select(0, pages.to(self.device)).view(-1, self.format.row_bytes)
+            pages = page_table[some].to(self.device) if there is None else there[some]
+            rows = self._storage[layer].index_select(0, pages).view(-1, self.format.row_bytes)
         base -= first * PAGE_TOKENS
         return self.format.decode(rows[base + start : base + stop])

@@ -16,6 +16,7 @@ import torch
 
 from k2hybrid.cache.row_sizes import GROUP, fp8_groups, row_bytes
 from k2hybrid.errors import ConfigError
+from k2hybrid.kernels.rows import store_fp8
 
 LARGEST_E4M3 = 448.0
 # Of a scale's exponent. Above, a value no longer fits the factor of `decode`: 448 · 2⁷ is the largest latent.
@@ -49,6 +50,9 @@ class RowFormat(Protocol):
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         """uint8 [n, row_bytes] -> [n, latent_dim]: a view where the format allows it."""
 
+    def put(self, rows: torch.Tensor, slots: torch.Tensor, stored: torch.Tensor) -> None:
+        """Encode rows [n, latent_dim] to `slots`, int64 [n], of `stored`, uint8 [·, row_bytes]."""
+
 
 class _PlainRows:
     """Rows stored as plain numbers of one type."""
@@ -64,6 +68,9 @@ class _PlainRows:
 
     def decode(self, stored: torch.Tensor) -> torch.Tensor:
         return stored.view(self.dtype)
+
+    def put(self, rows: torch.Tensor, slots: torch.Tensor, stored: torch.Tensor) -> None:
+        stored.index_copy_(0, slots, self.encode(rows))
 
 
 class Bf16Rows(_PlainRows):
@@ -135,6 +142,14 @@ class Fp8Rows:
         for of_values, of_factors in self._grouped(rows[:, : self.latent], factors):
             of_values.mul_(of_factors)
         return rows
+
+    def put(self, rows: torch.Tensor, slots: torch.Tensor, stored: torch.Tensor) -> None:
+        """See `RowFormat.put`. On a card one launch: a decode step has it in every layer."""
+        if rows.is_cuda and rows.dtype == torch.bfloat16:
+            exponents = _MIN_EXPONENT, _MAX_EXPONENT
+            store_fp8(rows, slots, stored, latent=self.latent, group=GROUP, exponents=exponents)
+        else:
+            stored.index_copy_(0, slots, self.encode(rows))
 
     def _grouped(self, values: torch.Tensor, scales: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Views: values [n, latent] by group with scales [n, groups], [n, g, GROUP] with [n, g, 1]."""

@@ -5,8 +5,10 @@
     a layer of a large chunk   attention, router ──► bus, card, CPU and RAM at once    `split.plan_stream`
 
 What the card reads and what it computes overlap; the longer counts. It is taken to reach of its rates what
-the benches ask of it (`bench/gpu_mla.py`, `bench/gpu_prefill.py`), and to need `LAYER_S` for the kernels of a
-layer, however small: assumptions, until a card was measured.
+the benches ask of it (`bench/gpu_mla.py`, `bench/gpu_flash.py`, `bench/gpu_prefill.py`), and to need
+`LAYER_S` for the kernels of a layer, however small: assumptions, until a card was measured. A prefill's
+attention is taken for matrix products alone, at that share of their rate, since `kernels.flash` stores no
+score; one that did would be bound by memory.
 """
 
 from __future__ import annotations
@@ -101,7 +103,8 @@ class CardPredictor:
         for start in range(0, tokens, self._chunk):
             rows = min(self._chunk, tokens - start)
             self._card(total, sizes.dense_bytes - sizes.shared_bytes, 2 * rows * weights)
-            # Keys and values are made of all latents so far; of its own chunk a row sees half.
+            # Keys and values are made of all latents so far (for each tile of queries anew, which is left
+            # out: 3 to 5 % at Kimi-K2's sizes); of its own chunk a row sees half.
             seen = 2 * (start + rows) * sizes.kv_b_ops
             self._card(total, 0, seen + 2 * rows * (start + rows / 2) * sizes.layers * sizes.expanded_ops)
             _add(total, self._experts(rows))

@@ -138,6 +138,9 @@ class CudaCopies:
         self._device = device
         self._driver = CudaDriver()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        # Threads that lock may have done nothing on a card before, and torch enters the first one lazily.
+        ordinal = torch.cuda.current_device() if device.index is None else device.index
+        self._context = self._driver.primary_context(ordinal)
 
     def buffer(self, nbytes: int) -> torch.Tensor:
         """See `CopyEngine.buffer`."""
@@ -145,8 +148,8 @@ class CudaCopies:
 
     def lock(self, address: int, nbytes: int) -> str:
         """See `CopyEngine.lock`."""
-        torch.cuda.set_device(self._device)  # of the calling thread
         try:
+            self._driver.enter(self._context)
             self._driver.register_host(address, nbytes)
         except NativeError as error:
             return str(error)
@@ -154,7 +157,7 @@ class CudaCopies:
 
     def unlock(self, address: int) -> None:
         """See `CopyEngine.unlock`."""
-        torch.cuda.set_device(self._device)
+        self._driver.enter(self._context)
         self._driver.unregister_host(address)
 
     def fence(self) -> Fence:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -36,7 +36,7 @@ class DeviceExperts:
         self._handoff = handoff
         self._hybrid = hybrid
         self._streamed = streamed
-        self._streaming = False
+        self._streaming = self._quiet = False
         self._streamed_stats = TicketStats(0, 0, 0.0, 0.0)
 
     def begin(self, layers: Sequence[int], rows: int) -> None:
@@ -51,6 +51,8 @@ class DeviceExperts:
         if self._streaming:
             assert self._streamed is not None
             return _StreamedTicket(self, self._streamed.submit(layer, x, ids, weights))
+        if self._quiet:
+            ids = torch.full_like(ids, -1)
         return self._hybrid.submit(layer, x, ids, weights)
 
     def end(self) -> set[int]:
@@ -85,6 +87,15 @@ class DeviceExperts:
     def settle(self) -> None:
         """Until nothing is on its way to the card: what is captured then has the stream to itself."""
         self.keeper.slots.wait()
+
+    @contextmanager
+    def rehearsing(self) -> Iterator[None]:
+        """Steps go all the same ways, but no row has an expert: none is read, and none is counted as used."""
+        self._quiet = True
+        try:
+            yield
+        finally:
+            self._quiet = False
 
     def close(self) -> None:
         """End threads; no step may be open."""

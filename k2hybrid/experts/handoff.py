@@ -17,7 +17,9 @@ from k2hybrid.native.handoff import HandoffReport, NativeHandoff
 from k2hybrid.native.machine import Machine
 from k2hybrid.types import TicketStats
 
-TIMEOUT_MS = 1000.0  # as the dispatcher's own watchdog
+# As the dispatcher's own watchdog. An error is promised within a second: the watcher looks every 20 ms, and
+# what of a step is left on the stream, its waits poisoned, has to run.
+TIMEOUT_MS = 800.0
 
 _NOTHING = TicketStats(0, 0, 0.0, 0.0)
 

@@ -15,6 +15,7 @@ import torch
 from k2hybrid.experts.compute import ExpertCompute
 from k2hybrid.experts.device_slots import DeviceSlots
 from k2hybrid.experts.split import SplitRates, card_limits
+from k2hybrid.kernels.split import MOST_CHOICES, split
 from k2hybrid.types import RoutedExperts, Ticket, TicketStats
 
 
@@ -62,12 +63,12 @@ class HybridExperts:
 
         Rows that a captured step has too many of need ids −1: any other is counted, and computed.
         """
+        if self._slots.count == 0:  # nor will there ever be one: uses are not counted either
+            return HybridTicket(self._cpu.submit(layer, x, ids, weights), None)
         rows, top_k = ids.shape
         self.prepare(rows, top_k)
         chosen, rest = self.split(layer, ids)
         ticket = self._cpu.submit(layer, x, rest, weights)
-        if self._slots.count == 0:
-            return HybridTicket(ticket, None)
         try:
             card = self._compute(
                 x, self._slots.bytes, chosen, weights, hidden=self._slots.hidden, inter=self._slots.inter
@@ -79,19 +80,21 @@ class HybridExperts:
 
     def split(self, layer: int, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Slots that the card computes, and ids left to the CPU: int32, shaped as `ids`; −1: none."""
-        slots = self._slots
+        slots, limits = self._slots, self._limits[*ids.shape]
         slot = slots.padded[layer]
+        if ids.is_cuda and ids.numel() <= MOST_CHOICES:
+            return split(ids, slot, limits, slots.counts[layer], self._use_weight)
         index = (ids + 1).flatten()  # 0: padding
         uses = torch.zeros_like(slot).index_add_(0, index, torch.ones_like(index))
         uses[0] = 0
-        slots.counts[layer].add_((uses[1:] > 0).float(), alpha=self._use_weight)
+        used = uses > 0
+        slots.counts[layer].add_(used[1:], alpha=self._use_weight)
         # Above 0 where it is used and there: rows first, then the lower id. No two are equal.
         span = slots.experts + 1
-        rank = torch.where((slot >= 0) & (uses > 0), uses * span + self._tiebreak, 0)
+        rank = torch.where((slot >= 0) & used, uses * span + self._tiebreak, 0)
         sorted_rank = torch.sort(rank, descending=True).values
         distinct = torch.count_nonzero(uses).reshape(1)
-        rows, top_k = ids.shape
-        limit = self._limits[rows, top_k].index_select(0, distinct)
+        limit = limits.index_select(0, distinct)
         bar = sorted_rank.index_select(0, limit)  # the first that is not taken, or 0
         taken = torch.where(rank > bar, slot, -1)
         chosen = taken.index_select(0, index).view(ids.shape)

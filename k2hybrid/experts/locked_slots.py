@@ -79,7 +79,9 @@ class LockedSlots:
             if problem:
                 self._refused = True
                 log.warning(
-                    "experts go to the card through buffers: their memory cannot be locked (%s)", problem
+                    "experts go to the card through buffers, which costs long prompts time: their memory "
+                    "cannot be locked (%s)",
+                    problem,
                 )
                 return False
             self._locked.add(span.address)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from k2hybrid.errors import ConfigError
 
 BUFFERS = 12  # experts that fit into the page-locked buffers of a streamed prefill
-# Assumed, since they cannot be timed apart from a model's step; bench/gpu_handoff.py measures the first.
+# Assumed where there is no card to ask: at its start one times the first two (`runtime.device_rates`).
 HANDOFF_S = 20e-6
 LAUNCH_S = 60e-6
 PLAN_S = 1e-3

@@ -73,9 +73,11 @@ class CudaDriver:
     def _call(self, name: str, *arguments: object) -> None:
         code = getattr(self._library, name)(*arguments)
         if code != 0:
-            text = ctypes.c_char_p()
+            text, error = ctypes.c_char_p(), ctypes.c_char_p()
             self._library.cuGetErrorString(ctypes.c_int(code), ctypes.byref(text))
-            raise NativeError(f"{name} failed with {code}: {(text.value or b'unknown error').decode()}")
+            self._library.cuGetErrorName(ctypes.c_int(code), ctypes.byref(error))
+            words = [(found.value or b"unknown error").decode() for found in (text, error)]
+            raise NativeError(f"{name} failed with {code}: {words[0]} ({words[1]})")
 
     # --- what the device is -----------------------------------------------------------------------
 
@@ -115,6 +117,17 @@ class CudaDriver:
         return found
 
     # --- memory and streams -----------------------------------------------------------------------
+
+    def primary_context(self, ordinal: int) -> int:
+        """The context of a device that torch uses; it stays until the process ends."""
+        device, context = ctypes.c_int(), ctypes.c_void_p()
+        self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(ordinal))
+        self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), device)
+        return int(context.value or 0)
+
+    def enter(self, context: int) -> None:
+        """Make it the calling thread's: what is called here works in that of the thread, and needs one."""
+        self._call("cuCtxSetCurrent", ctypes.c_void_p(context))
 
     def device_address(self, host_address: int) -> int:
         """Where the device sees this address of pinned host memory."""

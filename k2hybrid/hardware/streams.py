@@ -14,6 +14,7 @@ import torch
 
 from k2hybrid.errors import NativeError
 from k2hybrid.hardware.cuda_driver import CudaDriver, wait_op, write_op
+from k2hybrid.hardware.cuda_graphs import captured
 from k2hybrid.hardware.doorbell import DoorbellWords
 from k2hybrid.hardware.nvrtc import compile_cubin
 from k2hybrid.native.doorbell import ring_slot, wait_reply
@@ -267,7 +268,7 @@ def choose_signal() -> tuple[Signal, str]:
     reply.value = words.layout["answered"]
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # as `cuda_graphs` captures
+        with captured(graph):
             stream.ring(words, 0)
             stream.wait(words, 0)
         graph.replay()

@@ -75,10 +75,11 @@ class Context:
     layer: int
     span: Span
     cut: Cut
+    table: torch.Tensor | None = None  # the span's page table beside the pages, if those lie on a device
 
     def rows(self, start: int, stop: int) -> torch.Tensor:
         """Latent rows [stop - start, latent + rope] in the type they are stored in."""
-        return self.pages.gather(self.layer, self.span.page_table, start, stop)
+        return self.pages.gather(self.layer, self.span.page_table, start, stop, self.table)
 
 
 def block_rows(cut: Cut, bytes_per_row: int) -> int:
@@ -181,30 +182,28 @@ def absorbed(
 def expanded(
     q: torch.Tensor, context: Context, sizes: AttentionSizes, kernels: LinearKernels, kv_b: Linear
 ) -> torch.Tensor:
-    """q [n, heads, nope + rope] in the model's dtype -> fp32 [n, heads, value].
+    """q [n, heads, nope + rope] in the model's dtype -> fp32 [n, heads, value], in RAM.
 
     Keys and values are rounded to that dtype, like every other activation that enters a product.
     """
     span, cut, heads, nope, dtype = context.span, context.cut, sizes.heads, sizes.nope, q.dtype
     key, pair = nope + sizes.rope, nope + sizes.value
-    tile = tile_rows(cut, heads * cut.results * sizes.value * 4)
+    tile = tile_rows(cut, heads * 2 * sizes.value * 4)
     outs = []
     for first in range(0, span.count, tile):
         last = min(first + tile, span.count)
         queries, end = last - first, span.start + last
         # Per context row: gathered, as above; for every head kv_b's fp32 output and its rounding, a key, an
         # fp32 value and a score a query; a mask byte a query.
-        per_head = pair * (4 + dtype.itemsize) + key * dtype.itemsize + sizes.value * 4
-        per_head += queries * cut.score_bytes
+        per_head = pair * (4 + dtype.itemsize) + key * dtype.itemsize + sizes.value * 4 + queries * 4
         step = block_rows(cut, (sizes.latent + sizes.rope) * 4 + heads * per_head + queries)
-        softmax = _RunningSoftmax(kernels if cut.rounded else None)
+        softmax = _RunningSoftmax(None)
         for start in range(0, end, step):
             rows = context.rows(start, min(start + step, end)).to(dtype)
             both = kv_b(rows[:, : sizes.latent]).to(dtype).view(-1, heads, pair).transpose(0, 1)
             # By head, each in one piece: a stride of all heads between two keys would miss every cache.
             keys = torch.cat((both[..., :nope], rows[:, sizes.latent :].expand(heads, -1, -1)), dim=-1)
-            met = dtype if cut.rounded else torch.float32
-            values = both[..., nope:].to(met, memory_format=torch.contiguous_format)
+            values = both[..., nope:].to(torch.float32, memory_format=torch.contiguous_format)
             del both
             scores = kernels.head_linear(q[first:last], keys).mul_(sizes.scale).transpose(0, 1)
             del keys

@@ -7,6 +7,16 @@ from dataclasses import dataclass, field
 import torch
 
 
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor in RAM, copied to `device`: what is computed there next comes after it; nobody waits.
+
+    For indices and angles: what is page-locked on the way stays so, for the next one.
+    """
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Span:
     """`count` new tokens of one sequence that has `start` tokens in its pages already.

@@ -195,12 +195,11 @@ def _scratch_bytes(spec: ModelSpec, rows: int, blocks: int) -> int:
     """
     hidden, latent, heads = spec.hidden_size, spec.kv_lora_rank, spec.num_heads
     query, values = heads * spec.qk_head_dim, heads * spec.v_head_dim
-    rotary = (heads + 1) * spec.qk_rope_head_dim
     shared = spec.moe_intermediate_size * spec.num_shared_experts if spec.moe_layers else 0
     width = max(spec.intermediate_size if spec.first_k_dense else 0, shared)
-    # Until queries are rounded and latents stored: the query, what kv_a gave, the latent.
-    kept = 4 * query + 4 * spec.latent_dim + 2 * latent
-    split = 2 * rotary + 2 * heads * spec.qk_nope_head_dim
+    # Until queries are rounded and latents stored: the query, what kv_a gave.
+    kept = 4 * query + 4 * spec.latent_dim
+    split = 2 * query  # in two parts, rotated
     attending = 2 * query + 2 * values  # and room for the result
     of_experts, of_mlp = min(rows, EXPERT_TILE_ROWS), min(rows, MLP_ROWS)
     # Groups of spans, or one span that is longer than they are.
@@ -209,13 +208,11 @@ def _scratch_bytes(spec: ModelSpec, rows: int, blocks: int) -> int:
     return max(
         rows * 8 * hidden,  # a norm
         rows * (4 * query + 10 * (spec.q_lora_rank or 0)),
-        rows * (kept + 12 * rotary),  # rotation: before, after, and products of halves
         rows * (kept + split + 2 * spec.latent_dim),  # and the latent with its rotated part
         # Queries in latent space in fp32, then bf16; what they found there, too; its values.
         rows * (split + 2 * values) + absorbed * (8 * heads * latent + 4 * values) + blocks,
         rows * (split + attending),  # both parts of the queries put together
-        rows * (attending + 4 * values) + blocks,  # expanded attention
-        rows * (attending + 8 * values),  # its tiles put together
+        rows * attending + blocks,  # expanded attention; what it gives lies where it belongs
         rows * (attending + 4 * hidden),
         rows * 24 * spec.num_experts,  # scores, biased and sorted
         of_mlp * (10 * width + 4 * hidden) + (rows > of_mlp) * rows * 4 * hidden,

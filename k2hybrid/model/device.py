@@ -1,18 +1,20 @@
 """The network on a device: passes go on its stream, the routed experts answer from the CPU meanwhile.
 
-A decode step of up to `graph_rows` sequences is recorded the first time its batch size occurs and repeated
-from then on. Every other pass (prefill, alone or with decoding) goes on the stream operation by operation.
+A decode step of up to `graph_rows` sequences is recorded ahead (`record_ahead`), or the first time its batch
+size occurs, and repeated from then on. Every other pass (prefill, alone or with decoding) goes on the stream
+operation by operation.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 
-from k2hybrid.model.batch import Batch
+from k2hybrid.model.batch import Batch, Span
 from k2hybrid.model.decode_step import DecodeStep, Recorder
 from k2hybrid.model.kimi import ForwardState, Kimi
 from k2hybrid.types import ExpertSteps
@@ -65,6 +67,35 @@ class DeviceModel:
     def recorded(self) -> list[int]:
         """Batch sizes whose steps are recorded; may be asked from any thread."""
         return sorted(rows for rows, step in list(self._steps.items()) if step.recorded)
+
+    @torch.no_grad()
+    def record_ahead(self, most: int, quietly: Callable[[], AbstractContextManager[object]]) -> None:
+        """Record the steps of up to `most` sequences before anybody waits for one: it may take seconds.
+
+        Each runs once, in a page that is given back: kernels are compiled and loaded, libraries choose.
+        The largest comes first, whose memory serves the others. For the thread that runs passes, while no
+        other has pages to lose.
+
+        Args:
+            quietly: while it lasts, the experts read none.
+
+        Raises:
+            CapacityError: there is no page; nothing is recorded ahead.
+        """
+        pages = self.network.pages
+        page = pages.allocate(1)
+        try:
+            for rows in range(min(most, self._graph_rows), 0, -1):
+                if rows in self._unrecorded or (step := self._step(rows)).recorded:
+                    continue
+                zeros = torch.zeros(rows, dtype=torch.int64)
+                spans = (Span(0, 1, torch.tensor(page)),) * rows
+                step.fill(Batch(zeros, zeros, spans, torch.arange(rows)))
+                with quietly():
+                    self._run(self._moe_layers, rows, step.work)
+                self._record(step)
+        finally:
+            pages.release(page)
 
     def begin(self, batch: Batch, /) -> DevicePass:
         """See `StepModel.begin`. The batch lies in RAM."""

@@ -34,7 +34,7 @@ class LinearKernels(Protocol):
 
 
 class RowKernels(Protocol):
-    """What is done to rows between products, row by row and to bf16: `native.rows`."""
+    """What is done to rows between products, row by row and to bf16: `native.rows`, `kernels.rows`."""
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         """x fp32 [T, n] (row stride free), weight fp32 [n] -> bf16 [T, n]."""
@@ -155,8 +155,13 @@ class RMSNorm:
         """x fp32 [T, n] -> dtype [T, n]."""
         if self._rows is not None:
             return self._rows.rms_norm(x, self.weight, self.eps)
-        inverse_rms = (x * x).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
-        return (x * inverse_rms).mul_(self.weight).to(self.dtype)
+        return rms_norm(x, self.weight, self.eps, self.dtype)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, dtype: torch.dtype) -> torch.Tensor:
+    """`RMSNorm` as torch plays it."""
+    inverse_rms = (x * x).mean(-1, keepdim=True).add_(eps).rsqrt_()
+    return (x * inverse_rms).mul_(weight).to(dtype)
 
 
 def span_by_span(

@@ -8,8 +8,8 @@ Source: DeepSeek-V2 (arXiv 2405.04434, §2.1). Layouts as published: q_b rows pe
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -18,7 +18,7 @@ from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import EngineError
 from k2hybrid.model import attention, fused
 from k2hybrid.model.attention import AttentionSizes, Context, SpanAttention
-from k2hybrid.model.batch import Batch
+from k2hybrid.model.batch import Batch, sent
 from k2hybrid.model.layers import (
     HeadLinear,
     HeadLinearT,
@@ -75,6 +75,7 @@ class AttentionPlan:
     absorbed: tuple[Absorbed, ...]  # groups of spans
     expanded: tuple[int, ...]
     paged: PagedSpans | None = None  # those of one token, where a device attends to them in one call
+    tables: Mapping[int, torch.Tensor] = field(default_factory=dict)  # of the others by number, on a device
 
 
 def plan_attention(
@@ -91,12 +92,22 @@ def plan_attention(
     rotation, device = rope.at(batch.positions), pages.device
     return AttentionPlan(
         batch=batch,
-        slots=_slots(batch, pages).to(device),
-        rotation=Rotation(rotation.cos.to(device), rotation.sin.to(device)),
+        slots=sent(_slots(batch, pages), device),
+        rotation=Rotation(sent(rotation.cos, device), sent(rotation.sin, device)),
         absorbed=tuple(_absorbed_together([i for i, is_few in few.items() if is_few], batch)),
         expanded=tuple(i for i, is_few in few.items() if not is_few),
         paged=_paged(batch, single, device) if single else None,
+        tables=_tables(batch, rest, device),
     )
+
+
+def _tables(batch: Batch, spans: Sequence[int], device: torch.device) -> dict[int, torch.Tensor]:
+    """Page tables on a device, in one copy: each layer reads them block by block. In RAM they are there."""
+    if device.type == "cpu" or not spans:
+        return {}
+    tables = [batch.spans[i].page_table for i in spans]
+    there = torch.split(sent(torch.cat(tables), device), [len(table) for table in tables])
+    return dict(zip(spans, there, strict=True))
 
 
 def _slots(batch: Batch, pages: LatentPages) -> torch.Tensor:
@@ -226,9 +237,12 @@ class MLA:
         part, plan = self.groups[group], attending.plan
         rows = plan.batch.row_slices()
         for i, queries in zip(plan.expanded, attending.queries, strict=True):
-            attending.out[rows[i], part.heads] = self._form.expanded(
-                queries[:, part.heads], self._context(plan, i), part.sizes, self.kernels, part.kv_b
-            )
+            context, out = self._context(plan, i), attending.out[rows[i], part.heads]
+            q = queries[:, part.heads]
+            if self.decode is not None:
+                fused.on_device(q, context, part.sizes, part.kv_b, out)
+            else:
+                out.copy_(self._form.expanded(q, context, part.sizes, self.kernels, part.kv_b))
 
     def end(self, attending: Attending) -> torch.Tensor:
         """fp32 [T, hidden], after the last group."""
@@ -337,7 +351,7 @@ class MLA:
 
     def _context(self, plan: AttentionPlan, span: int) -> Context:
         cut = IN_RAM if self.decode is None else ON_DEVICE
-        return Context(self.pages, self.layer, plan.batch.spans[span], cut)
+        return Context(self.pages, self.layer, plan.batch.spans[span], cut, plan.tables.get(span))
 
 
 def _pick(x: torch.Tensor, rows: list[slice]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 
 from k2hybrid.cache.pages import LatentPages
-from k2hybrid.model.batch import Span
+from k2hybrid.model.batch import Span, sent
 
 
 class PagedDecode(Protocol):
@@ -62,8 +62,8 @@ def paged_spans(spans: Sequence[Span], rows: Sequence[int] | None, device: torch
     for table, span in zip(tables, spans, strict=True):
         table[: len(span.page_table)] = span.page_table
     lengths = torch.tensor([span.start + 1 for span in spans], dtype=torch.int32)
-    picked = None if rows is None else torch.tensor(rows, dtype=torch.int64).to(device)
-    return PagedSpans(picked, tables.to(device), lengths.to(device))
+    picked = None if rows is None else sent(torch.tensor(rows, dtype=torch.int64), device)
+    return PagedSpans(picked, sent(tables, device), sent(lengths, device))
 
 
 class TorchDecode:

@@ -33,24 +33,29 @@ def choose(scores: torch.Tensor, bias: torch.Tensor, spec: ModelSpec) -> torch.T
     if spec.n_group > 1:
         groups = biased.view(-1, spec.n_group, spec.num_experts // spec.n_group)
         best_two = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
-        kept = _best(best_two, spec.topk_group)
+        kept = best(best_two, spec.topk_group)
         closed = torch.ones_like(best_two, dtype=torch.bool).scatter_(1, kept, False)
         biased = groups.masked_fill(closed[..., None], -torch.inf).flatten(1)
-    return _best(biased, spec.top_k)
+    return best(biased, spec.top_k)
 
 
-def _best(values: torch.Tensor, count: int) -> torch.Tensor:
+def best(values: torch.Tensor, count: int) -> torch.Tensor:
+    """Places of the `count` greatest of each row, int64 [T, count], best first; of equal ones the lower."""
     # Not topk: which of two equal entries it takes is unspecified.
     return values.sort(dim=-1, descending=True, stable=True).indices[:, :count]
 
 
 def weigh(scores: torch.Tensor, ids: torch.Tensor, spec: ModelSpec) -> torch.Tensor:
     """The weights of the chosen experts, fp32 [T, top_k], from the unbiased scores."""
-    weights = scores.gather(1, ids)
-    if spec.norm_topk_prob:
+    return scaled(scores.gather(1, ids), normalize=spec.norm_topk_prob, scale=spec.routed_scaling_factor)
+
+
+def scaled(weights: torch.Tensor, *, normalize: bool, scale: float) -> torch.Tensor:
+    """Scores of chosen experts [T, top_k], divided by their sum if `normalize`, times `scale`."""
+    if normalize:
         # cumsum adds one after the other, in the same order however many rows there are; sum need not.
         weights = weights / (weights.cumsum(-1)[:, -1:] + 1e-20)
-    return weights * spec.routed_scaling_factor
+    return weights * scale
 
 
 class Router:

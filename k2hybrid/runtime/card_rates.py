@@ -5,6 +5,7 @@ Times are of captured graphs, so that launches from Python do not count. Those o
 
 from __future__ import annotations
 
+import logging
 import statistics
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,11 @@ import torch
 
 from k2hybrid.experts.card_prediction import CardRates
 from k2hybrid.experts.copies import CudaCopies
+from k2hybrid.hardware.cuda_graphs import captured
 from k2hybrid.model.card_memory import CONTEXT_BYTES
+from k2hybrid.runtime.device_rates import Clock
+
+log = logging.getLogger(__name__)
 
 REPLAYS = 20
 COPY_BYTES = 1 << 30
@@ -27,7 +32,7 @@ def us_per_call(calls: Sequence[Callable[[], Any]], replays: int = REPLAYS) -> f
         call()  # compiles
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with captured(graph):
         for call in calls:
             call()
     return median_us(graph.replay, replays) / len(calls)
@@ -45,6 +50,20 @@ def median_us(work: Callable[[], Any], replays: int = REPLAYS) -> float:
         end.synchronize()
         times.append(1e3 * start.elapsed_time(end))
     return statistics.median(times[3:])
+
+
+def card_clock(device: torch.device) -> Clock:
+    """Of a card that is the calling thread's device."""
+
+    def seconds(calls: Sequence[Callable[[], Any]]) -> float:
+        try:
+            return 1e-6 * us_per_call(calls)
+        except RuntimeError:  # it is served all the same, unrecorded, and then launches count
+            log.exception("calls cannot be captured; their launches are timed with them")
+            return 1e-6 * statistics.fmean(median_us(call) for call in calls)
+
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return Clock(seconds, lambda call: 1e-6 * median_us(call), cache)
 
 
 def copy_rate(nbytes: int = COPY_BYTES) -> float:

@@ -14,6 +14,7 @@ import torch
 
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
+from k2hybrid.config import DenseWeights
 from k2hybrid.errors import ConfigError, NativeError
 from k2hybrid.experts.compute import ExpertCompute, plain_experts
 from k2hybrid.experts.copies import CopyEngine, CudaCopies, InlineCopies
@@ -27,7 +28,8 @@ from k2hybrid.model.card_memory import CONTEXT_BYTES
 from k2hybrid.model.decode_step import Recorder
 from k2hybrid.model.paged import PagedDecode, TorchDecode
 from k2hybrid.native.machine import Machine
-from k2hybrid.runtime.device_rates import measure_split_rates
+from k2hybrid.runtime.card_rates import card_clock
+from k2hybrid.runtime.device_rates import measure_split_rates, measured_handoff
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +42,7 @@ class Device:
         signal: how the stream rings and waits, and why.
         decode: makes what attends over the given pages.
         compute: runs experts that lie on the device.
-        rates: of card, bus and CPU at a model's experts.
+        rates: of card, bus and CPU at a model's experts, beside a shared one of such weights.
         enter: makes it the calling thread's device.
         limit: refuses this process more than so many bytes of it, the CUDA context included.
     """
@@ -54,7 +56,7 @@ class Device:
     decode: Callable[[LatentPages], PagedDecode]
     compute: ExpertCompute
     copies: CopyEngine
-    rates: Callable[[ModelSpec, Machine], SplitRates]
+    rates: Callable[[ModelSpec, Machine, DenseWeights], SplitRates]
     enter: Callable[[], None]
     limit: Callable[[int], None]
 
@@ -81,7 +83,7 @@ def _emulated() -> Device:
         decode=TorchDecode,
         compute=plain_experts,
         copies=InlineCopies(),
-        rates=lambda spec, _: emulated_rates(spec),
+        rates=lambda spec, *_: emulated_rates(spec),
         enter=lambda: None,
         limit=lambda nbytes: None,
     )
@@ -118,8 +120,16 @@ def _card(name: str) -> Device:
         decode=lambda _: mla_decode,
         compute=int4_experts,
         copies=copies,
-        rates=lambda spec, machine: measure_split_rates(
-            spec, machine, int4_experts, copies, device, stream.synchronize
+        rates=lambda spec, machine, dense: measure_split_rates(
+            spec,
+            dense,
+            machine,
+            int4_experts,
+            copies,
+            device,
+            clock=card_clock(device),
+            # In memory of its own: what is recorded here is forgotten.
+            handoff_s=measured_handoff(spec, machine, stream, GraphRecorder()),
         ),
         enter=lambda: torch.cuda.set_device(device),
         limit=lambda nbytes: _limit(device, nbytes),

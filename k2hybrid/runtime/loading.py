@@ -131,7 +131,7 @@ def open_runtime(
             meter=meter,
             torch_threads=machine.threads if spec.num_heads * spec.v_head_dim >= WIDE_ATTENTION else 1,
             archive=archive,
-            on_start=machine.pin_caller if card is None else card.device.enter,
+            on_start=made.prepare,
         )
 
         def release() -> None:

@@ -24,7 +24,7 @@ from k2hybrid.runtime.card import CardFit, fit_card
 from k2hybrid.runtime.device import Device, open_device
 from k2hybrid.runtime.experts import Experts
 from k2hybrid.runtime.meter import MeteredExperts, MeteredSteps, MeteredWeights
-from k2hybrid.runtime.on_device import NoSteps, device_experts, settled
+from k2hybrid.runtime.on_device import NoSteps, before_steps, device_experts, settled
 from k2hybrid.runtime.watched import Handoffs, NotedExperts, WatchedModel
 
 
@@ -34,12 +34,14 @@ class Made:
 
     Attributes:
         device: figures of what computes it, as `Runtime.status` tells them.
+        prepare: for the thread that will run passes, before the first.
         close: ends threads and gives the checkpoint back; no pass may run. Repeatedly.
     """
 
     model: StepModel
     watch: FileWatch
     device: Callable[[], dict[str, Any]]
+    prepare: Callable[[], None]
     close: Callable[[], None]
 
 
@@ -101,7 +103,7 @@ def model_in_ram(
         opened.callback(checkpoint.close)
         watch = checkpoint.watch()
         model = WatchedModel(network, watch, network.embedding, handoffs)
-        return Made(model, watch, lambda: {"name": "cpu"}, opened.pop_all().close)
+        return Made(model, watch, lambda: {"name": "cpu"}, machine.pin_caller, opened.pop_all().close)
 
 
 def model_on_device(
@@ -121,7 +123,14 @@ def model_on_device(
         steps = None
         if experts.store is not None and spec.moe_layers:
             on_card = device_experts(
-                device, fit, spec, experts.store, machine, experts.routed, max_running=config.max_running
+                device,
+                fit,
+                spec,
+                experts.store,
+                machine,
+                experts.routed,
+                max_running=config.max_running,
+                dense=config.dense_weights,
             )
             opened.callback(on_card.close)
             # Before slots are given back or files closed, nobody may bring an expert from them any more.
@@ -159,7 +168,8 @@ def model_on_device(
             opened.callback(on_card.close)
         opened.callback(device.enter)  # first: whoever closes need not have been on it
         status = DeviceStatus(card, model, on_card)
-        return Made(watched, watch, status.figures, opened.pop_all().close)
+        prepare = before_steps(device, model, on_card)
+        return Made(watched, watch, status.figures, prepare, opened.pop_all().close)
 
 
 def _leaving(device: Device, experts: DeviceExperts) -> Callable[[], None]:

@@ -10,7 +10,7 @@ import torch
 
 from k2hybrid.errors import EngineError
 from k2hybrid.experts.dispatch import Dispatcher
-from k2hybrid.experts.handoff import Handoff
+from k2hybrid.experts.handoff import TIMEOUT_MS, Handoff
 from k2hybrid.hardware.streams import SIGNALS, CudaStream, Signal, choose_signal
 from k2hybrid.native.machine import Machine
 from tests.random_experts import TOP_K, RandomLayers
@@ -21,6 +21,7 @@ HIDDEN, INTER = 416, 160
 LAYERS = list(range(1, 62))
 MAX_ROWS = 64
 WATCHDOG_S = 0.3
+LATER_S = 1.0 - 1e-3 * TIMEOUT_MS  # what is promised, less the watchdog's time where nobody says otherwise
 
 
 class Made:
@@ -133,7 +134,7 @@ def test_a_stuck_worker_frees_the_card_which_works_afterwards(made: Made) -> Non
     graph.replay()
     with pytest.raises(EngineError, match=f"no progress after 30 of 61 layers, at layer {LAYERS[30]}"):
         made.handoff.end()
-    assert time.monotonic() - start < WATCHDOG_S + 1.0  # it is this bound that is promised
+    assert time.monotonic() - start < WATCHDOG_S + LATER_S  # it is this bound that is promised
     if made.stream.signal == "spinning_kernel":
         assert made.stream.tally.tolist() == [len(LAYERS) - 30, 0]
     assert torch.ones(8, device="cuda").sum().item() == 8

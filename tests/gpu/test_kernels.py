@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.device_cases import expert_case, latent_case, linear_case
+from bench.gpu_flash import flash_case
 
 pytestmark = pytest.mark.gpu
 
@@ -72,6 +73,39 @@ def test_a_captured_graph_reads_tables_and_lengths_anew(row_format: str) -> None
         worst, norm = case.errors(out)
         assert worst <= 1
         assert norm <= 1
+
+
+@pytest.mark.parametrize(
+    ("before", "n", "block", "sizes"),
+    [
+        (0, 1, 64, {"heads": 1, "nope": 32, "rope": 32, "value": 32}),
+        (70, 200, 100, {"heads": 4, "nope": 32, "rope": 32, "value": 32}),
+        (333, 137, 61, {"heads": 3, "nope": 14, "rope": 10, "value": 18}),
+        (500, 90, 256, {"heads": 3, "nope": 192, "rope": 64, "value": 256}),
+        (0, 300, 1000, {}),
+        (1000, 333, 448, {}),
+        (9000, 700, 5696, {"heads": 8}),
+    ],
+)
+def test_attention_of_a_prefill(before: int, n: int, block: int, sizes: dict[str, int]) -> None:
+    case = flash_case(before, n, block, device="cuda", **sizes)
+    got = case.run()
+    worst, norm = case.errors(got)
+    assert worst <= 1
+    assert norm <= 1
+    assert torch.equal(case.run(), got)
+
+
+def test_attention_of_a_prefill_far_beyond_two_to_the_31() -> None:
+    """Values of keys lie as far as 2.1 * 2^31 behind the first: rows that no query may leave out."""
+    before = 140_000
+    case = flash_case(before, 3, before + 3, heads=128, device="cuda")
+    few = slice(120, 123)
+    one = replace(case, q=case.q[:, few], both=case.both[:, few].contiguous())
+    got = case.run()[:, few]
+    worst, norm = one.errors(got)
+    assert worst <= 1
+    assert norm <= 1
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -17,11 +17,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from k2hybrid.kernels import experts, linear8, mla
+from k2hybrid.kernels import experts, flash, linear8, mla
+from k2hybrid.kernels import rows as row_kernels
+from k2hybrid.kernels import split as expert_split
 from k2hybrid.kernels.card import Card
 from k2hybrid.kernels.jit import experts as experts_jit
+from k2hybrid.kernels.jit import flash as flash_jit
 from k2hybrid.kernels.jit import linear8 as linear8_jit
 from k2hybrid.kernels.jit import mla as mla_jit
+from k2hybrid.kernels.jit import rows as rows_jit
+from k2hybrid.kernels.jit import split as split_jit
 
 # Shared memory that a block may have, by compute capability: CUDA programming guide, table of specifications.
 # 8.9 has 8.6's, and the same code.
@@ -124,6 +129,41 @@ def builds(card: Card) -> Iterator[tuple[str, Build]]:
             3,
         ),
     )
+    yield flash_build(card)
+    yield from row_builds()
+
+
+def flash_build(card: Card) -> tuple[str, Build]:
+    """Attention of a prefill."""
+    tile = flash.choose_tile(card, 128, 64, 128)
+    sizes = {"NOPE": 128, "ROPE": 64, "VALUE": 128, "QUERIES": tile.queries, "ROWS": tile.rows}
+    sizes |= {"NOPE_TILE": 128, "ROPE_TILE": 64, "VALUE_TILE": 128}
+    types = f"{'*bf16 ' * 4}*fp32 *fp32 fp32 i32 i32:16 i32 i32 i32 i32:16 i32:16 i32:16"
+    return "flash", Build(flash_jit.attend, types, sizes, tile.warps, tile.stages)
+
+
+def row_builds() -> Iterator[tuple[str, Build]]:
+    """What is launched between products: norms of hidden states, of queries, and the rest."""
+    warps = row_kernels.warps_for
+    for width in (8192, 2048):
+        yield (
+            f"rms_norm {width}",
+            Build(rows_jit.rms_norm, "*fp32 *fp32 *bf16 i32:16 i32:16 fp32", {"N": width}, warps(width), 3),
+        )
+    columns = row_kernels.SWIGLU_COLUMNS
+    yield "swiglu", Build(rows_jit.swiglu, "*fp32 *fp32 *bf16 i32:16", {"N": columns}, 4, 3)
+    sizes: dict[str, Any] = {"NORMALIZE": True, "EXPERTS": 512, "CHOSEN": 8}
+    types = "*fp32 *fp32 *i32 *fp32 i32:16 i32 fp32"
+    yield "choose", Build(rows_jit.choose, types, sizes, warps(512), 3)
+    sizes = {"HEADS": 8, "NOPE": 128, "PAIRS": 32, "LATENT": 512}
+    types = f"{'*fp32 ' * 5}*bf16 *bf16 *bf16 i32:16 i32:16 i32:16 i32:16 fp32"
+    yield "prepare_attention", Build(rows_jit.prepare_attention, types, sizes, 4, 3)
+    sizes = {"GROUP": 128, "GROUPS": 4, "ROPE": 64, "LEAST": -117, "MOST": 7}
+    yield "store_fp8", Build(rows_jit.store_fp8, "*bf16 *i64 *u8 i32:16 i32:16 i32:16", sizes, warps(512), 3)
+    types = "*i32 *i32 *i32 *fp32 *i32 *i32 i32:16 i32:16 fp32"
+    for choices in (64, expert_split.MOST_CHOICES):
+        sizes = {"CHOICES": choices, "PART": expert_split.PART}
+        yield f"split {choices}", Build(split_jit.split, types, sizes, 8, 3)
 
 
 def compile_for(capability: int, build: Build) -> dict[str, int]:

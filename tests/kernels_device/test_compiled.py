@@ -13,7 +13,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 166_912, 86: 101_376, 90: 232_448, 100: 232_448, 120: 101_376}
 # Bytes of a thread in memory for want of registers: 90's tile of 64 heads takes 128 of them for its output.
-STACK = {("attend bf16", 90): 128, ("attend fp8", 90): 640}
+# Prefill's attention on 80 reads 9 of them in a loop of 144 products of the tensor core.
+STACK = {("attend bf16", 90): 128, ("attend fp8", 90): 640, ("flash", 80): 128}
 
 
 def test_every_kernel_fits_the_cards_of_four_generations(tmp_path: Path) -> None:

@@ -23,9 +23,19 @@ union BatchParams {
 static_assert(sizeof(BatchParams) == 48, "as CUstreamBatchMemOpParams");
 
 static std::map<uintptr_t, uintptr_t> registered;  // pages [begin, end)
+static int primary;
+static thread_local void* current = nullptr;
 
 extern "C" {
+int cuDevicePrimaryCtxRetain(void** context, int device) {
+  return *context = &primary, device == 0 ? 0 : 101;
+}
+int cuCtxSetCurrent(void* context) {
+  if (context != nullptr && context != &primary) return 201;
+  return current = context, 0;
+}
 int cuMemHostRegister_v2(void* host, size_t bytes, unsigned flags) {
+  if (current == nullptr) return 201;
   if (flags != 1 || bytes == 0) return 1;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(host) / 4096;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(host) + bytes + 4095) / 4096;
@@ -34,10 +44,16 @@ int cuMemHostRegister_v2(void* host, size_t bytes, unsigned flags) {
   return registered[begin] = end, 0;
 }
 int cuMemHostUnregister(void* host) {
+  if (current == nullptr) return 201;
   return registered.erase(reinterpret_cast<uintptr_t>(host) / 4096) == 1 ? 0 : 713;
 }
 int registered_ranges() { return static_cast<int>(registered.size()); }
-int cuInit(unsigned flags) { return flags == 0 ? 0 : 1; }
+// As where torch has made a tensor: the thread that begins is in the first device's context.
+int cuInit(unsigned flags) { return current = &primary, flags == 0 ? 0 : 1; }
+int cuGetErrorName(int code, const char** text) {
+  *text = code == 801 ? "CUDA_ERROR_NOT_SUPPORTED" : code == 201 ? "CUDA_ERROR_INVALID_CONTEXT" : nullptr;
+  return *text == nullptr ? 1 : 0;
+}
 int cuGetErrorString(int code, const char** text) {
   *text = code == 801 ? "operation not supported" : "invalid argument";
   return 0;

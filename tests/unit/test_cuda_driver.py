@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ctypes
+import re
 import shutil
 import subprocess
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,14 +15,17 @@ import pytest
 import torch
 
 from k2hybrid.errors import NativeError
+from k2hybrid.experts.copies import CudaCopies
 from k2hybrid.experts.dispatch import Dispatcher
 from k2hybrid.experts.handoff import Handoff
+from k2hybrid.experts.locked_slots import LockedSlots
 from k2hybrid.experts.store import ExpertStore
 from k2hybrid.hardware.cuda_driver import CudaDriver, pci_link, wait_op, write_op
 from k2hybrid.hardware.doorbell import Doorbell, DoorbellWords
 from k2hybrid.hardware.nvrtc import library_candidates, open_library
 from k2hybrid.hardware.streams import CudaStream
 from k2hybrid.native.machine import Machine
+from k2hybrid.native.store import Loan, MemorySpan
 from tests.random_experts import EXPERTS, LAYER, TOP_K, RandomExperts
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -56,7 +62,10 @@ def test_describe(driver: CudaDriver) -> None:
 
 
 def test_a_failing_call_speaks_the_drivers_words(driver: CudaDriver) -> None:
-    with pytest.raises(NativeError, match="cuStreamBatchMemOp_v2 failed with 801: operation not supported"):
+    words = re.escape(
+        "cuStreamBatchMemOp_v2 failed with 801: operation not supported (CUDA_ERROR_NOT_SUPPORTED)"
+    )
+    with pytest.raises(NativeError, match=words):
         driver.batch(7, write_op(0, 0))
     with pytest.raises(NativeError, match="cuDeviceGet failed with 101"):
         driver.describe(3)
@@ -94,6 +103,62 @@ def test_memory_is_pinned_in_pages_of_its_own(driver: CudaDriver, library: Path)
         driver.unregister_host(address)
     with pytest.raises(NativeError, match="failed with 713"):
         driver.unregister_host(at)
+
+
+def page_of(memory: torch.Tensor) -> int:
+    return -(-memory.data_ptr() // 4096) * 4096
+
+
+def in_thread(work: Callable[[], str]) -> str:
+    """What it returns in a thread that has done nothing on a card."""
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(work).result()
+
+
+@pytest.fixture
+def copies(library: Path, monkeypatch: pytest.MonkeyPatch) -> CudaCopies:
+    monkeypatch.setattr("k2hybrid.experts.copies.CudaDriver", lambda: CudaDriver(str(library)))
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    # torch asks its runtime, in which a thread's first device is current before anybody entered it.
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    return CudaCopies(torch.device("cuda"))
+
+
+def test_any_thread_locks_memory(copies: CudaCopies, library: Path) -> None:
+    ranges = ctypes.CDLL(str(library)).registered_ranges
+    memory, before = torch.zeros(2 * 4096, dtype=torch.uint8), ranges()
+    at = page_of(memory)
+    driver = CudaDriver(str(library))
+    with pytest.raises(NativeError, match=r"cuMemHostRegister_v2 failed with 201.*INVALID_CONTEXT"):
+        in_thread(lambda: str(driver.register_host(at, 4096)))
+    assert in_thread(lambda: copies.lock(at, 4096)) == ""
+    assert ranges() == before + 1
+    in_thread(lambda: str(copies.unlock(at)))
+    assert ranges() == before
+
+
+def test_a_refused_lock_is_told_once_with_what_it_costs(
+    copies: CudaCopies, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = RandomExperts(160, 96)
+    store = ExpertStore(layers=2, experts=EXPERTS, hidden=160, inter=96)
+    made.give(store)
+
+    def lend(layer: int, expert: int) -> Loan:
+        parts = tuple(MemorySpan(t.address, t.nbytes) for t in store.tensors(layer, expert))
+        return Loan(parts, parts)
+
+    monkeypatch.setattr(store, "lend", lend)
+    monkeypatch.setattr(store, "give_back", lambda layer, expert: None)
+    copies._context = 3  # one that the driver does not know
+    slots = LockedSlots(store, copies)
+    with caplog.at_level("WARNING"):
+        assert [slots.borrow(LAYER, expert) for expert in range(3)] == [None] * 3
+    (told,) = caplog.messages
+    assert "CUDA_ERROR_INVALID_CONTEXT" in told
+    assert "through buffers" in told
+    assert "costs long prompts time" in told
 
 
 class InlineStream(CudaStream):

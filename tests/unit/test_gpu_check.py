@@ -14,6 +14,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tools" / "gpu_check"
+FIND = importlib.util.find_spec
 
 
 @pytest.fixture
@@ -56,17 +57,21 @@ def fake_tree(root: Path) -> None:
     (root / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
 
 
-def test_tests_and_benches_become_rows_and_a_failure_becomes_the_exit_code(
-    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fake_tree(tmp_path)
-    monkeypatch.setattr(gpu_check, "ROOT", tmp_path)
+def pretend(gpu_check: ModuleType, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That there is a GPU, and nothing to build."""
+    monkeypatch.setattr(gpu_check, "ROOT", root)
     monkeypatch.setattr(gpu_check, "why_no_gpu", lambda: None)
     monkeypatch.setattr(gpu_check, "what_is_missing", lambda: [])
     monkeypatch.setattr(gpu_check, "build_extension", lambda: None)
     monkeypatch.setattr(gpu_check, "DESCRIBE", 'print(\'{"device": {"name": "NVIDIA Test 1"}}\')')
     monkeypatch.setattr(sys, "argv", ["gpu_check"])
 
+
+def test_tests_and_benches_become_rows_and_a_failure_becomes_the_exit_code(
+    gpu_check: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake_tree(tmp_path)
+    pretend(gpu_check, tmp_path, monkeypatch)
     assert gpu_check.main() == 1
     (written,) = (tmp_path / "bench" / "results").glob("gpu_check-nvidia-test-1-*.json")
     result = json.loads(written.read_text())
@@ -89,13 +94,90 @@ def test_what_is_missing_is_named_before_anything_runs(
     assert "pip install pytest" in capsys.readouterr().out
 
 
-def test_triton_and_what_loads_a_model_are_asked_for(
-    gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+PARTS = [
+    *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "gpu").glob("test_*.py")),
+    *sorted(path.name for path in (ROOT / "bench").glob("gpu_*.py")),
+]
+
+
+def lacking(monkeypatch: pytest.MonkeyPatch, gpu_check: ModuleType, *modules: str) -> None:
+    monkeypatch.setattr(
+        gpu_check.importlib.util, "find_spec", lambda module: None if module in modules else FIND(module)
+    )
+
+
+def test_only_what_all_need_must_be_there(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_check.importlib.util, "find_spec", lambda module: None)
-    missing = "\n".join(gpu_check.what_is_missing())
-    for package in ("triton", "pytest", "jsonschema-rs", "llguidance", "numpy"):
-        assert f"pip install {package}" in missing
+    missing = [item for item in gpu_check.what_is_missing() if "torch" not in item]
+    assert missing == ["numpy: pip install numpy", "setuptools: pip install setuptools"]
+
+
+def test_what_is_skipped_misses_what_it_needs(gpu_check: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    lacking(monkeypatch, gpu_check, *gpu_check.CHAT)
+    assert {part for part in PARTS if gpu_check.why_skipped(part)} == {"tests/gpu/test_model.py"}
+    assert gpu_check.why_skipped("tests/gpu/test_model.py") == (
+        "needs jinja2, jsonschema-rs, llguidance, orjson, tiktoken: "
+        "pip install jinja2 jsonschema-rs llguidance orjson tiktoken"
+    )
+    lacking(monkeypatch, gpu_check, "triton")
+    left = {part for part in PARTS if not gpu_check.why_skipped(part)}
+    assert left == gpu_check.NO_KERNELS <= set(PARTS)
+    lacking(monkeypatch, gpu_check, "pytest")
+    assert not any(gpu_check.why_skipped(part) for part in PARTS if part.startswith("gpu_"))
+    assert all(gpu_check.why_skipped(part) for part in PARTS if part.startswith("tests/"))
+
+
+WITHOUT = """
+import importlib, importlib.abc, sys
+
+class Missing(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {modules!r}:
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Missing())
+for part in {parts!r}:
+    importlib.import_module(part)
+    print(part)
+"""
+
+
+def test_parts_that_are_not_skipped_ask_for_nothing_else(gpu_check: ModuleType) -> None:
+    """Not when they are imported, at least; what else k2hybrid depends on included."""
+    parts = [part for part in PARTS if part not in gpu_check.LOADS_MODELS]
+    modules = {*gpu_check.CHAT, "prometheus_client", "starlette", "uvicorn", "rich", "numba", "hypothesis"}
+    names = [f"bench.{p[:-3]}" if p.startswith("gpu_") else p[:-3].replace("/", ".") for p in parts]
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT.format(modules=modules, parts=names)],
+        cwd=ROOT, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.stdout.split() == names, done.stderr
+
+
+def test_what_is_skipped_is_named_and_never_passed(
+    gpu_check: ModuleType,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fake_tree(tmp_path)
+    (tmp_path / "bench" / "gpu_broken.py").unlink()
+    (tmp_path / "tests" / "gpu" / "test_one.py").write_text("def test_bad(): assert 1 == 2\n")
+    pretend(gpu_check, tmp_path, monkeypatch)
+    monkeypatch.setattr(gpu_check, "LOADS_MODELS", {"tests/gpu/test_one.py"})
+    lacking(monkeypatch, gpu_check, "tiktoken", "orjson")
+    assert gpu_check.main() == 0
+    (written,) = (tmp_path / "bench" / "results").glob("gpu_check-nvidia-test-1-*.json")
+    result = json.loads(written.read_text())
+    assert result["outcomes"] == {"tests/gpu/test_one.py": "skipped", "gpu_fine.py": "passed"}
+    why = "needs orjson, tiktoken: pip install orjson tiktoken"
+    assert result["rows"][0] == {"case": "tests/gpu/test_one.py", "outcome": "skipped", "message": why}
+    told = capsys.readouterr().out
+    assert f"tests/gpu/test_one.py is skipped: it {why}" in told
+    assert "tests/gpu/test_one.py skipped, gpu_fine.py passed" in told
+
+    lacking(monkeypatch, gpu_check, "triton")
+    assert gpu_check.main() == 1  # all of it
 
 
 def test_every_part_has_time_left_though_all_before_it_hang(gpu_check: ModuleType) -> None:

@@ -110,6 +110,6 @@ def test_the_table_is_that_of_the_documents() -> None:
     plan, wishes = fitted(
         published_spec(), CAP_MIB * MIB, CardWishes(dense="int8", rows="fp8", context=CONTEXT_TOKENS)
     )
-    assert wishes.chunk == 11_264
+    assert wishes.chunk == 16_384
     assert planned(plan, "weights") == 9_878_715_648 + 1_023_410_176 + 330_393_600 + 4_026_368
-    assert planned(plan, "a chunk", "scratch") == 814_882_816 + 1_635_778_560
+    assert planned(plan, "a chunk", "scratch") == 1_185_284_096 + 1_300_234_240

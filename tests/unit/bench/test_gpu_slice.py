@@ -60,7 +60,7 @@ def test_the_three_that_are_timed_do_the_same_work(spec: ModelSpec) -> None:
     made = slice_of(spec)
     fit = CardFit(chunk=2, graph_rows=2, hot=0, needs=())
     experts = device_experts(
-        made.device, fit, spec, made.store, made.machine, made.dispatcher(2), max_running=2
+        made.device, fit, spec, made.store, made.machine, made.dispatcher(2), max_running=2, dense=made.dense
     )
     try:
         with torch.no_grad():

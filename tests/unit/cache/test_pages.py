@@ -68,6 +68,8 @@ def test_gather_returns_what_write_stored(table: list[int], start: int, stop: in
         pages.write(1, page_table, first, written[first:last])
     pages.write(0, page_table, 0, torch.zeros(150, 6))  # another layer does not disturb it
     assert torch.equal(pages.gather(1, page_table, start, stop), written[start:stop])
+    there = page_table.clone()
+    assert torch.equal(pages.gather(1, page_table, start, stop, there), written[start:stop])
 
 
 def test_gather_copies_nothing_where_pages_adjoin() -> None:

@@ -67,9 +67,23 @@ def test_both_ways_give_the_same_sums(made: tuple[DeviceExperts, Source], rows: 
         assert lost == []
         experts.settle()
     assert len(experts.keeper.slots.there) == min(experts.keeper.slots.count, EXPERTS)
-    share = experts.keeper.found_share
-    assert share is not None
-    assert (share > 0) == (experts.keeper.slots.count > 0)
+    share = experts.keeper.found_share  # None where nothing could be found: a step does not count then
+    assert ((share or 0.0) > 0) == (experts.keeper.slots.count > 0)
+
+
+def test_a_rehearsal_reads_and_counts_nothing(made: tuple[DeviceExperts, Source]) -> None:
+    experts, source = made
+    slots = experts.keeper.slots
+    given = source.made.rows(3)
+    step(experts, given)
+    slots.counts.zero_()
+    with experts.rehearsing():
+        out, lost = step(experts, given)
+    assert not out.any()
+    assert (lost, experts.stats.bytes_read) == ([], 0)
+    assert not slots.counts.any()
+    out, _ = step(experts, given)
+    assert relative_error(out, source.made.want(*given)) < BOUND
 
 
 def test_costs_of_a_streamed_step_are_summed_and_forgotten(made: tuple[DeviceExperts, Source]) -> None:

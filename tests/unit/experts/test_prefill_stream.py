@@ -154,7 +154,8 @@ def test_memory_that_cannot_be_locked(caplog: pytest.LogCaptureFixture) -> None:
     assert ticket.report.direct == 1
     assert experts.locked_bytes == sum(copies.locked.values())
     assert [record.message for record in caplog.records if "buffers" in record.message] == [
-        "experts go to the card through buffers: their memory cannot be locked (no more)"
+        "experts go to the card through buffers, which costs long prompts time: their memory cannot be "
+        "locked (no more)"
     ]
     experts.close()
     assert not copies.locked

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -16,7 +16,7 @@ from k2hybrid.cache.rows import Bf16Rows, Fp32Rows
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import EngineError
 from k2hybrid.experts.reference import ReferenceExperts, ReferenceTicket
-from k2hybrid.model.batch import Batch, Span
+from k2hybrid.model.batch import Batch, Span, sent
 from k2hybrid.model.decode_step import DecodeStep
 from k2hybrid.model.device import DeviceModel
 from k2hybrid.model.kimi import Kimi
@@ -195,6 +195,51 @@ def test_lost_rows_and_aborted_steps_are_told_and_the_next_step_works() -> None:
     assert torch.isfinite(played.run(batch_of([(torch.tensor([3]), 8, table)]))).all()
 
 
+def test_steps_are_recorded_ahead_in_a_page_of_nobodys() -> None:
+    plain, played = tiny_model(compare.checkpoint("k2"), torch.float32), Played(compare.checkpoint("k2"))
+    quiet: list[bool] = []
+    order: list[tuple[str, bool]] = []
+
+    @contextmanager
+    def quietly() -> Iterator[None]:
+        quiet.append(True)
+        yield
+        quiet.pop()
+
+    recorder, run = played.recorded, played.experts.begin
+
+    def begin(layers: Sequence[int], rows: int) -> None:
+        order.append((f"run {rows}", bool(quiet)))
+        run(layers, rows)
+
+    def record(work: Callable[[], None]) -> Callable[[], None]:
+        order.append(("record", bool(quiet)))
+        return recorder(work)
+
+    played.experts.begin, played.model._recorder = begin, record  # type: ignore[method-assign]
+    free = played.pages.free_pages
+    played.model.record_ahead(3, quietly)
+    # What is recorded asks experts in earnest; what runs for nobody does not.
+    assert order == [(f"run {n}", True) if i == 0 else ("record", False) for n in (3, 2, 1) for i in (0, 1)]
+    assert (played.model.recorded, played.pages.free_pages) == ([1, 2, 3], free)
+    played.model.record_ahead(2, quietly)
+    assert recorder.records == 3
+    logits = []
+    models: list[TinyModel | Played] = [plain, played]
+    for model in models:
+        tables = [model.table(12) for _ in range(2)]
+        model.run(batch_of([(random_ids(plain.model.spec, 8), 0, table) for table in tables]))
+        logits.append(model.run(batch_of([(torch.tensor([3 + i]), 8, t) for i, t in enumerate(tables)])))
+    assert compare.largest_error(logits[1], logits[0]) <= 1e-5
+    assert (recorder.records, recorder.repeats) == (3, 1)
+
+
+def test_no_more_is_recorded_ahead_than_ever_is() -> None:
+    played = Played(compare.checkpoint("k2"), graph_rows=2)
+    played.model.record_ahead(8, nullcontext)
+    assert played.model.recorded == [1, 2]
+
+
 def test_a_step_that_cannot_be_recorded_is_served_all_the_same() -> None:
     plain, played = tiny_model(compare.checkpoint("k2"), torch.float32), Played(compare.checkpoint("k2"))
     tries = []
@@ -311,3 +356,60 @@ def test_a_chunk_beside_decoding_stays_on_the_card(name: str) -> None:
         batch = Batch(torch.zeros(rows, dtype=torch.int64), torch.arange(rows), spans, torch.tensor([0, 132]))
         state = network.forward(network.begin(batch))
         assert state.hidden.device == network.logits(state).device == torch.device(CARD)
+
+
+class Crossings(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts copies from RAM to the card: of ordinary memory, each is one that the host waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        if func in OneDevice.CROSSING and isinstance(out, torch.Tensor) and out.device.type == CARD:
+            self.count += any(isinstance(arg, torch.Tensor) and arg.device.type != CARD for arg in args)
+        return out
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_scattered_pages_are_named_to_the_card_once_a_pass(name: str) -> None:
+    """In the plan, for all layers and blocks, and not by whoever attends."""
+    with card_network(name) as network:
+        few, many = torch.tensor([7, 1]), torch.tensor([4, 0, 2])
+        batch = Batch(
+            torch.zeros(133, dtype=torch.int64),
+            torch.arange(133),
+            (Span(70, 3, few), Span(0, 130, many)),
+            torch.tensor([132]),
+        )
+        with Crossings() as begun:
+            state = network.begin(batch)
+        with Crossings() as crossed:
+            network.forward(state)
+        assert begun.count == 5  # tokens, slots, two of angles, tables
+        assert crossed.count == 0
+        assert {number: len(table) for number, table in state.plan.tables.items()} == {0: 2, 1: 3}
+
+
+def test_what_goes_to_a_card_is_not_waited_for() -> None:
+    asked: list[tuple[Any, ...]] = []
+
+    class Tensor:
+        """On which nothing but what is noted may be done."""
+
+        def pin_memory(self) -> Tensor:
+            asked.append(("pinned",))
+            return self
+
+        def to(self, device: torch.device, **options: bool) -> str:
+            asked.append((device, options))
+            return "there"
+
+    given: Any = Tensor()
+    assert sent(given, torch.device("cuda:0")) == "there"  # type: ignore[comparison-overlap]
+    assert asked == [("pinned",), (torch.device("cuda:0"), {"non_blocking": True})]
+    here = torch.ones(3)
+    assert sent(here, torch.device("cpu")) is here

@@ -1,23 +1,25 @@
-"""Expanded attention by torch's fused kernel: against float64, and the same bits for a query in any company.
+"""Expanded attention without stored scores: against float64, and the same bits for a query in any company.
 
-It runs on every CPU; only those that multiply tiles choose it.
+Torch's fused kernel runs on every CPU; only those that multiply tiles choose it. A device's is played.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import row_format
+from k2hybrid.kernels.flash import flash_attend
 from k2hybrid.model import fused
 from k2hybrid.model.attention import AttentionSizes, Context
 from k2hybrid.model.batch import Span
 from k2hybrid.model.layers import Linear, TorchLinears
-from k2hybrid.model.scratch import FUSED_ROWS, IN_RAM, Cut, absorbed_below
+from k2hybrid.model.scratch import FUSED_ROWS, IN_RAM, ON_DEVICE, Cut, absorbed_below
 from k2hybrid.native.machine import Machine
 
 SIZES = {
@@ -54,6 +56,15 @@ class Case:
     def run(self) -> torch.Tensor:
         return fused.expanded(self.q, self.context, self.sizes, TorchLinears(), self.kv_b)
 
+    def run_on_device(self) -> torch.Tensor:
+        """Into a part of something larger; what is not written is NaN."""
+        sizes, count = self.sizes, self.context.span.count
+        out = self.q.new_full((count + 1, sizes.heads + 1, sizes.value), torch.nan)
+        fused.on_device(self.q, self.context, sizes, self.kv_b, out[1:, : sizes.heads])
+        assert out[0].isnan().all()
+        assert out[:, sizes.heads :].isnan().all()
+        return out[1:, : sizes.heads]
+
     def exact(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Float64 from the rounded keys and values: the result, and √(Σ w² v²) of each."""
         sizes, span = self.sizes, self.context.span
@@ -89,6 +100,42 @@ def test_it_agrees_with_float64_within_the_derived_bound(
     assert (ours - wanted).norm() <= bound
     # Element by element a single row too many or too few would show.
     assert torch.all((ours - wanted).abs() <= 4 * 2.0**-8 * (wanted.abs() + spread) + 2.0**-8 * spread.max())
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize(("before", "count"), [(0, 1), (1, 129), (700, 200), (5000, 333)])
+@pytest.mark.parametrize("cut", [ON_DEVICE, SMALL], ids=["one block", "many blocks"])
+def test_so_does_a_device_where_torch_plays_it(name: str, before: int, count: int, cut: Cut) -> None:
+    case = Case(SIZES[name], before, count, cut=cut)
+    wanted, spread = case.exact()
+    ours = case.run_on_device().double()
+    assert (ours - wanted).norm() <= 2.0**-8 * (wanted.abs() + spread).square().sum().sqrt()
+    assert torch.all((ours - wanted).abs() <= 4 * 2.0**-8 * (wanted.abs() + spread) + 2.0**-8 * spread.max())
+
+
+@pytest.mark.parametrize("rows", ["bf16", "fp8"])
+def test_the_kernel_of_a_device_obeys_the_same_bound(rows: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter: several blocks and several tiles of queries."""
+    triton = pytest.importorskip("triton", reason="device kernels need Triton: pip install triton")
+    if not triton.knobs.runtime.interpret:
+        pytest.skip("there is a device: Triton compiles")
+    calls: list[int] = []
+
+    def counted(*tensors: Any, **numbers: Any) -> None:
+        calls.append(numbers["start"])
+        flash_attend(*tensors, **numbers)
+
+    case = Case(SIZES["mini"], 300, 150, cut=replace(SMALL, block_bytes=1 << 17), rows=rows)
+    monkeypatch.setattr(fused, "attend_block", counted)
+    wanted, spread = case.exact()
+    assert (case.run_on_device() - wanted).norm() <= 2.0**-8 * (wanted.abs() + spread).norm()
+    assert len(calls) > len(set(calls)) > 2
+
+
+def test_tiles_are_about_as_large() -> None:
+    """Each makes all keys anew, so none should be a mere rest."""
+    counts = (1, 8318, 8319, 16_384, 16_637)
+    assert [fused._even(count, 8318) for count in counts] == [1, 8318, 4160, 8192, 5546]
 
 
 def test_fp8_rows_are_read_as_they_are() -> None:

@@ -85,7 +85,7 @@ def test_answers_are_those_of_the_cpu(
         <= found["hot_slots"]
         == {0: 0, SOME_HOT: 8, ALL_HOT: ROUTED_EXPERTS}[WAYS[way]["hot_experts"]]
     )
-    assert found["recorded"] == [1]
+    assert found["recorded"] == [*range(1, 9)]
 
 
 def test_another_model_is_outside_the_bound(
@@ -96,6 +96,18 @@ def test_another_model_is_outside_the_bound(
     with opened("emulated", **WAYS["some hot"], **options) as device:
         _, logits = device.answer([*prompts[0][:-4], prompts[0][-4] + 1, *prompts[0][-3:]], 1)
     assert largest_distance(logits, want[0][1][:1]) > BOUND
+
+
+def test_steps_are_recorded_before_the_first_request() -> None:
+    """And no expert is read for that, nor anything served by it in anybody's pages."""
+    with opened("emulated", **WAYS["some hot"]) as device:
+        deadline = time.monotonic() + 60
+        while device.runtime.status()["device"]["recorded"] != [*range(1, 9)]:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert idle(device.runtime)
+        assert device.runtime.engine._meter.expert_bytes == device.runtime.status()["engine"]["steps"] == 0
+        assert not device.spied.sizes
 
 
 # --- several at once ----------------------------------------------------------------------------------

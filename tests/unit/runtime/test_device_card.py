@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import re
+import time
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -14,18 +16,19 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import Bf16Rows
 from k2hybrid.checkpoint.presets import published_config
 from k2hybrid.checkpoint.spec import ModelSpec, read_spec
-from k2hybrid.config import MINI_MODEL, RuntimeConfig
+from k2hybrid.config import MINI_MODEL, DenseWeights, RuntimeConfig
 from k2hybrid.errors import ConfigError
 from k2hybrid.experts.compute import plain_experts
 from k2hybrid.experts.copies import InlineCopies
 from k2hybrid.experts.device_experts import handed_rows
-from k2hybrid.experts.split import SplitRates, streams
+from k2hybrid.experts.split import HANDOFF_S, SplitRates, streams
+from k2hybrid.hardware.streams import EmulatedStream
 from k2hybrid.model.card_memory import CONTEXT_BYTES, CardWishes, taken
 from k2hybrid.native.machine import Machine
 from k2hybrid.runtime import load
 from k2hybrid.runtime.card import CardFit, fit_card
 from k2hybrid.runtime.device import emulated_rates
-from k2hybrid.runtime.device_rates import measure_split_rates
+from k2hybrid.runtime.device_rates import Clock, measure_split_rates, measured_handoff, shared_expert
 from k2hybrid.runtime.memory import start_needs
 from tests.mini_sizes import EXPERT_BYTES, PAGE_BYTES
 
@@ -48,9 +51,9 @@ INT8 = {"dense_weights": "int8", "latent_rows": "fp8"}
 @pytest.mark.parametrize(
     ("context", "vram", "options", "chunk", "hot"),
     [
-        (262_144, 24_564 * MIB, INT8, 11_264, 2),
-        (131_072, 24_564 * MIB, INT8, 16_384, 184),
-        (131_072, 48 * 10**9, {}, 16_384, 524),
+        (262_144, 24_564 * MIB, INT8, 16_384, 1),
+        (131_072, 24_564 * MIB, INT8, 16_384, 213),
+        (131_072, 48 * 10**9, {}, 16_384, 552),
     ],
 )
 def test_the_presets_of_the_memory_page(
@@ -115,16 +118,16 @@ def test_what_is_refused_says_what_would_fit(share: float, spec: ModelSpec, opti
 
 
 def test_following_the_advice_loads() -> None:
-    options = {"device": "emulated", "threads": 1, "vram": 2200 * MIB}
+    options = {"device": "emulated", "threads": 1, "vram": 1900 * MIB}
     with pytest.raises(ConfigError, match=r"what would fit: .*a context of [\d,]+ tokens in all") as refused:
         load(**options)
     tokens = re.findall(r"a context of ([\d,]+) tokens", str(refused.value))[0]
     with load(**options, context_tokens=int(tokens.replace(",", "")), hot_experts=0) as model:
         table = dict(model.config.table())
-        assert table["vram"] == str(2200 * MIB)
+        assert table["vram"] == str(1900 * MIB)
         assert table["hot_experts"] == "0"
         assert table["max_step_tokens"] == "512"
-        assert sum(model.status()["device"]["holds"].values()) <= 2200 * MIB
+        assert sum(model.status()["device"]["holds"].values()) <= 1900 * MIB
     with pytest.raises(ConfigError, match="use --device cpu"):
         load(**{**options, "vram": 1000 * MIB})
 
@@ -147,23 +150,106 @@ def test_what_lies_on_a_card_is_not_counted_in_ram(dense: str) -> None:
 # --- rates --------------------------------------------------------------------------------------------
 
 
+CPU = torch.device("cpu")
+
+
+def by_the_wall(calls: Sequence[Callable[[], object]]) -> float:
+    start = time.perf_counter()
+    for call in calls:
+        call()
+    return (time.perf_counter() - start) / len(calls)
+
+
+WALL = Clock(by_the_wall, lambda call: by_the_wall([call]))
+
+
 def test_rates_are_measured() -> None:
     """On the CPU playing a card: finite, and of the model's own expert."""
-    spec, cpu = MINI, torch.device("cpu")
+    spec = MINI
     found = measure_split_rates(
-        spec,
-        Machine(1),
-        plain_experts,
-        InlineCopies(),
-        cpu,
-        lambda: None,
-        probe_bytes=4 << 20,
+        spec, "int8", Machine(1), plain_experts, InlineCopies(), CPU, clock=WALL, probe_bytes=4 << 20
     )
     figures = {name: getattr(found, name) for name in SplitRates.__dataclass_fields__}
     assert all(math.isfinite(value) and value > 0 for value in figures.values()), figures
     assert found.expert_bytes == 3 * spec.hidden_size * spec.moe_intermediate_size * 9 // 16
     assert 1e6 < found.bus < 1e13
     assert 1e3 < found.card < 1e13
+
+
+class Told:
+    """A clock that says what it is told, and keeps how many calls take turns."""
+
+    def __init__(self, cache_bytes: int = 0) -> None:
+        self.says = iter([60e-6, 160e-6, 1060e-6, 20e-6])  # no expert, all, one of many rows; the shared one
+        self.turns: list[int] = []
+        self.clock = Clock(self.captured, lambda call: 1e-3, cache_bytes)
+
+    def captured(self, calls: Sequence[Callable[[], object]]) -> float:
+        self.turns.append(len(calls))
+        return next(self.says)
+
+
+def test_rates_are_those_of_the_clock() -> None:
+    """However long calls take on the host: what a launch takes is apart from what an expert's bytes do."""
+
+    def slow(*args: object, **options: object) -> torch.Tensor:
+        raise AssertionError("whoever has the clock calls")
+
+    told = Told()
+    found = measure_split_rates(
+        MINI, "bf16", Machine(1), slow, InlineCopies(), CPU,
+        clock=told.clock, handoff_s=7e-6, probe_bytes=4 << 20,
+    )  # fmt: skip
+    assert found.bus == pytest.approx(8 * EXPERT_BYTES / 1e-3)
+    assert found.card_launch_s == 60e-6
+    assert found.card == pytest.approx(8 * EXPERT_BYTES / 100e-6)
+    assert found.card_row_s == pytest.approx(1000e-6 / 1024)
+    assert (found.card_busy_s, found.handoff_s) == (20e-6, 7e-6)
+    assert told.turns == [1] * 4
+
+
+def test_what_fits_into_a_cache_takes_turns() -> None:
+    told = Told(cache_bytes=8 * EXPERT_BYTES)
+    measure_split_rates(
+        MINI, "bf16", Machine(1), plain_experts, InlineCopies(), CPU, clock=told.clock, probe_bytes=4 << 20
+    )
+    shared = 2 * 3 * MINI.hidden_size * MINI.moe_intermediate_size * MINI.num_shared_experts
+    assert told.turns == [5] * 3 + [32 * EXPERT_BYTES // shared + 1]
+
+
+@pytest.mark.parametrize(("dense", "size"), [("bf16", 2), ("int8", 1), ("fp8", 1)])
+def test_the_shared_expert_is_timed_as_it_is_stored(dense: DenseWeights, size: int) -> None:
+    made = shared_expert(MINI, dense, CPU)
+    inter = MINI.moe_intermediate_size * MINI.num_shared_experts
+    scales = 0 if dense == "bf16" else 4
+    for linear, outputs, inner in (
+        (made.gate, inter, MINI.hidden_size),
+        (made.up, inter, MINI.hidden_size),
+        (made.down, MINI.hidden_size, inter),
+    ):
+        assert linear.weight.shape == (outputs, inner)
+        assert linear.weight.nbytes == outputs * (inner * size + scales)
+    x = torch.full((1, MINI.hidden_size), 0.5, dtype=torch.bfloat16)
+    assert made(x, [slice(None)]).isfinite().all()
+
+
+def test_a_hand_off_is_timed() -> None:
+    records = []
+
+    def recorder(work: Callable[[], None]) -> Callable[[], None]:
+        records.append(work)
+        return work
+
+    assert 0 < measured_handoff(MINI, Machine(2), EmulatedStream(), recorder) < 0.1
+    assert len(records) == 1
+
+
+def test_a_hand_off_that_cannot_be_timed_is_assumed(caplog: pytest.LogCaptureFixture) -> None:
+    def refuse(work: Callable[[], None]) -> Callable[[], None]:
+        raise RuntimeError("operation not supported")
+
+    assert measured_handoff(MINI, Machine(1), EmulatedStream(), refuse) == HANDOFF_S
+    assert "operation not supported" in caplog.text
 
 
 def rate(low: float, high: float) -> st.SearchStrategy[float]:

@@ -18,7 +18,7 @@ from k2hybrid.checkpoint.index import ShardIndex
 from k2hybrid.checkpoint.loader import open_checkpoint
 from k2hybrid.checkpoint.synth import synthesize
 from k2hybrid.errors import CheckpointError, ConfigError, EngineError
-from k2hybrid.experts.handoff import Handoff
+from k2hybrid.experts.handoff import TIMEOUT_MS, Handoff
 from k2hybrid.model.paged import TorchDecode
 from k2hybrid.runtime import load, on_device
 from k2hybrid.runtime.device_weights import DeviceWeights
@@ -112,7 +112,8 @@ def test_a_stuck_worker_ends_requests_and_the_next_are_served(
         got = outcome(model, PROMPT)
         assert isinstance(got, EngineError)
         assert "a worker is stuck" in str(got)
-        assert 0.5 < time.monotonic() - begun < 30  # the watchdog's second, on a busy machine
+        # No sooner than the watchdog. How much later at most `device_checks.check_stuck` says.
+        assert 1e-3 * TIMEOUT_MS <= time.monotonic() - begun < 30
         stuck = outcome(model, PROMPT)  # still not back: no request hangs
         assert isinstance(stuck, EngineError)
         handoffs[0].native.stall_at(-1)
@@ -282,7 +283,7 @@ def test_a_model_without_routed_experts(tmp_path: Path) -> None:
             said.append([model.answer([5, 6, n], 5) for n in range(3)])
             status = model.runtime.status()["device"]
     assert "hot_slots" not in status
-    assert status["recorded"] == [1]
+    assert status["recorded"] == [*range(1, 9)]
     for got, want in zip(*said, strict=True):
         assert ((got[1][0] - want[1][0]).norm() / want[1][0].norm()) < 0.05
 
