@@ -23,7 +23,7 @@ enum class Width { kPlain, kAvx2, kAvx512 };
 
 Width WidthOf(const KernelTable& kernels) {
   const std::string_view name = kernels.name;
-  if (name.starts_with("avx512")) return Width::kAvx512;
+  if (name.starts_with("avx512") || name.starts_with("amx")) return Width::kAvx512;
   return name == "avx2" ? Width::kAvx2 : Width::kPlain;
 }
 

@@ -278,6 +278,9 @@ class Predictor:
         return max(read, compute) + (1.0 - self.rates.overlap) * min(read, compute)
 
 
+_CLEARLY = 1.2
+
+
 def arithmetic_rates(
     sizes: ModelSizes, *, one: float, few: tuple[int, float], full: tuple[int, float], chunk: float
 ) -> tuple[float, float]:
@@ -287,7 +290,8 @@ def arithmetic_rates(
         one: of an expert with one row; `few` and `full`: (rows, seconds) of an expert with several.
         chunk: of a whole layer's experts for `CHUNK_ROWS` rows.
 
-    Where a chunk is bound by arithmetic, it decides the rate: more rows than one expert's share the caches.
+    Where a chunk is clearly bound by arithmetic, it decides the rate: more rows than one expert's share the
+    caches. Near the border an error of the overlap would have it counted as what it is not.
     """
     ops = sizes.expert_ops
     distinct = sizes.distinct(CHUNK_ROWS)
@@ -295,7 +299,7 @@ def arithmetic_rates(
     overlap = 1.0
     rate = (full[0] - 1) * ops / full[1]
     for _ in range(8):  # either depends a little on the other
-        rows, seconds = each if (each[0] - 1) * ops / rate > one else full
+        rows, seconds = each if (each[0] - 1) * ops / rate > _CLEARLY * one else full
         rate = (rows - 1) * ops / max(seconds - (1.0 - overlap) * one, seconds / 2)
         compute = (few[0] - 1) * ops / rate
         lost = few[1] - max(one, compute)

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from k2hybrid.cache.pages import LatentPages
@@ -181,6 +181,7 @@ def test_another_machine_keeps_shares_of_its_ram_and_scales_with_its_cores() -> 
     overlap=st.floats(0.3, 1.0),
     experts=st.sampled_from([16, 64, 384]),
 )
+@example(gb_s=300.0, rate=5.733788e12, overlap=0.33, experts=384)  # of a chunk read as quickly as computed
 def test_rates_are_found_again_in_times_made_from_them(
     gb_s: float, rate: float, overlap: float, experts: int
 ) -> None:
