@@ -42,6 +42,9 @@ constexpr int kGroups = 2;            // of kSide heads
 constexpr int kMostWidth = 1024;
 constexpr int kSteps = kAttendRows / kStep;
 
+// Compilers are not told that instructions of tiles read memory: what was stored before lies there from here on.
+inline void Stored(const void* what) { __asm__ volatile("" : : "r"(what) : "memory"); }
+
 // Tiles 0 to 3 add up, 4 and 5 are left operands, 6 and 7 right ones. What was configured before, by a library whose kernel
 // runs in the same thread, is so again afterwards.
 class Tiles {
@@ -54,6 +57,7 @@ class Tiles {
       config.bytes[t] = kStep * sizeof(bf16);
       config.rows[t] = kSide;
     }
+    Stored(&config);
     _tile_loadconfig(&config);
   }
   ~Tiles() {
@@ -142,6 +146,7 @@ void Scores(const AttendBlock& block, int groups, const uint32_t* queries, float
   for (int at = 0; at < block.rows; at += kStep) {
     const bf16* row = at + kStep <= block.rows ? RowAt(block, at) : FilledUp(block, at, copy);
     const bf16* ahead = at + 2 * kStep <= block.rows ? RowAt(block, at + kStep) : row;
+    Stored(row);
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
@@ -235,6 +240,7 @@ void Mix(const AttendBlock& block, int groups, int column, const uint32_t* weigh
   alignas(64) float sum[2 * kGroups][kTile];
   TurnValues(block, column, low, high);
   const int steps = (block.rows + kStep - 1) / kStep;
+  Stored(low);
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from k2hybrid.cache.page_keys import common_tokens
 from k2hybrid.engine.memory import PageMemory
 from k2hybrid.engine.sequence import Phase, Sequence
 from k2hybrid.errors import CapacityError, ContextLengthError, RequestError
@@ -93,33 +94,48 @@ class WaitingLine:
         """Move sequences from the line to `running` as far as rows and pages allow; those moved."""
         admitted: list[Sequence] = []
         passed: list[Sequence] = []
-        while self._line and not self._blocked and len(running) < self._max_running:
-            sequence = self._line.popleft()
-            if self._prefix_is_coming(sequence, running):
-                passed.append(sequence)
-            elif self._memory.admit(sequence):
-                sequence.phase = Phase.RUNNING
-                running[sequence.number] = sequence
-                admitted.append(sequence)
-            else:
-                passed.append(sequence)
-                self._blocked = True
-        self._blocked |= bool(passed) and not self._line
-        self._line.extendleft(reversed(passed))
+        try:
+            while self._line and not self._blocked and len(running) < self._max_running:
+                sequence = self._line[0]
+                if self._prefix_is_coming(sequence, running):
+                    passed.append(self._line.popleft())
+                elif self._memory.admit(sequence):
+                    self._line.popleft()
+                    sequence.phase = Phase.RUNNING
+                    running[sequence.number] = sequence
+                    admitted.append(sequence)
+                else:
+                    self._blocked = True
+        finally:
+            self._blocked |= bool(passed) and not self._line
+            self._line.extendleft(reversed(passed))
         return admitted
 
     def _prefix_is_coming(self, sequence: Sequence, running: Mapping[int, Sequence]) -> bool:
         """Whether a running prefill will publish more of this prompt than is cached: worth waiting for."""
+        if sequence.awaits is not None:
+            other, tokens = sequence.awaits
+            if other.number in running and not other.decoding and other.computed < tokens:
+                return True
+            sequence.awaits = None
         size = self._memory.page_tokens
         limit = (len(sequence.ids) - 1) // size * size
         if limit == 0 or not sequence.job.reuse:
             return False
         scope = sequence.job.scope
-        prefills = [s for s in running.values() if not s.decoding and s.job.scope == scope]
-        if not any(s.ids[:size] == sequence.ids[:size] for s in prefills):
+        first = sequence.ids[:size]
+        prefills = [
+            s for s in running.values() if not s.decoding and s.job.scope == scope and s.ids[:size] == first
+        ]
+        if not prefills:
             return False
         wanted = self._memory.tree.match(sequence.ids[:limit], scope).tokens // size * size + size
         if wanted > limit:
             return False
-        prefix = sequence.ids[:wanted]
-        return any(s.prompt_tokens >= wanted and s.ids[:wanted] == prefix for s in prefills)
+        for other in prefills:
+            known = other.ids[: min(other.prompt_tokens, limit)]
+            if known[:wanted] == sequence.ids[:wanted]:
+                # All they have in common is waited for at once: to look each time a page came would be dear.
+                sequence.awaits = other, common_tokens(known, sequence.ids) // size * size
+                return True
+        return False

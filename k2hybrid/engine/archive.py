@@ -135,7 +135,8 @@ class Archive:
         """Offer the full pages computed since the last time, and with `last` the partly filled one too.
 
         A page that the journal does not take is offered again the next time, and none after it before that:
-        without it they would lead nowhere.
+        without it they would lead nowhere. One that it took and could not write is left out, with those after
+        it, until the session's next turn.
 
         Args:
             call: has the engine's thread call a function, from any thread.

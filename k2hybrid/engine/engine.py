@@ -362,16 +362,17 @@ class Engine:
     def _promise_pages(self) -> list[Sequence]:
         """See to pages for answers that outgrow what they were promised; those who must wait for some.
 
-        The oldest come first. Where no pages are left the youngest makes room.
+        The oldest come first. Where no pages are left the youngest makes room whose pages nothing writes to.
         """
         waiting: list[Sequence] = []
         for sequence in sorted(self._running.values(), key=_number):
             while sequence.phase is Phase.RUNNING and not self._memory.extend(sequence):
-                youngest = max(self._running.values(), key=_number)
-                if youngest.fetching or self._in_chunk(youngest):  # its pages are being written to
+                younger = [s for s in self._running.values() if s.number >= sequence.number]
+                free = [s for s in younger if not s.fetching and not self._in_chunk(s)]
+                if not free or (free == [sequence] and len(younger) > 1):
                     waiting.append(sequence)
                     break
-                self._put_back(youngest)
+                self._put_back(max(free, key=_number))
         return waiting
 
     def _put_back(self, sequence: Sequence) -> None:
@@ -385,10 +386,12 @@ class Engine:
         try:
             self._memory.publish(sequence)
             self._keep(sequence)
-        finally:
-            self._memory.leave(sequence)
-            self._runner.forget(sequence)
-            self._waiting.put_back(sequence)
+        except Exception:  # a bug of ours; its pages are computed again then
+            log.exception("the pages of request %r could not be published", sequence.job.request_id)
+            self.metrics.integrity_errors += 1
+        self._memory.leave(sequence)
+        self._runner.forget(sequence)
+        self._waiting.put_back(sequence)
         self.metrics.put_back += 1
 
     def _in_chunk(self, sequence: Sequence) -> bool:
@@ -432,6 +435,7 @@ class Engine:
         if sequence.phase is Phase.RUNNING:
             sequence.cached_tokens += fetched.tokens - sequence.computed
             sequence.computed = fetched.tokens
+            self._memory.shrink(sequence)
             self._memory.publish(sequence)
 
     def _keep(self, sequence: Sequence, *, last: bool = False) -> None:
@@ -556,6 +560,7 @@ class Engine:
             sequence.first_token_s = sequence.last_token_s
             if job.progress:
                 self._emit(sequence, sequence.progress())
+        if first or share.tokens > 1:  # whoever waits for this prefix goes on from here
             self._memory.publish(sequence)
             self._waiting.unblock()
         if sequence.computed // self._memory.page_tokens != paged or first:

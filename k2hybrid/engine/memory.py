@@ -13,8 +13,8 @@ before it keeps what lies above it from being evicted. The inequality stays true
 
 * `extend`, and `admit` and `pin`, which may hold pages that nobody held, compare first; the source of a copy
   counts as held while it is copied, and where there is no room for it, nothing is copied;
-* `grow`, and the copy when it takes its page, lower both sides by as many; `drop_partial` raises them, for it
-  gives back a page that nobody else holds;
+* `grow`, and the copy when it takes its page, lower both sides by as many; `shrink` raises them again, and
+  gives back pages that no other sequence holds;
 * `publish` exchanges own pages for the tree's: as many come back as are taken, except for those that others
   hold too (pins); for these `publish` compares first, and ends before the one for which there is no room;
 * `leave` and `unpin` only give back;
@@ -179,12 +179,18 @@ class PageMemory:
         """Let a newly admitted `sequence` do without the rows it has of a partly filled page."""
         full, rows = divmod(sequence.computed, self.page_tokens)
         if rows:
-            self._drop([sequence.pages[full]])
-            self._owed += 1
-            sequence.pages = sequence.pages[:full]
-            sequence.pages_version += 1
             sequence.computed = full * self.page_tokens
             sequence.cached_tokens = min(sequence.cached_tokens, sequence.computed)
+            self.shrink(sequence)
+
+    def shrink(self, sequence: Sequence) -> None:
+        """Give back pages behind the computed tokens of `sequence`; they are promised to it all the same."""
+        count = pages_for(sequence.computed, self.page_tokens)
+        if behind := sequence.pages[count:]:
+            self._drop(behind)
+            self._owed += len(behind)
+            sequence.pages = sequence.pages[:count]
+            sequence.pages_version += 1
 
     def publish(self, sequence: Sequence) -> None:
         """Enter all tokens computed so far into the tree, for later requests that begin with them."""
@@ -293,7 +299,7 @@ class PageMemory:
         return min(sequence.most_pages, pages_for(len(sequence.ids) + OUTPUT_AHEAD, self.page_tokens))
 
     def _match(self, sequence: Sequence) -> Match:
-        if not sequence.job.reuse:
+        if not sequence.job.reuse and sequence.cached_before is None:  # else what it knows is its own
             return Match([], 0)
         return self.tree.match(sequence.ids[: len(sequence.ids) - 1], sequence.job.scope)
 

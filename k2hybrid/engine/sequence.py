@@ -44,6 +44,7 @@ class Sequence:
     page_keys: list[PageKey] = field(default_factory=list)  # of its full pages, as far as they were needed
     journaled: int = 0  # full pages that were offered to the journal
     fetching: bool = False  # its pages come back from RAM or disk; it does not run meanwhile
+    awaits: tuple[Sequence, int] | None = None  # while it waits: who computes its prefix, and so many tokens
     cancelled: bool = False
     ending: tuple[ReasonCode, Exception | None] | None = None  # how it ends once it can, if not as cancelled
     kept: list[TokenEvent] = field(default_factory=list)  # of a resumable job: all that was delivered

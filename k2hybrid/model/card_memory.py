@@ -1,6 +1,6 @@
 """What a model takes of a card's memory, row by row, before anything is loaded. Pure; layer 3.
 
-Weights lie in one allocation, tensor after tensor. A pass over many rows keeps what `_row_bytes` counts for
+Weights are counted tensor by tensor. A pass over many rows keeps what `_row_bytes` counts for
 all of them, and a layer's stages, which follow each other, take `_scratch_bytes` besides. What is left over
 holds experts. `docs/memory.md` says what each row stands for.
 """

@@ -7,6 +7,8 @@ from dataclasses import replace
 import pytest
 
 from k2hybrid.engine import memory
+from k2hybrid.engine.sequence import Sequence
+from k2hybrid.errors import EngineError
 from k2hybrid.types import SamplingParams
 from tests.unit.engine.engines import build, drain, ended, run
 from tests.unit.engine.fakes import Collector, FakeJournal, expected_tokens, job
@@ -106,13 +108,15 @@ def test_idle_prefill_leaves_leased_pages_alone() -> None:
     assert run(engine, [9] * 30, 2).tokens == expected_tokens([9] * 30, 2)  # a request may have them
 
 
-def test_pages_behind_a_lost_one_are_not_computed_again() -> None:
+@pytest.mark.parametrize("rows", [8, 6, 5])
+def test_pages_behind_a_lost_one_are_not_computed_again(rows: int) -> None:
+    """In pieces that end with a page, or within one."""
     journal, prompt = FakeJournal(), list(range(60))
-    before, _ = build(max_step_tokens=8, journal=journal)
+    before, _ = build(max_step_tokens=rows, journal=journal)
     whole = run(before, prompt, 2)
     keys = list(journal.files)
     journal.broken = {keys[3], keys[9]}
-    engine, model = build(max_step_tokens=8, journal=journal)
+    engine, model = build(pages=20, max_step_tokens=rows, journal=journal)
     sink = Collector()
     engine.submit(job(prompt, sink, 2))
     while not sink.done:
@@ -120,4 +124,68 @@ def test_pages_behind_a_lost_one_are_not_computed_again() -> None:
     engine.check()
     assert sink.tokens == whole.tokens == expected_tokens(prompt, 2)
     assert model.tokens_run <= 2 * 8 + 4 + 1  # a piece for each page that was lost, the last rows, an answer
-    assert sink.done.usage.cached_tokens == 60 - (model.tokens_run - 1)
+    assert sink.done.usage.cached_tokens >= 60 - (model.tokens_run - 1) - 2 * (rows % 4)
+    journal.broken.clear()
+    for n in range(4):  # and all pages are there for others
+        assert run(engine, [n + 60] * 50, 20).tokens == expected_tokens([n + 60] * 50, 20)
+
+
+def test_an_error_in_admission_loses_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, _ = build(pages=60, max_step_tokens=8)
+    sinks = [Collector() for _ in range(4)]
+    engine.submit(job([1] * 40, sinks[0], 3))
+    engine.tick()
+    for sink, ids in zip(sinks[1:], ([1] * 40, [2], [3]), strict=True):
+        engine.submit(job(ids, sink, 3))
+    admit = engine._memory.admit
+
+    def broken(sequence: Sequence) -> bool:
+        if sequence.ids == [2]:
+            raise EngineError("planned")
+        return admit(sequence)
+
+    monkeypatch.setattr(engine._memory, "admit", broken)
+    with pytest.raises(EngineError, match="planned"):
+        engine.tick()
+    engine._end_all("error", EngineError("the engine failed"))
+    assert [ended(sink) for sink in sinks] == ["error"] * 4
+
+
+def test_who_waits_for_the_prefix_of_one_that_was_put_back_is_woken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "OUTPUT_AHEAD", 4)
+    engine, _ = build(pages=20, max_step_tokens=8)
+    first, back, twin = Collector(), Collector(), Collector()
+    engine.submit(job([9], first, 60))
+    engine.submit(job([1] * 20, back, 40))
+    while not engine.metrics.put_back:
+        engine.tick()
+    engine.submit(job([1] * 21, twin, 2))
+    ticks = 0
+    while not twin.done:
+        engine.tick()
+        ticks += 1
+        assert ticks < 500
+    drain(engine)
+    assert twin.tokens == expected_tokens([1] * 21, 2)
+    assert back.tokens == expected_tokens([1] * 20, 40)
+    assert first.tokens == expected_tokens([9], 60)
+
+
+def test_who_is_busy_is_spared_and_another_makes_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "OUTPUT_AHEAD", 4)
+    engine, _ = build(pages=20)
+    sinks = [Collector() for _ in range(3)]
+    for n, sink in enumerate(sinks):
+        engine.submit(job([n], sink, 60))
+    while not sinks[2].tokens:
+        engine.tick()
+    youngest = engine._running[2]
+    youngest.fetching = True  # its pages are being read into
+    while not sinks[0].done:
+        engine.tick()
+    assert engine.metrics.put_back == 1
+    assert youngest.number in engine._running
+    youngest.fetching = False
+    drain(engine)
+    for n, sink in enumerate(sinks):
+        assert sink.tokens == expected_tokens([n], 60)
