@@ -138,7 +138,7 @@ def test_a_deleted_session_leaves_no_words(tmp_path: Path) -> None:
         assert process.wait() == 0
     before = texts(journal)
     pages_with = [text for text in before if "Zanzibar" in text]
-    assert len(pages_with) == 2, "the answer's, and the one computed ahead"
+    assert len(pages_with) >= 2, "the answer's, and what was computed ahead"
     assert all("Rule 29" in text for text in pages_with), "both follow a page that is shared"
     named = [row.split() for row in sessions("list", "--journal", journal).stdout.splitlines()]
     first, second = sorted(
