@@ -81,8 +81,8 @@ def test_what_would_lie_on_a_card(tmp_path: Path, capsys: pytest.CaptureFixture[
     out = capsys.readouterr().out
     assert "experts fit on the 24.0 GiB of the GPU; planned without it" in out
     card = json.loads(written.read_text())["card"]
-    # As large a chunk as fits.
-    wanted = card_plan(SPEC, 24 << 30, CardWishes("int8", "fp8", 262_144, 262_144, chunk=11_776))
+    # The largest chunk that is asked for fits.
+    wanted = card_plan(SPEC, 24 << 30, CardWishes("int8", "fp8", 262_144, 262_144))
     assert card == dataclasses.asdict(wanted) | {"needs": [dataclasses.asdict(need) for need in wanted.needs]}
     assert all(need.name in out for need in wanted.needs)
     assert run(tmp_path, *options) == 0
