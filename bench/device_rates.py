@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from k2hybrid.runtime.card_rates import copy_rate, matmul_rate, us_per_call
 
-__all__ = ["Rates", "command", "measured_rates", "report", "rotation", "us_per_call"]
+__all__ = ["Rates", "command", "measured_rates", "report", "rotation", "rows_of_case", "us_per_call"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,41 @@ class Rates:
             "limited_by": "memory" if nbytes / self.bytes_per_s > flop / self.flop_per_s else "operations",
             "share_of_limit": round(limit / us, 3),
         }
+
+
+TileT = TypeVar("TileT")
+
+
+def rows_of_case(
+    rates: Rates,
+    what: Mapping[str, Any],
+    work: tuple[float, float],
+    measure: Callable[[TileT | None], float],
+    *,
+    bar: float | None,
+    tiles: Sequence[TileT | None] = (None,),
+    named: Callable[[TileT], str] = str,
+) -> Iterator[dict[str, Any]]:
+    """Rows of one case, by the kernel's own choice of a tile (None), which is held to its bar, or by others.
+
+    Args:
+        what: the case.
+        work: its bytes and operations.
+        measure: microseconds with a tile.
+        bar: share of the limit; None: there is none.
+    """
+    for tile in tiles:
+        row = {**what, "bar": bar} | ({} if tile is None else {"tile": named(tile)})
+        try:
+            us = measure(tile)
+        except Exception as error:
+            # Of the tiles that are tried some ask for more than the card has.
+            if tile is None or type(error).__name__ != "OutOfResources":
+                raise
+            continue
+        if bar is not None and tile is None:
+            row["holds"] = rates.limit_us(*work) >= bar * us
+        yield row | rates.row(us, *work)
 
 
 def measured_rates() -> Rates:

@@ -15,12 +15,13 @@ import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 
 from bench.device_cases import U
-from bench.device_rates import Rates, command, measured_rates, report, us_per_call
+from bench.device_rates import Rates, command, measured_rates, report, rows_of_case, us_per_call
 from bench.gpu_doorbell import conditions
 from k2hybrid.errors import KernelError
 from k2hybrid.kernels.flash import Carried, Tile, flash_attend
@@ -163,24 +164,15 @@ def measure(before: int, n: int, tile: Tile | None = None) -> float:
 
 def rows(rates: Rates, tiles: bool) -> Iterator[dict[str, Any]]:
     for before, n in SPANS if tiles else SPANS + MORE_SPANS:
-        has_bar = (before, n) in SPANS
-        for tile in TILES if tiles else [None]:
-            what: dict[str, Any] = {
-                "case": "prefill attention",
-                "before": before,
-                "queries": n,
-                "bar": BAR if has_bar else None,
-            }
-            if tile is not None:
-                what["tile"] = f"{tile.queries}x{tile.rows} warps {tile.warps} stages {tile.stages}"
-            try:
-                us = measure(before, n, tile)
-            except Exception as error:
-                # Of the tiles that are tried some ask for more than the card has.
-                if tile is None or type(error).__name__ != "OutOfResources":
-                    raise
-                continue
-            yield what | rates.row(us, 0, work(before, n))
+        yield from rows_of_case(
+            rates,
+            {"case": "prefill attention", "before": before, "queries": n},
+            (0, work(before, n)),
+            partial(measure, before, n),
+            bar=BAR if (before, n) in SPANS else None,
+            tiles=TILES if tiles else (None,),
+            named=lambda tile: f"{tile.queries}x{tile.rows} warps {tile.warps} stages {tile.stages}",
+        )
 
 
 def main() -> int:

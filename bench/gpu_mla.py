@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from bench.device_cases import latent_case, random_rows
-from bench.device_rates import Rates, command, measured_rates, report, rotation, us_per_call
+from bench.device_rates import Rates, command, measured_rates, report, rotation, rows_of_case, us_per_call
 from bench.gpu_doorbell import conditions
 from k2hybrid.errors import KernelError
 from k2hybrid.kernels.mla import PAGE_TOKENS, Tile, mla_decode, row_bytes
@@ -70,28 +70,15 @@ def measure(row_format: str, batch: int, tokens: int, tile: Tile | None = None) 
 def rows(rates: Rates, tiles: bool) -> Iterator[dict[str, Any]]:
     for row_format in FORMATS:
         for batch, tokens in CONTEXTS if tiles else CONTEXTS + MORE_CONTEXTS:
-            has_bar = (batch, tokens) in CONTEXTS
-            for tile in TILES if tiles else [None]:
-                what: dict[str, Any] = {
-                    "case": "mla decode",
-                    "rows": row_format,
-                    "batch": batch,
-                    "context": tokens,
-                    "bar": BAR if has_bar else None,
-                }
-                if tile is not None:
-                    what["tile"] = f"{tile.heads}x{tile.tokens} warps {tile.warps} stages {tile.stages}"
-                try:
-                    us = measure(row_format, batch, tokens, tile)
-                except Exception as error:
-                    # Of the tiles that are tried some ask for more than the card has.
-                    if tile is None or type(error).__name__ != "OutOfResources":
-                        raise
-                    continue
-                done = work(row_format, batch, tokens)
-                if has_bar and tile is None:
-                    what["holds"] = rates.limit_us(*done) >= BAR * us
-                yield what | rates.row(us, *done)
+            yield from rows_of_case(
+                rates,
+                {"case": "mla decode", "rows": row_format, "batch": batch, "context": tokens},
+                work(row_format, batch, tokens),
+                partial(measure, row_format, batch, tokens),
+                bar=BAR if (batch, tokens) in CONTEXTS else None,
+                tiles=TILES if tiles else (None,),
+                named=lambda tile: f"{tile.heads}x{tile.tokens} warps {tile.warps} stages {tile.stages}",
+            )
 
 
 def main() -> int:

@@ -22,6 +22,7 @@ from k2hybrid.experts.placement import ExpertSizes, Place
 
 CHUNK_ROWS = 512  # of a prefill, as the engine makes them
 ADDED_LATER = 64  # results of experts that may wait for their sum (csrc/experts/dispatch.cpp)
+CLEARLY = 1.2  # times as long to compute as to read: then a chunk tells the rate of arithmetic
 RESOURCES = ("RAM bandwidth", "disk", "arithmetic", "attention", "overhead")
 
 
@@ -278,9 +279,6 @@ class Predictor:
         return max(read, compute) + (1.0 - self.rates.overlap) * min(read, compute)
 
 
-_CLEARLY = 1.2
-
-
 def arithmetic_rates(
     sizes: ModelSizes, *, one: float, few: tuple[int, float], full: tuple[int, float], chunk: float
 ) -> tuple[float, float]:
@@ -299,7 +297,7 @@ def arithmetic_rates(
     overlap = 1.0
     rate = (full[0] - 1) * ops / full[1]
     for _ in range(8):  # either depends a little on the other
-        rows, seconds = each if (each[0] - 1) * ops / rate > _CLEARLY * one else full
+        rows, seconds = each if (each[0] - 1) * ops / rate > CLEARLY * one else full
         rate = (rows - 1) * ops / max(seconds - (1.0 - overlap) * one, seconds / 2)
         compute = (few[0] - 1) * ops / rate
         lost = few[1] - max(one, compute)

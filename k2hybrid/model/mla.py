@@ -16,7 +16,7 @@ import torch
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import EngineError
-from k2hybrid.model import attention, fused
+from k2hybrid.model import attention, flash, fused
 from k2hybrid.model.attention import AttentionSizes, Context, SpanAttention
 from k2hybrid.model.batch import Batch, sent
 from k2hybrid.model.layers import (
@@ -240,7 +240,7 @@ class MLA:
             context, out = self._context(plan, i), attending.out[rows[i], part.heads]
             q = queries[:, part.heads]
             if self.decode is not None:
-                fused.on_device(q, context, part.sizes, part.kv_b, out)
+                flash.expanded(q, context, part.sizes, part.kv_b, out)
             else:
                 out.copy_(self._form.expanded(q, context, part.sizes, self.kernels, part.kv_b))
 

@@ -91,6 +91,7 @@ def test_rows_of_a_prefill_have_the_bar_where_it_holds(monkeypatch: pytest.Monke
     rows = list(gpu_flash.rows(RATES, tiles=False))
     assert [row["bar"] for row in rows] == [0.6] * 3 + [None] * 3
     assert rows[2]["share_of_limit"] == pytest.approx(0.165, abs=1e-3)
+    assert [row.get("holds") for row in rows] == [False] * 3 + [None] * 3
 
 
 def test_blocks_of_a_prefill_are_those_of_the_model() -> None:

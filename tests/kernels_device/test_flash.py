@@ -13,7 +13,7 @@ from k2hybrid.errors import KernelError
 from k2hybrid.kernels import flash
 from k2hybrid.kernels.card import EMULATED, SMALLEST_SHARED, Card
 from k2hybrid.kernels.flash import Carried, Tile, choose_tile, flash_attend
-from k2hybrid.model import fused
+from k2hybrid.model.flash import attend_block
 
 MINI = {"heads": 2, "nope": 32, "rope": 32, "value": 32}  # of the built-in model
 ODD = {"heads": 3, "nope": 14, "rope": 10, "value": 18}
@@ -107,7 +107,7 @@ def test_torch_plays_the_same(before: int, n: int, block: int, monkeypatch: pyte
 
 
 def played(*tensors: Any, tile: object, **numbers: Any) -> None:
-    fused.attend_block(*tensors, **numbers)
+    attend_block(*tensors, **numbers)
 
 
 def test_tiles_fit_every_card() -> None:

@@ -1,4 +1,4 @@
-"""The engine against a model over integers: results, sharing, limits, ends of every kind."""
+"""The engine against a model over integers: results, sharing, limits, ends; see test_room too."""
 
 from __future__ import annotations
 
@@ -21,8 +21,6 @@ from k2hybrid.engine.metrics import PageTraffic
 from k2hybrid.engine.scheduler import Candidate, Chunk, TickPlan
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.errors import (
-    CapacityError,
-    ContextLengthError,
     EngineError,
     ExpertReadError,
     RequestError,
@@ -138,53 +136,6 @@ def test_an_identical_prompt_still_runs_its_last_token() -> None:
     assert model.tokens_run - ran == 1
 
 
-def test_equal_prompts_submitted_together_are_prefilled_once() -> None:
-    engine, model = build(pages=200)
-    prompt = list(range(40))
-    sinks = [Collector() for _ in range(4)]
-    for sink in sinks:
-        engine.submit(job(prompt, sink, 3))
-    drain(engine)
-    assert all(sink.tokens == expected_tokens(prompt, 3) for sink in sinks)
-    assert model.tokens_run <= 40 + 3 * 4 + 4 * 2
-    assert [s.done.usage.cached_tokens for s in sinks if s.done] == [0, 39, 39, 39]
-
-
-def test_pages_are_evicted_when_needed_and_results_stay_right() -> None:
-    engine, model = build(pages=12)  # 48 tokens
-    for n in range(12):
-        prompt = [n] * 20 + [5, n]
-        assert run(engine, prompt, 9).tokens == expected_tokens(prompt, 9)
-    again = run(engine, [11] * 20 + [5, 11], 9)
-    assert again.done is not None
-    assert again.done.usage.cached_tokens == 21
-    assert model.pages.free_pages < 12
-
-
-def test_admission_waits_for_pages_and_nobody_overtakes() -> None:
-    engine, _ = build(pages=10)  # 40 tokens
-    order: list[int] = []
-    sinks = [Collector() for _ in range(3)]
-    for n, (length, output) in enumerate([(8, 20), (10, 20), (2, 2)]):
-        sinks[n].on_token = lambda token, n=n: order.append(n)  # type: ignore[misc]
-        engine.submit(job([n + 1] * length, sinks[n], output))
-    drain(engine)
-    assert [ended(sink) for sink in sinks] == ["length"] * 3
-    assert order[:20] == [0] * 20  # 7 pages for the first: the second must wait, and the third behind it
-    assert sinks[1].tokens == expected_tokens([2] * 10, 20)
-
-
-def test_what_can_never_fit_is_refused_with_the_numbers() -> None:
-    engine, _ = build(pages=10)
-    with pytest.raises(
-        ContextLengthError, match=r"200 prompt tokens \+ 100 output tokens = 300 tokens > 256"
-    ):
-        engine.submit(job([1] * 200, Collector(), 100))
-    with pytest.raises(CapacityError, match=r"= 41 tokens, but the latent pages hold 40"):
-        engine.submit(job([1] * 40, Collector(), 1))
-    assert engine.capacity_tokens == 40
-
-
 @pytest.mark.parametrize(
     ("ids", "max_tokens", "param"),
     [([], 1, "prompt"), ([1, VOCAB], 1, "prompt"), ([-1], 1, "prompt"), ([1], 0, "max_tokens")],
@@ -196,16 +147,6 @@ def test_impossible_jobs_are_refused(ids: list[int], max_tokens: int, param: str
     assert refused.value.param == param
     with pytest.raises(RequestError):
         engine.submit(job([1], Collector(), 1, sampling=SamplingParams(top_p=2.0)))
-
-
-def test_a_full_queue_is_refused() -> None:
-    engine, _ = build(max_queue=2)
-    for _ in range(2):
-        engine.submit(job([1], Collector()))
-    with pytest.raises(CapacityError, match="2 requests are waiting"):
-        engine.submit(job([1], Collector()))
-    drain(engine)
-    engine.submit(job([1], Collector()))
 
 
 def test_cancel_while_waiting_prefilling_and_decoding_frees_everything() -> None:
@@ -716,21 +657,6 @@ def test_a_failing_call_loses_nothing_that_came_with_it() -> None:
     drain(engine)
     assert sink.tokens == expected_tokens([1, 2], 3)
     assert engine.metrics.integrity_errors == 1
-
-
-def test_who_shares_a_page_with_a_long_prefill_waits_for_that_page_only() -> None:
-    engine, model = build(pages=200, max_step_tokens=8)
-    long, short, other = Collector(), Collector(), Collector()
-    engine.submit(job([7] * 4 + [1] * 150, long, 2))
-    engine.submit(job([7] * 4 + [2, 3], short, 2))
-    engine.submit(job([5, 6], other, 2))
-    while not (short.done and other.done):
-        engine.tick()
-    assert not long.tokens
-    assert model.tokens_run < 100
-    assert short.done.usage.cached_tokens >= 4
-    drain(engine)
-    assert long.tokens == expected_tokens([7] * 4 + [1] * 150, 2)
 
 
 def test_background_jobs_beyond_the_few_that_may_wait_are_told() -> None:

@@ -26,7 +26,7 @@ from k2hybrid.experts.placement import place_experts
 from k2hybrid.experts.plan import CardPlan, Need, expert_needs, ram_needs
 from k2hybrid.experts.prediction import ModelSizes
 from k2hybrid.experts.store import ExpertStore
-from k2hybrid.model import card_memory, fused, layers, mla
+from k2hybrid.model import card_memory, flash, layers, mla
 from k2hybrid.model.card_memory import (
     CHUNK_STEP,
     MIB,
@@ -277,7 +277,7 @@ def test_a_chunk_takes_no_more_than_its_two_rows_say(
     count, before = 384, 128
     small = Cut(block_bytes=1 << 16, tile_bytes=1 << 15, rounded=True)
     monkeypatch.setattr(mla, "HEAD_GROUPS", 1)  # as on a device
-    monkeypatch.setattr(fused, "attend_block", unseen(fused.attend_block))
+    monkeypatch.setattr(flash, "attend_block", unseen(flash.attend_block))
     monkeypatch.setattr(card_memory, "EXPERT_TILE_ROWS", 0)  # experts are in RAM, their tensors nobody's
     for module in (mla, card_memory):
         monkeypatch.setattr(module, "ON_DEVICE", small)

@@ -15,7 +15,7 @@ import torch
 from k2hybrid.cache.pages import LatentPages
 from k2hybrid.cache.rows import row_format
 from k2hybrid.kernels.flash import flash_attend
-from k2hybrid.model import fused
+from k2hybrid.model import flash, fused
 from k2hybrid.model.attention import AttentionSizes, Context
 from k2hybrid.model.batch import Span
 from k2hybrid.model.layers import Linear, TorchLinears
@@ -60,7 +60,7 @@ class Case:
         """Into a part of something larger; what is not written is NaN."""
         sizes, count = self.sizes, self.context.span.count
         out = self.q.new_full((count + 1, sizes.heads + 1, sizes.value), torch.nan)
-        fused.on_device(self.q, self.context, sizes, self.kv_b, out[1:, : sizes.heads])
+        flash.expanded(self.q, self.context, sizes, self.kv_b, out[1:, : sizes.heads])
         assert out[0].isnan().all()
         assert out[:, sizes.heads :].isnan().all()
         return out[1:, : sizes.heads]
@@ -126,7 +126,7 @@ def test_the_kernel_of_a_device_obeys_the_same_bound(rows: str, monkeypatch: pyt
         flash_attend(*tensors, **numbers)
 
     case = Case(SIZES["mini"], 300, 150, cut=replace(SMALL, block_bytes=1 << 17), rows=rows)
-    monkeypatch.setattr(fused, "attend_block", counted)
+    monkeypatch.setattr(flash, "attend_block", counted)
     wanted, spread = case.exact()
     assert (case.run_on_device() - wanted).norm() <= 2.0**-8 * (wanted.abs() + spread).norm()
     assert len(calls) > len(set(calls)) > 2
@@ -135,7 +135,7 @@ def test_the_kernel_of_a_device_obeys_the_same_bound(rows: str, monkeypatch: pyt
 def test_tiles_are_about_as_large() -> None:
     """Each makes all keys anew, so none should be a mere rest."""
     counts = (1, 8318, 8319, 16_384, 16_637)
-    assert [fused._even(count, 8318) for count in counts] == [1, 8318, 4160, 8192, 5546]
+    assert [flash._even(count, 8318) for count in counts] == [1, 8318, 4160, 8192, 5546]
 
 
 def test_fp8_rows_are_read_as_they_are() -> None:
