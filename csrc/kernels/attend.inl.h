@@ -31,7 +31,9 @@ template <int H>
 static inline void MixHeads(const bf16* row, ptrdiff_t width, int rows, const float* weight, ptrdiff_t ldw,
                             int latent, float* out) {
   int at = 0;
-  for (; at + 64 <= latent; at += 64) MixTile<H, 4>(row + at, width, rows, weight, ldw, out + at, latent);
+  constexpr int V = Simd::kMixColumns;
+  for (; at + 16 * V <= latent; at += 16 * V)
+    MixTile<H, V>(row + at, width, rows, weight, ldw, out + at, latent);
   for (; at < latent; at += 16) MixTile<H, 1>(row + at, width, rows, weight, ldw, out + at, latent);
 }
 

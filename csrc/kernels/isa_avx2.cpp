@@ -26,6 +26,8 @@ namespace {
 struct Simd {
   static constexpr int kInt4Rows = 2, kInt4OneRows = 4;
   static constexpr int kDenseRows = 2, kDenseTokens = 4;
+  // 64 columns of 4 heads would be 32 registers of the 16 there are.
+  static constexpr int kMixColumns = 1;
   struct F32 {
     __m256 lo, hi;
   };

@@ -30,6 +30,7 @@ struct Simd : Lanes {
   // A row's weights are eight registers: two rows, their sums for four tokens and a chain each fill the 32.
   static constexpr int kInt4Rows = 2, kInt4OneRows = 1, kChains = 1;
   static constexpr int kDenseRows = 4, kDenseTokens = 4;
+  static constexpr int kMixColumns = 4;
   using Bf16 = __m512i;  // 32 bf16; lane j of a dot product takes elements 2j and 2j + 1
   struct Pair {
     F32 even, odd;

@@ -29,6 +29,7 @@ struct Simd : Lanes {
   // Two dot products start a cycle and take six: at least twelve chains. Weights of INT4 rows fill eight registers.
   static constexpr int kInt4Rows = 2, kInt4OneRows = 1, kChains = 4;
   static constexpr int kDenseRows = 2, kDenseTokens = 8;
+  static constexpr int kMixColumns = 4;
   using Bf16 = __m512bh;
   struct Weights {
     Bf16 part[4];

@@ -12,6 +12,7 @@ namespace {
 struct Simd {
   static constexpr int kInt4Rows = 2, kInt4OneRows = 1, kChains = 1;
   static constexpr int kDenseRows = 2, kDenseTokens = 4;
+  static constexpr int kMixColumns = 4;
   static constexpr int kLanes = 16;
   struct F32 {
     float lane[kLanes];
