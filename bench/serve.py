@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import random
 import statistics
@@ -340,6 +341,7 @@ def main() -> int:
     figures = {"own": own_cost(args.model, spec.vocab_size)}
     config = RuntimeConfig(model=args.model, threads=args.threads, context_tokens=context, idle_prefill=False)
     with open_runtime(config) as runtime:
+        gc.freeze()  # as the server does
         figures["batching"] = asyncio.run(batching(runtime, args.rounds))
         figures["disturbed"] = asyncio.run(disturbed(runtime, args.prefill, args.rounds))
     found["load_average_after"] = float(Path("/proc/loadavg").read_text().split()[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+import numpy as np
 import torch
 
 from k2hybrid.engine.scheduler import Share
@@ -31,12 +32,7 @@ class BatchBuilder:
             spans.append(Span(start, share.tokens, self._table(sequence)))
             if share.last:
                 logit_rows.append(len(ids) - 1)
-        return Batch(
-            torch.tensor(ids, dtype=torch.int64),
-            torch.tensor(positions, dtype=torch.int64),
-            tuple(spans),
-            torch.tensor(logit_rows, dtype=torch.int64),
-        )
+        return Batch(_tensor(ids), _tensor(positions), tuple(spans), _tensor(logit_rows))
 
     def forget(self, sequence: Sequence) -> None:
         """`sequence` runs no more."""
@@ -46,6 +42,11 @@ class BatchBuilder:
         kept = self._tables.get(sequence.number)
         if kept is not None and kept[0] == sequence.pages_version:
             return kept[1]
-        table = torch.tensor(sequence.pages, dtype=torch.int64)
+        table = _tensor(sequence.pages)
         self._tables[sequence.number] = (sequence.pages_version, table)
         return table
+
+
+def _tensor(values: list[int]) -> torch.Tensor:
+    """int64; by way of numpy, which reads a list in a third of the time."""
+    return torch.from_numpy(np.array(values, np.int64))

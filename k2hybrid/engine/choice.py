@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-
 from k2hybrid.engine.sequence import Sequence
-from k2hybrid.model.sampler import Extremes
+from k2hybrid.model.sampler import Extremes, Row
 from k2hybrid.types import TokenEvent, TokenLogprob
 
 
-def choose(sequence: Sequence, logits: torch.Tensor, known: Extremes) -> tuple[list[TokenEvent], bool]:
+def choose(sequence: Sequence, logits: Row, known: Extremes) -> tuple[list[TokenEvent], bool]:
     """The next tokens of `sequence`, and whether its answer ends with them.
 
     There is one, or as many as its job's mask forces; none beyond `max_tokens` or the end.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
+from enum import IntEnum, auto
 
 # From so many rows on a pass counts as a large one: torch shares its rows among threads.
 LARGE_ROWS = 64
@@ -74,7 +74,7 @@ class NetworkSizes:
         return self.layers * self.layer_parts
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen, which would make it four times as slowly, for every token
 class Rows:
     """Rows of one sequence in a pass, and the tokens that its last row looks back on."""
 
@@ -87,7 +87,7 @@ class Rows:
         return self.count * self.context - self.count * (self.count - 1) // 2
 
 
-class Kind(Enum):
+class Kind(IntEnum):  # of integers, whose hashes are quick
     """What is learnt apart."""
 
     SMALL = auto()  # a pass over few rows

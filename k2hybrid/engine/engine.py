@@ -365,7 +365,9 @@ class Engine:
         The oldest come first. Where no pages are left the youngest makes room whose pages nothing writes to.
         """
         waiting: list[Sequence] = []
-        for sequence in sorted(self._running.values(), key=_number):
+        size = self._memory.page_tokens
+        short = [s for s in self._running.values() if len(s.ids) > s.reserved_pages * size]
+        for sequence in sorted(short, key=_number):
             while sequence.phase is Phase.RUNNING and not self._memory.extend(sequence):
                 younger = [s for s in self._running.values() if s.number >= sequence.number]
                 free = [s for s in younger if not s.fetching and not self._in_chunk(s)]
@@ -468,7 +470,7 @@ class Engine:
                 self._memory.grow(sequence, sequence.computed + share.tokens)
             # Who wants no token needs no logits.
             wanted = (
-                replace(s, last=False) if s.last and not self._running[s.number].job.max_tokens else s
+                s._replace(last=False) if s.last and not self._running[s.number].job.max_tokens else s
                 for s in shares
             )
             return self._runner.begin(tuple(wanted), self._running)
@@ -488,10 +490,10 @@ class Engine:
         except Exception as error:
             self._fail_pass(run.shares, error)
             return True
-        took_us, logits = (time.perf_counter() - started_s) * 1e6, len(run.batch.logit_rows) > 0
+        took_us, logits = (time.perf_counter() - started_s) * 1e6, run.batch.logit_rows.numel() > 0
         run.took_us += took_us
         self._cost.observe(list(run.rows), first, run.part, took_us, logits=logits)
-        decoding = sum(1 for share in run.shares if self._running[share.number].decoding)
+        decoding = sum([self._running[share.number].decoding for share in run.shares])
         if result is not None:
             for share in run.shares:
                 self._commit(self._running[share.number], share, result)

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from k2hybrid.engine.cost import Rows
 
@@ -52,8 +52,7 @@ class Costs(Protocol):
         """Each part of it, at least 1 each."""
 
 
-@dataclass(frozen=True, slots=True)
-class Candidate:
+class Candidate(NamedTuple):  # quickly made: every token takes one
     """A running sequence as the scheduler sees it."""
 
     number: int  # order of arrival
@@ -75,8 +74,7 @@ class Chunk:
     numbers: frozenset[int]
 
 
-@dataclass(frozen=True, slots=True)
-class Share:
+class Share(NamedTuple):  # quickly made: every token takes one
     """So many tokens of one sequence. With `last`, its logits are wanted."""
 
     number: int

@@ -69,7 +69,8 @@ class Sequence:
     @property
     def decoding(self) -> bool:
         """Whether the next step gives the next token from one row; not while a resumed one is prefilled."""
-        return self.generated > 0 and self.pending == 1
+        count = len(self.ids)
+        return count > self.prompt_tokens and count - self.computed == 1
 
     @property
     def cached_of_prompt(self) -> int:

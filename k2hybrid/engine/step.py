@@ -13,7 +13,7 @@ from k2hybrid.engine.cost import LARGE_ROWS, Rows
 from k2hybrid.engine.scheduler import Share
 from k2hybrid.engine.sequence import Sequence
 from k2hybrid.model.batch import Batch
-from k2hybrid.model.sampler import Extremes, extremes
+from k2hybrid.model.sampler import Extremes, Row, extremes
 
 
 class StepModel(Protocol):
@@ -36,7 +36,7 @@ class StepModel(Protocol):
 class StepResult:
     """What a pass gave, by sequence number."""
 
-    logits: Mapping[int, torch.Tensor]  # fp32 [vocab], for shares marked `last`
+    logits: Mapping[int, Row]  # fp32 [vocab], for shares marked `last`
     extremes: Mapping[int, Extremes]  # of these
     failed: frozenset[int]  # sequences with a lost row
 
@@ -47,14 +47,11 @@ class Pass:
 
     shares: tuple[Share, ...]
     rows: tuple[Rows, ...]
+    tokens: int
     batch: Batch
     state: Any
     part: int = 0
     took_us: float = 0.0
-
-    @property
-    def tokens(self) -> int:
-        return sum(share.tokens for share in self.shares)
 
 
 class StepRunner:
@@ -75,8 +72,8 @@ class StepRunner:
     def begin(self, shares: tuple[Share, ...], sequences: Mapping[int, Sequence]) -> Pass:
         """A pass before its first part; the sequences' pages must cover it."""
         batch = self._builder.build(shares, sequences)
-        rows = tuple(Rows(s.tokens, sequences[s.number].computed + s.tokens) for s in shares)
-        return Pass(shares, rows, batch, self._model.begin(batch))
+        rows = tuple([Rows(s.tokens, sequences[s.number].computed + s.tokens) for s in shares])
+        return Pass(shares, rows, sum([r.count for r in rows]), batch, self._model.begin(batch))
 
     def advance(self, run: Pass, parts: int) -> bool:
         """Run so many parts more, as far as there are; whether it was the last."""
@@ -88,19 +85,18 @@ class StepRunner:
 
     def finish(self, run: Pass) -> StepResult:
         """Logits and losses, after the last part."""
+        lost = run.state.failed_rows
         failed = frozenset(
             share.number
             for share, rows in zip(run.shares, run.batch.row_slices(), strict=True)
-            if any(rows.start <= row < rows.stop for row in run.state.failed_rows)
+            if lost and any(rows.start <= row < rows.stop for row in lost)
         )
         wanted = [share.number for share in run.shares if share.last]
         if not wanted:
             return StepResult({}, {}, failed)
-        rows = self._model.logits(run.state)
+        rows: Row = self._model.logits(run.state).numpy()
         return StepResult(
-            dict(zip(wanted, rows.unbind(), strict=True)),
-            dict(zip(wanted, extremes(rows), strict=True)),
-            failed,
+            dict(zip(wanted, rows, strict=True)), dict(zip(wanted, extremes(rows), strict=True)), failed
         )
 
     def forget(self, sequence: Sequence) -> None:

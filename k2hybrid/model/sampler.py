@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -68,8 +69,7 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         within("logit_bias", bias, -100.0, 100.0)
 
 
-@dataclass(frozen=True, slots=True)
-class Extremes:
+class Extremes(NamedTuple):
     """Of a row of logits: the greatest, the least, and the lowest id of the greatest."""
 
     greatest: float
@@ -82,9 +82,8 @@ class Extremes:
         return math.isfinite(self.greatest) and math.isfinite(self.least)
 
 
-def extremes(logits: torch.Tensor) -> list[Extremes]:
+def extremes(rows: Row) -> list[Extremes]:
     """Of each row of logits fp32 [R, vocab]; at once, since every sequence of a decode step asks."""
-    rows: npt.NDArray[np.float32] = logits.numpy()
     if not len(rows):
         return []
     first = rows.argmax(axis=1)  # numpy returns the lowest id among equals, or the first NaN
@@ -118,28 +117,27 @@ class Sampler:
         self._bias = np.fromiter(params.logit_bias.values(), np.float32)
 
     def sample(
-        self, logits: torch.Tensor, mask: LogitsMask | None = None, known: Extremes | None = None
+        self, logits: Row, mask: LogitsMask | None = None, known: Extremes | None = None
     ) -> tuple[int, TokenLogprob | None]:
         """Choose a token and count it.
 
         Args:
-            logits: fp32 [vocab] on the CPU; a mask may be written into it.
+            logits: fp32 [vocab]; a mask may be written into it.
             mask: forbids tokens; asked to `apply`. What it makes of the choice goes to `correct`.
             known: the logits' `extremes`, if they were looked for.
 
         Raises:
             EngineError: a logit is not finite, or the mask forbids every token.
         """
-        raw: Row = logits.numpy()
-        known = known or extremes(logits.unsqueeze(0))[0]
+        known = known or extremes(logits[np.newaxis])[0]
         if not known.finite:
             raise EngineError(
                 "the model produced logits that are not finite; this request ends, others go on"
             )
-        row = self._adjusted(logits, raw, mask)
-        token = self._choose(row, known.first if row is raw and mask is None else int(row.argmax()))
+        row = self._adjusted(logits, mask)
+        token = self._choose(row, known.first if row is logits and mask is None else int(row.argmax()))
         self._count(token)
-        return token, self._logprob(raw, known.greatest, token)
+        return token, self._logprob(logits, known.greatest, token)
 
     def correct(self, chosen: int, taken: Sequence[int]) -> None:
         """Instead of `chosen`, the token sampled last, the tokens `taken` were generated."""
@@ -168,17 +166,16 @@ class Sampler:
         if self._params.repetition_penalty != 1.0:
             self._seen.add(token)
 
-    def _adjusted(self, logits: torch.Tensor, raw: Row, mask: LogitsMask | None) -> Row:
+    def _adjusted(self, logits: Row, mask: LogitsMask | None) -> Row:
         params = self._params
         penalised = params.presence_penalty != 0.0 or params.frequency_penalty != 0.0
         if not penalised and params.repetition_penalty == 1.0 and not self._bias_ids.size:
             if mask is None:
-                return raw
-            if params.logprobs is None:  # numpy and torch see the same memory
-                mask.apply(logits)
-                return raw
-        changed = logits.clone()
-        row: Row = changed.numpy()
+                return logits
+            if params.logprobs is None:
+                mask.apply(torch.from_numpy(logits))
+                return logits
+        row = logits.copy()
         if self._seen:
             seen = np.fromiter(self._seen, np.int64)
             values = row[seen]
@@ -191,7 +188,7 @@ class Sampler:
         if self._bias_ids.size:
             row[self._bias_ids] += self._bias
         if mask is not None:
-            mask.apply(changed)
+            mask.apply(torch.from_numpy(row))
         return row
 
     def _choose(self, row: Row, first: int) -> int:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from k2hybrid.cache.pages import PAGE_TOKENS
@@ -138,7 +139,7 @@ def _rates(spec: ModelSpec, machine: Machine, mapped: torch.Tensor, arena: torch
 
 def _sample_seconds(spec: ModelSpec) -> float:
     sampler = Sampler(SamplingParams(temperature=1.0, seed=0), spec.vocab_size)
-    logits = torch.randn(spec.vocab_size, generator=torch.Generator().manual_seed(0))
+    logits = np.random.default_rng(0).standard_normal(spec.vocab_size, np.float32)
     return statistics.median(_timed(lambda: sampler.sample(logits)) for _ in range(20))
 
 

@@ -9,23 +9,23 @@ import pytest
 import torch
 
 from k2hybrid.errors import EngineError, RequestError
-from k2hybrid.model.sampler import BLOCK, Sampler, check_sampling, cut, draw, extremes, ranked
+from k2hybrid.model.sampler import BLOCK, Row, Sampler, check_sampling, cut, draw, extremes, ranked
 from k2hybrid.types import SamplingParams
 
 VOCAB = 50
 
 
-def logits_of(*values: float) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.float32)
+def logits_of(*values: float) -> Row:
+    return np.array(values, np.float32)
 
 
-def random_logits(seed: int, vocab: int = VOCAB) -> torch.Tensor:
-    return torch.randn(vocab, generator=torch.Generator().manual_seed(seed)) * 2
+def random_logits(seed: int, vocab: int = VOCAB) -> Row:
+    return np.random.default_rng(seed).standard_normal(vocab, np.float32) * 2
 
 
-def exact_probabilities(logits: torch.Tensor, params: SamplingParams) -> np.ndarray:
+def exact_probabilities(logits: Row, params: SamplingParams) -> np.ndarray:
     """Temperature, min_p, top_k, top_p over a sorted list in double precision: the definition, slowly."""
-    p = torch.softmax(logits.double() / params.temperature, 0).tolist()
+    p = torch.softmax(torch.from_numpy(logits).double() / params.temperature, 0).tolist()
     ranking = sorted(range(len(p)), key=lambda i: (-p[i], i))
     ranking = [i for i in ranking if p[i] >= params.min_p * p[ranking[0]]]
     if params.top_k > 0:
@@ -95,7 +95,7 @@ def test_cuts_keep_exactly_the_tokens_of_the_definition(seed: int) -> None:
         top_k=int(rng.choice([0, 1, 5, 100])),
         top_p=float(rng.choice([0.0, 0.3, 0.95, 1.0])),
     )
-    weights = torch.exp((logits - logits.max()) / params.temperature).numpy()
+    weights = np.exp((logits - logits.max()) / np.float32(params.temperature))
     kept = cut(weights, params.min_p, params.top_k, params.top_p)
     expected = np.flatnonzero(exact_probabilities(logits, params))
     assert sorted(kept.tolist()) == expected.tolist()
@@ -118,7 +118,7 @@ def test_among_equals_lower_ids_rank_first() -> None:
     assert ranked(values, 4).tolist() == [1, 3, 4, 2]
     assert ranked(values, 6).tolist() == [1, 3, 4, 2, 5, 0]
     sampler = Sampler(SamplingParams(temperature=0.0), 6)
-    assert sampler.sample(torch.from_numpy(values))[0] == 1
+    assert sampler.sample(values)[0] == 1
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1e-6, 1e-40])
@@ -151,19 +151,19 @@ def test_the_seed_decides() -> None:
 
 
 def test_the_row_is_not_changed_and_other_rows_do_not_matter() -> None:
-    block = torch.stack([random_logits(1), random_logits(2)])
-    before = block.clone()
+    block = np.stack([random_logits(1), random_logits(2)])
+    before = block.copy()
     params = SamplingParams(seed=3, presence_penalty=1.0, repetition_penalty=1.2, logit_bias={4: 5.0})
     together = Sampler(params, VOCAB, [1, 2])
     alone = Sampler(params, VOCAB, [1, 2])
     for _ in range(20):
         assert together.sample(block[1])[0] == alone.sample(random_logits(2))[0]
-    assert torch.equal(block, before)
+    assert np.array_equal(block, before)
 
 
 def test_extremes_of_many_rows_are_those_of_each() -> None:
     """Equal logits, NaN and infinities among them; what is known before changes no choice."""
-    rows = torch.stack([random_logits(n) for n in range(12)])
+    rows = np.stack([random_logits(n) for n in range(12)])
     rows[1, 5] = rows[1, 3] = rows[1].max() + 1
     rows[2, 7], rows[3, 0], rows[4, 9] = float("nan"), float("inf"), -float("inf")
     found = extremes(rows)
@@ -180,8 +180,8 @@ def test_extremes_of_many_rows_are_those_of_each() -> None:
             SamplingParams(temperature=0.0, logit_bias={found[n].first: -50.0}),
         ):
             for mask in (None, Forbid(found[n].first)):
-                told = Sampler(params, VOCAB).sample(row.clone(), mask, found[n])
-                assert told == Sampler(params, VOCAB).sample(row.clone(), mask)
+                told = Sampler(params, VOCAB).sample(row.copy(), mask, found[n])
+                assert told == Sampler(params, VOCAB).sample(row.copy(), mask)
     assert extremes(rows[:0]) == []
 
 
@@ -224,7 +224,7 @@ def test_tokens_taken_instead_of_the_chosen_one_are_counted() -> None:
     chosen, _ = told.sample(random_logits(20))
     told.correct(chosen, [1, 2, 5])
     for token in (1, 2, 5):
-        row = torch.full((VOCAB,), -1.0)
+        row = np.full(VOCAB, -1.0, np.float32)
         row[token] = 50.0
         assert plain.sample(row)[0] == token
     for n in range(5):
@@ -241,7 +241,7 @@ def test_tokens_taken_back_leave_no_trace() -> None:
 
 def test_logprobs_are_those_of_the_raw_logits() -> None:
     logits = random_logits(9)
-    exact = torch.log_softmax(logits.double(), 0)
+    exact = torch.log_softmax(torch.from_numpy(logits).double(), 0)
     params = SamplingParams(
         temperature=0.3, top_k=2, presence_penalty=2.0, logit_bias={3: -50.0}, logprobs=5, seed=1
     )
@@ -269,11 +269,11 @@ def test_logprobs_are_those_of_the_raw_logits() -> None:
     ],
 )
 def test_the_bounds_of_the_ranges_keep_every_number_finite(params: SamplingParams) -> None:
-    logits = random_logits(5) * 1e4
+    logits = random_logits(5) * np.float32(1e4)
     sampler = Sampler(params, VOCAB, prompt=range(VOCAB))
     with np.errstate(all="raise", under="ignore"):
         for _ in range(20):
-            assert sampler.sample(logits.clone(), Forbid(3))[0] != 3
+            assert sampler.sample(logits.copy(), Forbid(3))[0] != 3
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
