@@ -37,5 +37,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def runtime(checkpoint: Path) -> Iterator[Runtime]:
-    with load(checkpoint, latent_bytes=4 << 20, max_step_tokens=64, threads=2) as loaded:
+    with opened(checkpoint) as loaded:
         yield loaded
+
+
+def opened(checkpoint: Path) -> Runtime:
+    """Another one, with nothing cached."""
+    return load(checkpoint, latent_bytes=4 << 20, max_step_tokens=64, threads=2)
