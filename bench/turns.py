@@ -31,6 +31,7 @@ from k2hybrid.checkpoint.spec import read_spec
 from k2hybrid.config import MINI_MODEL, RuntimeConfig
 from k2hybrid.engine.step import StepModel
 from k2hybrid.model import attention, fused
+from k2hybrid.native.latent_step import NativeLatentStep
 from k2hybrid.native.machine import Machine
 from k2hybrid.runtime.loading import open_runtime
 from k2hybrid.runtime.runtime import Runtime
@@ -92,10 +93,23 @@ class AttentionWatch:
         """While it lasts."""
         with (
             mock.patch.object(Machine, "attend", self._timed(Machine.attend)),
+            mock.patch.object(NativeLatentStep, "__call__", self._asked(NativeLatentStep.__call__)),
             mock.patch.object(attention, "expanded", self._timed(attention.expanded)),
             mock.patch.object(fused, "expanded", self._timed(fused.expanded)),
         ):
             yield
+
+    def _asked(self, step: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        """Of a step it counts what the machine says, since the rest is no attention."""
+
+        def asked(self_: NativeLatentStep, *args: Any) -> torch.Tensor:
+            before = self_.machine.attend_seconds
+            try:
+                return step(self_, *args)
+            finally:
+                self.ms += (self_.machine.attend_seconds - before) * 1e3
+
+        return asked
 
     def _timed(self, function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         def timed(*args: Any, **options: Any) -> torch.Tensor:

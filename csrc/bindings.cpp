@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "cpu/bind_fault.h"
+#include "cpu/bind_latent_step.h"
 #include "cpu/machine.h"
 #include "cpu/probe.h"
 #include "cpu/rows.h"
@@ -32,6 +33,7 @@ void BindMachine(py::module_& m) {
       .def_property_readonly("isa", [](const k2::Machine& self) { return self.kernels().name; })
       .def_property_readonly("threads", [](k2::Machine& self) { return self.pool().threads(); })
       .def_property_readonly("groups", [](k2::Machine& self) { return self.pool().groups(); })
+      .def_property_readonly("attend_ns", &k2::Machine::attend_ns)
       .def("pin_caller", [](k2::Machine& self) { self.pool().PinCaller(); })
       .def(
           "linear",
@@ -175,4 +177,5 @@ PYBIND11_MODULE(_native, m) {
   k2::bind_doorbell(m);
   k2::bind_handoff(m);
   k2::bind_fault(m);
+  k2::bind_latent_step(m);
 }

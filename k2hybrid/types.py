@@ -356,6 +356,29 @@ class Weight8:
 LinearWeight: TypeAlias = "torch.Tensor | Weight8"  # what a linear reads: bf16 [N, K], or 8 bits
 
 
+class LatentWeights(NamedTuple):
+    """What a layer's latent attention is made of.
+
+    Attributes:
+        q_a: [rank, hidden]; None: q reads the rows themselves.
+        q_norm: fp32 [rank]; None as q_a.
+        q: [heads · (nope + rope), rank or hidden].
+        kv_a: [latent + rope, hidden].
+        latent_norm: fp32 [latent].
+        key_to_latent, latent_to_value: bf16 [heads, nope, latent] and [heads, value, latent].
+        o: [hidden, heads · value].
+    """
+
+    q_a: LinearWeight | None
+    q_norm: torch.Tensor | None
+    q: LinearWeight
+    kv_a: LinearWeight
+    latent_norm: torch.Tensor
+    key_to_latent: torch.Tensor
+    latent_to_value: torch.Tensor
+    o: LinearWeight
+
+
 class ExpertSink(Protocol):
     """Takes experts from the loader, which so needs to know nothing of the store behind it."""
 

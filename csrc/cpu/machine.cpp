@@ -1,6 +1,7 @@
 #include "cpu/machine.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <limits>
 #include <utility>
@@ -209,6 +210,7 @@ void Machine::LinearTransposed(const Activations& x, const Weights& w, float* y)
 
 void Machine::Attend(const LatentRows& rows, const std::vector<AttendSpan>& spans, const bf16* q, int heads,
                      float scale, float* out) {
+  const auto began = std::chrono::steady_clock::now();
   Require(rows.latent % 16 == 0 && rows.latent > 0 && rows.rope >= 0 && heads > 0,
           "attention takes a latent of a multiple of 16 values");
   const size_t scratch =
@@ -242,6 +244,7 @@ void Machine::Attend(const LatentRows& rows, const std::vector<AttendSpan>& span
     }
   }
   if (!call.stretches.empty()) run();
+  attend_ns_ += std::chrono::nanoseconds(std::chrono::steady_clock::now() - began).count();
 }
 
 }  // namespace k2

@@ -73,9 +73,13 @@ class Machine {
   void Attend(const LatentRows& rows, const std::vector<AttendSpan>& spans, const bf16* q, int heads,
               float scale, float* out);
 
+  // Nanoseconds in Attend since the start: what grows with the context, for who measures the rest.
+  int64_t attend_ns() const { return attend_ns_; }
+
  private:
   const KernelTable& kernels_;
   Pool pool_;
+  int64_t attend_ns_ = 0;
   std::vector<float> attend_sums_;                  // of stretches, kept for the next call
   std::vector<std::vector<float>> attend_scratch_;  // one per worker
 };

@@ -19,6 +19,7 @@ import torch
 
 from k2hybrid.model.layers import LinearKernels, WithRows
 from k2hybrid.model.scratch import Cut, absorbed_below
+from k2hybrid.types import LatentWeights
 
 if TYPE_CHECKING:
     from k2hybrid.cache.pages import LatentPages
@@ -61,6 +62,28 @@ class SpanAttention(Protocol):
         scale: float,
     ) -> torch.Tensor:
         """q bf16 [T, heads, latent + rope], spans (table, start, count) -> fp32 [T, heads, latent]."""
+
+
+class LatentStep(Protocol):
+    """One layer's attention for few rows, in one call: same products, order and bits as in `mla`."""
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        rows: torch.Tensor,
+        slots: torch.Tensor,
+        spans: Sequence[tuple[torch.Tensor, int, int]],
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+    ) -> torch.Tensor:
+        """x bf16 [T, hidden] -> fp32 [T, hidden]; stores the rows' latents at `slots` int64 [T] of `rows`."""
+
+
+@runtime_checkable
+class LatentSteps(Protocol):
+    """Kernels that have such steps (`native.machine`), for latents stored in bf16."""
+
+    def latent_step(self, weights: LatentWeights, *, rope: int, eps: float, scale: float) -> LatentStep: ...
 
 
 class ContextKernels(LinearKernels, SpanAttention, WithRows, Protocol):

@@ -17,7 +17,7 @@ from k2hybrid.cache.pages import LatentPages
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import EngineError
 from k2hybrid.model import attention, flash, fused
-from k2hybrid.model.attention import AttentionSizes, Context, SpanAttention
+from k2hybrid.model.attention import AttentionSizes, Context, LatentStep, LatentSteps, SpanAttention
 from k2hybrid.model.batch import Batch, sent
 from k2hybrid.model.layers import (
     HeadLinear,
@@ -31,11 +31,14 @@ from k2hybrid.model.layers import (
 from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
 from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
 from k2hybrid.model.scratch import ABSORBED_ROWS, IN_RAM, ON_DEVICE
-from k2hybrid.types import LinearWeight
+from k2hybrid.types import LatentWeights, LinearWeight
 
 # On a CPU the expanded form goes through the heads in so many groups, between which a pass may stop: over a
 # long context attention takes most of a layer, and whoever decodes meanwhile waits for a piece of it only.
 HEAD_GROUPS = 4
+# Rows of a pass whose attention is one call a layer, where kernels have one: of more the products take longer
+# than the calls, and what lies between them would be large.
+STEP_ROWS = 64
 
 
 def attention_sizes(spec: ModelSpec, *, fused: bool = False) -> AttentionSizes:
@@ -74,6 +77,7 @@ class AttentionPlan:
     rotation: Rotation
     absorbed: tuple[Absorbed, ...]  # groups of spans
     expanded: tuple[int, ...]
+    few: Absorbed | None = None  # all spans, where they are absorbed and few rows
     paged: PagedSpans | None = None  # those of one token, where a device attends to them in one call
     tables: Mapping[int, torch.Tensor] = field(default_factory=dict)  # of the others by number, on a device
 
@@ -90,12 +94,15 @@ def plan_attention(
     rest = [i for i in range(len(batch.spans)) if i not in single] if single else range(len(batch.spans))
     few = {i: batch.spans[i].count < sizes.absorbed_below for i in rest}
     rotation, device = rope.at(batch.positions), pages.device
+    absorbed = tuple(_absorbed_together([i for i, is_few in few.items() if is_few], batch))
+    whole = len(absorbed) == 1 and len(absorbed[0].spans) == len(batch.spans)
     return AttentionPlan(
         batch=batch,
         slots=sent(_slots(batch, pages), device),
         rotation=Rotation(sent(rotation.cos, device), sent(rotation.sin, device)),
-        absorbed=tuple(_absorbed_together([i for i, is_few in few.items() if is_few], batch)),
+        absorbed=absorbed,
         expanded=tuple(i for i, is_few in few.items() if not is_few),
+        few=absorbed[0] if whole and batch.ids.numel() <= STEP_ROWS else None,
         paged=_paged(batch, single, device) if single else None,
         tables=_tables(batch, rest, device),
     )
@@ -141,11 +148,12 @@ def _paged(batch: Batch, single: list[int], device: torch.device) -> PagedSpans:
 @dataclass(frozen=True, slots=True)
 class Attending:
     """Attention of one layer under way: queries [n, heads, nope + rope] of the expanded spans, and
-    out [T, heads, value], in which the other spans are done."""
+    out [T, heads, value], in which the other spans are done. If it was done in one call, `result` is all."""
 
     plan: AttentionPlan
     queries: tuple[torch.Tensor, ...]
     out: torch.Tensor
+    result: torch.Tensor | None = None  # fp32 [T, hidden]
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +217,11 @@ class MLA:
         self.latent_to_value = HeadLinear(kernels, by_head[:, sizes.nope :])
         self._form = fused if sizes.fused else attention
         self.o = Linear(kernels, take("o_proj"))
+        self._step: LatentStep | None = None
+        if self.attention is not None and isinstance(kernels, LatentSteps) and pages.format.name == "bf16":
+            self._step = kernels.latent_step(
+                self._weights(), rope=sizes.rope, eps=latent_norm_eps, scale=sizes.scale
+            )
 
     def __call__(self, x: torch.Tensor, plan: AttentionPlan) -> torch.Tensor:
         """x [T, hidden] -> fp32 [T, hidden]; stores the rows' latents on the way."""
@@ -220,6 +233,11 @@ class MLA:
     def begin(self, x: torch.Tensor, plan: AttentionPlan) -> Attending:
         """x [T, hidden]: stores the rows' latents, and attends for all spans but the expanded ones."""
         sizes = self.sizes
+        if self._step is not None and plan.few is not None:
+            cos, sin = plan.rotation.cos, plan.rotation.sin
+            stored = self.pages.rows(self.layer)
+            done = self._step(x, stored, plan.slots, plan.few.attended, cos, sin)
+            return Attending(plan, (), done, done)
         q_nope, q_rope, latents = self._prepared(self._queries(x), x, plan.rotation)
         self.pages.put(self.layer, plan.slots, latents)
         del latents
@@ -246,7 +264,19 @@ class MLA:
 
     def end(self, attending: Attending) -> torch.Tensor:
         """fp32 [T, hidden], after the last group."""
-        return self.o(attending.out.flatten(1))
+        return self.o(attending.out.flatten(1)) if attending.result is None else attending.result
+
+    def _weights(self) -> LatentWeights:
+        return LatentWeights(
+            q_a=None if self.q_a is None else self.q_a.weight,
+            q_norm=None if self.q_a is None else self.q_norm.weight,
+            q=self.q.weight,
+            kv_a=self.kv_a.weight,
+            latent_norm=self.latent_norm.weight,
+            key_to_latent=self.key_to_latent.weight,
+            latent_to_value=self.latent_to_value.weight,
+            o=self.o.weight,
+        )
 
     def _queries(self, x: torch.Tensor) -> torch.Tensor:
         """x [T, hidden] -> fp32 [T, heads, nope + rope]."""

@@ -10,9 +10,10 @@ import torch
 
 from k2hybrid.errors import NativeError
 from k2hybrid.native.extension import ERRORS, EXTENSION
+from k2hybrid.native.latent_step import NativeLatentStep
 from k2hybrid.native.rows import NativeRows
 from k2hybrid.native.tensors import require_bf16, require_heads, require_weight8
-from k2hybrid.types import LinearWeight, Weight8
+from k2hybrid.types import LatentWeights, LinearWeight, Weight8
 
 # Read before any thread is pinned: a pinned thread sees its own core only.
 ALLOWED_CPUS: tuple[int, ...] = tuple(sorted(os.sched_getaffinity(0)))
@@ -177,11 +178,7 @@ class Machine:
                 f"attend takes contiguous q {list(q.shape)} and uint8 rows on the CPU in bf16 or fp8, not "
                 f"{rows.dtype} {list(rows.shape)} on {rows.device} in {row_format}"
             )
-        known, given = self._known_spans
-        if spans is not known:
-            given = _given_spans(spans)
-            if isinstance(spans, tuple):  # which does not change
-                self._known_spans = spans, given
+        given = self.given_spans(spans)
         rope, row_bytes = width - latent, rows.shape[1]
         least = 2 * width if row_format == "bf16" else latent + 4 * -(-latent // 128) + 2 * rope
         if row_bytes != least or sum(count for *_, count in given) != tokens:
@@ -196,6 +193,28 @@ class Machine:
                 given, q.data_ptr(), heads, scale, out.data_ptr(),
             )  # fmt: skip
         return out
+
+    @property
+    def attend_seconds(self) -> float:
+        """That attention to contexts took since the start, of `attend` and of latent steps."""
+        return float(self.handle.attend_ns) / 1e9
+
+    def given_spans(self, spans: Sequence[tuple[torch.Tensor, int, int]]) -> _GivenSpans:
+        """Address of the table, start and count of each; all layers of a pass ask for the same.
+
+        Raises:
+            NativeError: a table does not fit.
+        """
+        known, given = self._known_spans
+        if spans is not known:
+            given = _given_spans(spans)
+            if isinstance(spans, tuple):  # which does not change
+                self._known_spans = spans, given
+        return given
+
+    def latent_step(self, weights: LatentWeights, *, rope: int, eps: float, scale: float) -> NativeLatentStep:
+        """One layer's attention for few rows, in one call; see there."""
+        return NativeLatentStep(self, weights, rope=rope, eps=eps, scale=scale)
 
     def probe_read_seconds(
         self, data: torch.Tensor, stripe_bytes: int, ahead_bytes: int, streams: int
