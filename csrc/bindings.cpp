@@ -7,7 +7,7 @@
 #include <tuple>
 
 #include "cpu/bind_fault.h"
-#include "cpu/bind_latent_step.h"
+#include "cpu/bind_steps.h"
 #include "cpu/machine.h"
 #include "cpu/probe.h"
 #include "cpu/rows.h"
@@ -177,5 +177,5 @@ PYBIND11_MODULE(_native, m) {
   k2::bind_doorbell(m);
   k2::bind_handoff(m);
   k2::bind_fault(m);
-  k2::bind_latent_step(m);
+  k2::bind_steps(m);
 }

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from k2hybrid.checkpoint.dense8 import dequantize
 from k2hybrid.errors import ConfigError
-from k2hybrid.model.scratch import MLP_ROWS
+from k2hybrid.model.scratch import MLP_ROWS, STEP_ROWS
 from k2hybrid.types import LinearWeight, Weight8
 
 
@@ -74,6 +74,20 @@ class WithRows(Protocol):
 def row_kernels(kernels: LinearKernels, dtype: torch.dtype) -> RowKernels | None:
     """Those that belong to `kernels`, if `dtype` is what they give; None: torch does it."""
     return kernels.rows if isinstance(kernels, WithRows) and dtype == torch.bfloat16 else None
+
+
+class MlpStep(Protocol):
+    """An MLP for few rows, in one call: same products and bits as in `MLP`."""
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x bf16 [T, hidden] -> fp32 [T, hidden]."""
+
+
+@runtime_checkable
+class MlpSteps(Protocol):
+    """Kernels that have such steps (`native.machine`)."""
+
+    def mlp_step(self, gate: LinearWeight, up: LinearWeight, down: LinearWeight) -> MlpStep: ...
 
 
 class TorchLinears:
@@ -198,9 +212,14 @@ class MLP:
         self.down = Linear(kernels, down)
         self.dtype = dtype
         self._rows = row_kernels(kernels, dtype)
+        self._step: MlpStep | None = None
+        if isinstance(kernels, MlpSteps) and dtype == torch.bfloat16:
+            self._step = kernels.mlp_step(gate, up, down)
 
     def __call__(self, x: torch.Tensor, rows: Sequence[slice]) -> torch.Tensor:
         """x [T, hidden], the rows of each span -> fp32 [T, hidden]."""
+        if self._step is not None and x.shape[0] <= STEP_ROWS:
+            return self._step(x)
         # Where torch plays swiglu spans must not be cut: see `span_by_span`.
         whole_spans = self._rows is None and len(rows) > 1
         if len(x) <= MLP_ROWS or whole_spans:

@@ -30,15 +30,12 @@ from k2hybrid.model.layers import (
 )
 from k2hybrid.model.paged import PagedDecode, PagedSpans, paged_spans
 from k2hybrid.model.rope import Rope, Rotation, rotate, softmax_scale
-from k2hybrid.model.scratch import ABSORBED_ROWS, IN_RAM, ON_DEVICE
+from k2hybrid.model.scratch import ABSORBED_ROWS, IN_RAM, ON_DEVICE, STEP_ROWS
 from k2hybrid.types import LatentWeights, LinearWeight
 
 # On a CPU the expanded form goes through the heads in so many groups, between which a pass may stop: over a
 # long context attention takes most of a layer, and whoever decodes meanwhile waits for a piece of it only.
 HEAD_GROUPS = 4
-# Rows of a pass whose attention is one call a layer, where kernels have one: of more the products take longer
-# than the calls, and what lies between them would be large.
-STEP_ROWS = 64
 
 
 def attention_sizes(spec: ModelSpec, *, fused: bool = False) -> AttentionSizes:

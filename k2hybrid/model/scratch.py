@@ -58,6 +58,10 @@ class Cut:
 # Rows that an MLP works on at once: its inner activations are its own, and a chunk on a card has many rows.
 MLP_ROWS = 2048
 
+# Rows of a pass whose attention, or MLP, is one call a layer where kernels have one: of more the products
+# take longer than the calls, and what lies between them would be large.
+STEP_ROWS = 64
+
 # Rows whose queries are in latent space at once, which is several times wider than a head.
 ABSORBED_ROWS = 512
 

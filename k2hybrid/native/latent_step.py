@@ -9,14 +9,13 @@ import torch
 
 from k2hybrid.errors import NativeError
 from k2hybrid.native.extension import ERRORS, EXTENSION
-from k2hybrid.native.tensors import require_bf16, require_fp32, require_weight8
-from k2hybrid.types import LatentWeights, LinearWeight, Weight8
+from k2hybrid.native.tensors import given_weight, require_bf16, require_fp32
+from k2hybrid.types import LatentWeights
 
 if TYPE_CHECKING:
     from k2hybrid.native.machine import Machine
 
 _PAGE_ROWS = 64  # of `cache.pages`
-_GivenWeight = tuple[str, int, int, int, int, int, int, int]
 
 
 class NativeLatentStep:
@@ -51,12 +50,12 @@ class NativeLatentStep:
         with ERRORS:
             self._handle = EXTENSION.LatentStep(
                 machine.handle,
-                None if lower is None else _given("q_a", lower),
-                _given("q", weights.q),
-                _given("kv_a", weights.kv_a),
-                _given("key_to_latent", weights.key_to_latent),
-                _given("latent_to_value", weights.latent_to_value),
-                _given("o", weights.o),
+                None if lower is None else given_weight("q_a", lower),
+                given_weight("q", weights.q),
+                given_weight("kv_a", weights.kv_a),
+                given_weight("key_to_latent", weights.key_to_latent),
+                given_weight("latent_to_value", weights.latent_to_value),
+                given_weight("o", weights.o),
                 0 if weights.q_norm is None else weights.q_norm.data_ptr(),
                 weights.latent_norm.data_ptr(),
                 eps,
@@ -106,18 +105,3 @@ class NativeLatentStep:
                 rows.data_ptr(), rows.shape[0] // _PAGE_ROWS, out.data_ptr(),
             )  # fmt: skip
         return out
-
-
-def _given(name: str, weight: LinearWeight) -> _GivenWeight:
-    """As the binding takes it: kind, addresses of values and scales, heads, rows, columns, strides."""
-    if isinstance(weight, Weight8):
-        require_weight8(weight)
-        values = weight.values
-        return (
-            weight.kind, values.data_ptr(), weight.scale.data_ptr(), 1, *values.shape, 0, values.stride(0)
-        )  # fmt: skip
-    require_bf16(name, weight, weight.dim())
-    if weight.dim() == 2:
-        return "bf16", weight.data_ptr(), 0, 1, *weight.shape, 0, weight.stride(0)
-    heads, rows, columns = weight.shape
-    return "bf16", weight.data_ptr(), 0, heads, rows, columns, weight.stride(0), weight.stride(1)

@@ -11,6 +11,7 @@ import torch
 from k2hybrid.errors import NativeError
 from k2hybrid.native.extension import ERRORS, EXTENSION
 from k2hybrid.native.latent_step import NativeLatentStep
+from k2hybrid.native.mlp_step import NativeMlpStep
 from k2hybrid.native.rows import NativeRows
 from k2hybrid.native.tensors import require_bf16, require_heads, require_weight8
 from k2hybrid.types import LatentWeights, LinearWeight, Weight8
@@ -215,6 +216,10 @@ class Machine:
     def latent_step(self, weights: LatentWeights, *, rope: int, eps: float, scale: float) -> NativeLatentStep:
         """One layer's attention for few rows, in one call; see there."""
         return NativeLatentStep(self, weights, rope=rope, eps=eps, scale=scale)
+
+    def mlp_step(self, gate: LinearWeight, up: LinearWeight, down: LinearWeight) -> NativeMlpStep:
+        """An MLP for few rows, in one call; see there."""
+        return NativeMlpStep(self, gate, up, down)
 
     def probe_read_seconds(
         self, data: torch.Tensor, stripe_bytes: int, ahead_bytes: int, streams: int

@@ -7,7 +7,9 @@ import ctypes
 import torch
 
 from k2hybrid.errors import NativeError
-from k2hybrid.types import Weight8
+from k2hybrid.types import LinearWeight, Weight8
+
+GivenWeight = tuple[str, int, int, int, int, int, int, int]
 
 
 def require_bf16(name: str, tensor: torch.Tensor, dims: int) -> None:
@@ -56,6 +58,24 @@ def require_heads(what: str, x: torch.Tensor, weight: torch.Tensor, contracted: 
     require_bf16("weight", weight, 3)
     if x.shape[1] != weight.shape[0] or x.shape[2] != weight.shape[contracted]:
         raise NativeError(f"{what}: x {list(x.shape)} does not fit weight {list(weight.shape)}")
+
+
+def given_weight(name: str, weight: LinearWeight) -> GivenWeight:
+    """A weight [N, K], or bf16 [H, N, K], as the bindings of whole steps take it; else `NativeError`.
+
+    Kind, addresses of values and scales, heads, rows, columns, strides of heads and rows.
+    """
+    if isinstance(weight, Weight8):
+        require_weight8(weight)
+        values = weight.values
+        return (
+            weight.kind, values.data_ptr(), weight.scale.data_ptr(), 1, *values.shape, 0, values.stride(0)
+        )  # fmt: skip
+    require_bf16(name, weight, weight.dim())
+    if weight.dim() == 2:
+        return "bf16", weight.data_ptr(), 0, 1, *weight.shape, 0, weight.stride(0)
+    heads, rows, columns = weight.shape
+    return "bf16", weight.data_ptr(), 0, heads, rows, columns, weight.stride(0), weight.stride(1)
 
 
 def view_of(owner: object, address: int, dtype: torch.dtype, rows: int, columns: int) -> torch.Tensor:

@@ -13,8 +13,9 @@ from k2hybrid.checkpoint.dense8 import quantize
 from k2hybrid.checkpoint.spec import ModelSpec
 from k2hybrid.errors import NativeError
 from k2hybrid.model.batch import Batch, Span
-from k2hybrid.model.mla import MLA, STEP_ROWS, AttentionPlan, attention_sizes, plan_attention
+from k2hybrid.model.mla import MLA, AttentionPlan, attention_sizes, plan_attention
 from k2hybrid.model.rope import Rope
+from k2hybrid.model.scratch import STEP_ROWS
 from k2hybrid.native.extension import INSTRUCTION_SETS
 from k2hybrid.native.latent_step import NativeLatentStep
 from k2hybrid.native.machine import Machine

@@ -1,4 +1,4 @@
-#include "cpu/bind_latent_step.h"
+#include "cpu/bind_steps.h"
 
 #include <pybind11/stl.h>
 
@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "cpu/latent_step.h"
+#include "cpu/mlp_step.h"
 
 namespace py = pybind11;
 
@@ -32,7 +33,7 @@ Weights Of(const GivenWeights& given) {
 
 }  // namespace
 
-void bind_latent_step(py::module_& m) {
+void bind_steps(py::module_& m) {
   py::class_<LatentStep>(m, "LatentStep")
       .def(py::init([](Machine& machine, const std::optional<GivenWeights>& q_a, const GivenWeights& q,
                        const GivenWeights& kv_a, const GivenWeights& key_to_latent,
@@ -64,6 +65,18 @@ void bind_latent_step(py::module_& m) {
         py::gil_scoped_release release;
         self.Run(batch, Pointer<uint8_t>(pages), page_count, Pointer<float>(out));
       });
+  py::class_<MlpStep>(m, "MlpStep")
+      .def(py::init([](Machine& machine, const GivenWeights& gate, const GivenWeights& up,
+                       const GivenWeights& down) {
+             return std::make_unique<MlpStep>(machine, MlpWeights{Of(gate), Of(up), Of(down)});
+           }),
+           py::keep_alive<1, 2>())
+      .def(
+          "run",
+          [](MlpStep& self, uintptr_t x, int tokens, ptrdiff_t stride, uintptr_t out) {
+            self.Run({Pointer<bf16>(x), tokens, stride}, Pointer<float>(out));
+          },
+          py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace k2

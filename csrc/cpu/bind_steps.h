@@ -4,6 +4,6 @@
 
 namespace k2 {
 
-void bind_latent_step(pybind11::module_& m);
+void bind_steps(pybind11::module_& m);
 
 }  // namespace k2
