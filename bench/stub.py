@@ -74,4 +74,4 @@ class Silent:
         return state
 
     def logits(self, state: _State) -> torch.Tensor:
-        return self._logits[: len(state.batch.logit_rows)]
+        return self._logits[: state.batch.logit_rows.numel()]

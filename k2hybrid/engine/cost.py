@@ -189,9 +189,10 @@ class CostModel:
         """Of a pass as a whole, without its factor: quickly, since every decode step asks."""
         sizes = self.sizes
         read = self._dense_bytes + sizes.moe_layers * self.experts_read(count) * sizes.expert.bytes
-        read += sizes.layers * sizes.latent_bytes * sum([r.context for r in rows])
-        ops = count * self._row_ops
-        ops += sizes.layers * sizes.context_ops * sum([r.pairs for r in rows])
+        context = sum([r.context for r in rows])
+        read += sizes.layers * sizes.latent_bytes * context
+        pairs = context if count == len(rows) else sum([r.pairs for r in rows])
+        ops = count * self._row_ops + sizes.layers * sizes.context_ops * pairs
         return max(read / self._bytes_per_us, ops / self._ops_per_us)
 
     def _large_us(self, rows: list[Rows]) -> dict[Kind, float]:
