@@ -37,7 +37,8 @@ LatentStep::LatentStep(Machine& machine, const LatentWeights& weights)
               w.kv_a.rows == latent_ + w.rope && (!w.q_a || w.q_a->columns == w.kv_a.columns) &&
               w.o.columns == heads_ * value_,
           "the weights of an attention layer do not fit each other");
-  Require(latent_ > 0 && latent_ % 16 == 0 && w.rope % 2 == 0, "a latent is a multiple of 16 values");
+  Require(latent_ > 0 && latent_ % 16 == 0, "a latent is a multiple of 16 values");
+  Require(w.rope >= 0 && w.rope % 2 == 0, "a rotary part is made of pairs");
 }
 
 void LatentStep::Run(const LatentBatch& batch, uint8_t* pages, int64_t page_count, float* out) {

@@ -89,16 +89,16 @@ def plan_attention(
     """
     single = [i for i, span in enumerate(batch.spans) if paged and span.count == 1]
     rest = [i for i in range(len(batch.spans)) if i not in single] if single else range(len(batch.spans))
-    few = {i: batch.spans[i].count < sizes.absorbed_below for i in rest}
+    is_short = {i: batch.spans[i].count < sizes.absorbed_below for i in rest}
     rotation, device = rope.at(batch.positions), pages.device
-    absorbed = tuple(_absorbed_together([i for i, is_few in few.items() if is_few], batch))
+    absorbed = tuple(_absorbed_together([i for i, short in is_short.items() if short], batch))
     whole = len(absorbed) == 1 and len(absorbed[0].spans) == len(batch.spans)
     return AttentionPlan(
         batch=batch,
         slots=sent(_slots(batch, pages), device),
         rotation=Rotation(sent(rotation.cos, device), sent(rotation.sin, device)),
         absorbed=absorbed,
-        expanded=tuple(i for i, is_few in few.items() if not is_few),
+        expanded=tuple(i for i, short in is_short.items() if not short),
         few=absorbed[0] if whole and batch.ids.numel() <= STEP_ROWS else None,
         paged=_paged(batch, single, device) if single else None,
         tables=_tables(batch, rest, device),

@@ -9,13 +9,11 @@ import torch
 
 from k2hybrid.errors import NativeError
 from k2hybrid.native.extension import ERRORS, EXTENSION
-from k2hybrid.native.tensors import given_weight, require_bf16, require_fp32
+from k2hybrid.native.tensors import PAGE_ROWS, given_weight, require_bf16, require_fp32
 from k2hybrid.types import LatentWeights
 
 if TYPE_CHECKING:
     from k2hybrid.native.machine import Machine
-
-_PAGE_ROWS = 64  # of `cache.pages`
 
 
 class NativeLatentStep:
@@ -102,6 +100,6 @@ class NativeLatentStep:
         with ERRORS:
             self._handle.run(
                 x.data_ptr(), tokens, x.stride(0), cos.data_ptr(), sin.data_ptr(), slots.data_ptr(), given,
-                rows.data_ptr(), rows.shape[0] // _PAGE_ROWS, out.data_ptr(),
+                rows.data_ptr(), rows.shape[0] // PAGE_ROWS, out.data_ptr(),
             )  # fmt: skip
         return out

@@ -13,13 +13,12 @@ from k2hybrid.native.extension import ERRORS, EXTENSION
 from k2hybrid.native.latent_step import NativeLatentStep
 from k2hybrid.native.mlp_step import NativeMlpStep
 from k2hybrid.native.rows import NativeRows
-from k2hybrid.native.tensors import require_bf16, require_heads, require_weight8
+from k2hybrid.native.tensors import PAGE_ROWS, require_bf16, require_heads, require_weight8
 from k2hybrid.types import LatentWeights, LinearWeight, Weight8
 
 # Read before any thread is pinned: a pinned thread sees its own core only.
 ALLOWED_CPUS: tuple[int, ...] = tuple(sorted(os.sched_getaffinity(0)))
 
-_PAGE_ROWS = 64  # of `cache.pages`
 _GivenSpans = list[tuple[int, int, int]]
 
 
@@ -190,7 +189,7 @@ class Machine:
         out = torch.empty(tokens, heads, latent, dtype=torch.float32)
         with ERRORS:
             self.handle.attend(
-                rows.data_ptr(), rows.shape[0] // _PAGE_ROWS, row_bytes, latent, rope, row_format == "fp8",
+                rows.data_ptr(), rows.shape[0] // PAGE_ROWS, row_bytes, latent, rope, row_format == "fp8",
                 given, q.data_ptr(), heads, scale, out.data_ptr(),
             )  # fmt: skip
         return out
@@ -262,7 +261,7 @@ def _given_spans(spans: Sequence[tuple[torch.Tensor, int, int]]) -> _GivenSpans:
     for table, start, count in spans:
         if table.dtype != torch.int64 or not table.is_contiguous() or table.device.type != "cpu":
             raise NativeError(f"a page table must be contiguous int64 on the CPU, not {table.dtype}")
-        if min(start, count) < 0 or start + count > _PAGE_ROWS * table.numel():
+        if min(start, count) < 0 or start + count > PAGE_ROWS * table.numel():
             raise NativeError(f"a page table of {table.numel()} pages lacks rows {start} + {count}")
         given.append((table.data_ptr(), start, count))
     return given

@@ -11,6 +11,8 @@ from k2hybrid.types import LinearWeight, Weight8
 
 GivenWeight = tuple[str, int, int, int, int, int, int, int]
 
+PAGE_ROWS = 64  # of `cache.pages`
+
 
 def require_bf16(name: str, tensor: torch.Tensor, dims: int) -> None:
     """bf16 on the CPU, its last dimension contiguous; else `NativeError`."""
