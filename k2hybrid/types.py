@@ -53,7 +53,7 @@ class Message:
 
     # Histories are long: these are several times as fast as `dataclasses.replace`.
 
-    def with_reasoning(self, reasoning: str) -> Message:
+    def with_reasoning(self, reasoning: str | None) -> Message:
         """The same with other reasoning."""
         return Message(
             self.role, self.content, self.name, reasoning, self.tool_calls, self.tool_call_id, self.partial,

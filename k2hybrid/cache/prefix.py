@@ -73,12 +73,13 @@ Leaving = Callable[[Evicted, float], bool]
 class _Node:
     """`children` are sorted by chunk: those with most in common with a chunk lie beside its place."""
 
-    __slots__ = ("children", "chunk", "key", "page", "parent", "queued", "touched", "until", "used")
+    __slots__ = ("children", "chunk", "depth", "key", "page", "parent", "queued", "touched", "until", "used")
 
     def __init__(self, chunk: Chunk, page: int, parent: _Node | None, used: int) -> None:
         self.chunk = chunk
         self.page = page
         self.parent = parent
+        self.depth: int = parent.depth + 1 if parent else 0  # pages from the root to here
         self.used = self.touched = used  # `used` is later where it was held when it should have gone
         self.until = _UNLEASED  # never later than the parent's
         self.queued = False  # has an entry among the candidates for eviction
@@ -279,14 +280,15 @@ class PrefixTree:
         path: list[_Node] = []
         tokens = 0
         node: _Node | None = self._roots.get(scope)
-        for chunk in self._chunks(ids):
+        if node is None:
+            return path, 0
+        for chunk in self._chunks(tuple(ids)):
+            node, rows = node.closest(chunk)
             if node is None:
                 break
-            node, rows = node.closest(chunk)
-            if node is not None:
-                node.touch(self._clock)
-                path.append(node)
-                tokens += rows
+            node.touch(self._clock)
+            path.append(node)
+            tokens += rows
             if rows < self._page_tokens:
                 break
         return path, tokens
@@ -294,17 +296,16 @@ class PrefixTree:
     def _known(self, root: _Root, ids: Sequence[int], pages: Sequence[int]) -> tuple[_Node, int]:
         """The last of the leading full pages that the tree has already, one below the other, and how many.
 
-        So that a long history that grows is not compared from its beginning each time.
+        So that a long history that grows is not compared from its beginning each time: what a sequence shares
+        with the tree is a path from the root, so the last page of it tells of all.
         """
-        node: _Node = root
-        known, size = 0, self._page_tokens
-        for page in pages:
-            below = self._pages.get(page)
-            if below is None or below.parent is not node or len(below.chunk) < size:
+        size = self._page_tokens
+        for known in range(len(pages), 0, -1):
+            node = self._pages.get(pages[known - 1])
+            if node is not None and node.depth == known and len(node.chunk) == size:
+                if node.chunk == tuple(ids[(known - 1) * size : known * size]):
+                    return node, known
                 break
-            node, known = below, known + 1
-        if known and node.chunk == tuple(ids[(known - 1) * size : known * size]):
-            return node, known
         return root, 0
 
     def _enter(self, parent: _Node, chunk: Chunk, page: int) -> _Node:

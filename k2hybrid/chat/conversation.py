@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from k2hybrid.chat.growing import Held
 from k2hybrid.chat.tokenizer import replace_surrogates
-from k2hybrid.chat.toolcall import canonicalise
+from k2hybrid.chat.toolcall import CallHistory, is_result
 from k2hybrid.errors import RequestError
 from k2hybrid.types import Message
 
@@ -34,21 +37,81 @@ class Conversation:
     calls: int
 
 
-def prepare(messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Conversation:
-    """Check and convert. Raises RequestError where counts, sizes, nesting or types are out of bounds."""
-    if len(messages) > MAX_MESSAGES:
-        raise RequestError(f"{len(messages)} messages; at most {MAX_MESSAGES} are accepted", param="messages")
-    if len(tools) > MAX_TOOLS:
-        raise RequestError(f"{len(tools)} tools; at most {MAX_TOOLS} are accepted", param="tools")
-    renamed, calls = canonicalise(messages)
-    budget = _Budget(MAX_CHARS)
-    cleaned_tools = [budget.clean(tool, "tools", 1) for tool in tools]
-    dictionaries = [_as_dict(message, budget) for message in renamed]
-    if not messages or not messages[-1].partial:
-        return Conversation(dictionaries, cleaned_tools, None, calls)
-    if messages[-1].role != "assistant" or messages[-1].tool_calls:
-        raise RequestError("only an assistant message without tool calls can be partial", param="messages")
-    return Conversation(dictionaries[:-1], cleaned_tools, dictionaries[-1], calls)
+@dataclass(slots=True)
+class _Prepared:
+    """Messages and what became of them. `calls` goes on from there; None: another history has it now."""
+
+    given: list[Any]  # `exact`
+    dictionaries: list[dict[str, Any]]
+    chars: int
+    count: int
+    calls: CallHistory | None
+
+
+class Preparation:
+    """Checks and converts conversations; of one that grew, what is new. Thread-safe.
+
+    The dictionaries of one conversation are those of the next: not to be changed.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._held: Held[_Prepared] = Held()
+
+    def prepare(self, messages: Sequence[Message], tools: Sequence[Mapping[str, Any]]) -> Conversation:
+        """Check and convert. Raises RequestError where counts, sizes, nesting or types are out of bounds."""
+        if len(messages) > MAX_MESSAGES:
+            raise RequestError(
+                f"{len(messages)} messages; at most {MAX_MESSAGES} are accepted", param="messages"
+            )
+        if len(tools) > MAX_TOOLS:
+            raise RequestError(f"{len(tools)} tools; at most {MAX_TOOLS} are accepted", param="tools")
+        budget = _Budget(MAX_CHARS)
+        cleaned_tools = [budget.clean(tool, "tools", 1) for tool in tools]
+        prepared = self._prepared(messages, budget)
+        dictionaries = prepared.dictionaries
+        if not messages or not messages[-1].partial:
+            return Conversation(dictionaries, cleaned_tools, None, prepared.count)
+        if messages[-1].role != "assistant" or messages[-1].tool_calls:
+            raise RequestError(
+                "only an assistant message without tool calls can be partial", param="messages"
+            )
+        return Conversation(dictionaries[:-1], cleaned_tools, dictionaries[-1], prepared.count)
+
+    def _prepared(self, messages: Sequence[Message], budget: _Budget) -> _Prepared:
+        given = [exact(message) for message in messages]
+        with self._lock:
+            number, base, known = self._held.longest(given, lambda prepared: prepared.given)
+            calls = None
+            # Only what goes on from all of a history goes on from its calls.
+            if base is not None and known == len(base.given):
+                if known == len(given):
+                    budget.spend(base.chars, "messages")
+                    return base
+                if _parts(messages, known):
+                    calls, base.calls = base.calls, None
+        if base is None or calls is None:
+            number, base, calls = None, _Prepared([], [], 0, 0, None), CallHistory()
+        before = budget.left
+        budget.spend(base.chars, "messages")
+        new = calls.renamed(messages[len(base.given) :])
+        dictionaries = base.dictionaries + [_as_dict(message, budget) for message in new]
+        prepared = _Prepared(given, dictionaries, before - budget.left, calls.count, calls)
+        with self._lock:
+            self._held.put(next(self._numbers), prepared, prepared.chars, number)
+        return prepared
+
+
+def _parts(messages: Sequence[Message], at: int) -> bool:
+    """Whether results in a row do not lie on both sides of `at`: they find their calls together."""
+    return not (0 < at < len(messages) and is_result(messages[at - 1]) and is_result(messages[at]))
+
+
+def exact(message: Message) -> Any:
+    """What is equal only where the message is the same: parts may hold numbers, and 1 == True."""
+    content = message.content
+    return message if content is None or isinstance(content, str) else (message, repr(content))
 
 
 def text_of(content: Any) -> str:
@@ -105,12 +168,12 @@ class _Budget:
     """Copies JSON values with surrogates replaced and keys sorted, and counts characters down to zero."""
 
     def __init__(self, chars: int) -> None:
-        self._left = chars
+        self.left = chars
 
     def text(self, value: str) -> str:
         """A text of a message, as `clean`."""
-        self._left -= len(value)
-        if self._left < 0:
+        self.left -= len(value)
+        if self.left < 0:
             self.spend(0, "messages")
         return value if value.isascii() else replace_surrogates(value)
 
@@ -141,6 +204,6 @@ class _Budget:
 
     def spend(self, chars: int, param: str) -> None:
         """Count so many. Raises RequestError where they are more than are left."""
-        self._left -= chars
-        if self._left < 0:
+        self.left -= chars
+        if self.left < 0:
             raise RequestError(f"the conversation holds more than {MAX_CHARS} characters", param=param)

@@ -13,16 +13,19 @@ Pure; imports only layer 0 and this room. Thread-safe.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import is_
 from typing import Any, TypeVar
 
-from k2hybrid.chat.conversation import text_of
+from k2hybrid.chat.conversation import exact, text_of
+from k2hybrid.chat.growing import Held
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.stream import ChatStream
 from k2hybrid.chat.tokenizer import Tokenizer
@@ -84,6 +87,28 @@ class Recalled:
 
 
 @dataclass(frozen=True, slots=True)
+class _History:
+    """Messages as a client sent them, what they mean, and what was completed."""
+
+    scope: str
+    given: list[Any]  # `exact`
+    keys: list[str]
+    chain: list[str]  # the meaning of all before each message, and of all
+    completed: list[Message]
+    chars: list[int]  # before each message, and of all
+
+
+@dataclass(frozen=True, slots=True)
+class _Spliced:
+    """Rendered ids; their assistant messages up to `end` are spliced in `ids`, by the exchanges `answers`."""
+
+    rendered: list[int]
+    answers: list[Exchange | None]
+    end: int
+    ids: list[int]
+
+
+@dataclass(frozen=True, slots=True)
 class Answer:
     """What a stream of events says, in one piece."""
 
@@ -139,6 +164,9 @@ class Exchanges:
         self._verdicts: OrderedDict[bytes, bool] = OrderedDict()
         self._keys: OrderedDict[bytes, str] = OrderedDict()  # digest of a message → of its meaning
         self._lock = threading.Lock()
+        self._numbers = itertools.count()
+        self._histories: Held[_History] = Held()
+        self._spliced: Held[_Spliced] = Held()
         # (scope, context, message) → response id → exchange, oldest first in both.
         self._kept: OrderedDict[tuple[str, str, str], dict[str, Exchange]] = OrderedDict()
 
@@ -185,20 +213,32 @@ class Exchanges:
 
     def recall(self, scope: str, messages: Sequence[Message]) -> Recalled:
         """Find the answers in `messages`, and give those without reasoning theirs back."""
-        chain = ""
-        result: list[Message] = []
-        known: dict[int, Exchange] = {}
+        given = [exact(message) for message in messages]
+        with self._lock:
+            number, base, known = self._histories.longest(given, lambda h: h.given if h.scope == scope else [])
+        base = base or _History(scope, [], [], [""], [], [0])
+        keys, chain, chars = base.keys[:known], base.chain[: known + 1], base.chars[: known + 1]
+        for message in messages[known:]:
+            keys.append(self._key(message))
+            chain.append(_chained(chain[-1], keys[-1]))
+            chars.append(chars[-1] + _chars(message))
+        completed = [*base.completed[:known], *messages[known:]]
+        found: dict[int, Exchange] = {}
         for at, message in enumerate(messages):
-            key = self._key(message)
-            if message.role == "assistant" and not message.partial:
-                found = self._find((scope, chain, key), message)
-                if found is not None:
-                    known[at] = found
-                    if found.reasoning and found.reasoning != message.reasoning:
-                        message = message.with_reasoning(found.reasoning)
-            result.append(message)
-            chain = _chained(chain, key)
-        return Recalled(tuple(result), known, chain)
+            if message.role != "assistant" or message.partial:
+                continue
+            exchange = self._find((scope, chain[at], keys[at]), message)
+            reasoning = message.reasoning
+            if exchange is not None:
+                found[at] = exchange
+                reasoning = exchange.reasoning or reasoning
+            if completed[at].reasoning != reasoning:
+                completed[at] = message.with_reasoning(reasoning)
+        history = _History(scope, given, keys, chain, completed, chars)
+        with self._lock:
+            grown = number if known == len(base.given) else None
+            self._histories.put(next(self._numbers), history, chars[-1], grown)
+        return Recalled(tuple(completed), found, chain[-1])
 
     def spliced(self, ids: list[int], recalled: Recalled) -> list[int]:
         """Rendered `ids` with the known answers as they were generated, where they mean the same.
@@ -207,20 +247,43 @@ class Exchanges:
         """
         if not recalled.known:
             return ids
-        positions = [i for i, m in enumerate(recalled.messages) if m.role == "assistant" and not m.partial]
-        spans = _assistant_spans(ids, self._markers)
-        if len(spans) < len(positions):
+        answers = [
+            recalled.known.get(i)
+            for i, m in enumerate(recalled.messages)
+            if m.role == "assistant" and not m.partial
+        ]
+        number, base = self._begun(ids, answers)
+        new = list(_assistant_spans(ids, self._markers, base.end))
+        n_spans = len(base.answers) + len(new)
+        if n_spans < len(answers):
             return ids
-        result: list[int] = []
-        done = 0
-        for position, (start, stop) in zip(positions, spans, strict=False):
-            exchange = recalled.known.get(position)
+        result, done = list(base.ids), base.end
+        for exchange, (start, stop) in zip(answers[len(base.answers) :], new, strict=False):
             if exchange is None or not self._stands_for(exchange, ids[start:stop]):
                 continue
             result += ids[done:start]
             result += exchange.ids
             done = stop
+        if n_spans == len(answers):  # else it is not known which header is whose
+            end = new[-1][1] if new else base.end
+            so_far = _Spliced(ids, answers, end, result + ids[done:end])
+            with self._lock:
+                self._spliced.put(next(self._numbers), so_far, len(ids), number)
         return result + ids[done:]
+
+    def _begun(self, ids: list[int], answers: list[Exchange | None]) -> tuple[int | None, _Spliced]:
+        """The newest splicing that goes on with these ids and answers."""
+        with self._lock:
+            for number, held in self._spliced.newest_first():
+                n_answers = len(held.answers)
+                # Identity is quick, and an exchange that was replaced is another.
+                if (
+                    n_answers <= len(answers)
+                    and all(map(is_, held.answers, answers))
+                    and ids[: held.end] == held.rendered[: held.end]
+                ):
+                    return number, held
+        return None, _Spliced([], [], 0, [])
 
     def _find(self, key: tuple[str, str, str], message: Message) -> Exchange | None:
         with self._lock:
@@ -229,8 +292,9 @@ class Exchanges:
                 return None
             self._kept.move_to_end(key)
             candidates = list(among.values())
-        if given := _words(message.reasoning or ""):
-            candidates = [e for e in candidates if _words(e.reasoning) == given]
+        given = message.reasoning
+        if given and not given.isspace():
+            candidates = [e for e in candidates if e.reasoning == given or _words(e.reasoning) == _words(given)]
         named = [e for e in candidates if e.response_id == message.response_id]
         return next(reversed(named or candidates), None)
 
@@ -295,17 +359,23 @@ def _remember(known: OrderedDict[bytes, _Value], digest: bytes, value: _Value) -
         known.popitem(last=False)
 
 
-def _assistant_spans(ids: list[int], markers: Markers) -> list[tuple[int, int]]:
-    """From behind each assistant header to behind its end token. Control tokens are the template's alone."""
-    spans = []
-    at = 0
+def _assistant_spans(ids: list[int], markers: Markers, at: int) -> Iterator[tuple[int, int]]:
+    """From behind each assistant header to behind its end token, from `at` on.
+
+    Control tokens are the template's alone.
+    """
     try:
         while True:
             start = ids.index(markers.im_middle, ids.index(markers.im_assistant, at)) + 1
             at = ids.index(markers.im_end, start) + 1
-            spans.append((start, at))
+            yield start, at
     except ValueError:  # no further header, or the open one of the answer to come
-        return spans
+        return
+
+
+def _chars(message: Message) -> int:
+    called = sum([len(call.arguments) for call in message.tool_calls])
+    return len(_text(message.content)) + len(message.reasoning or "") + called
 
 
 def _meaning(message: Message) -> str:

@@ -25,7 +25,7 @@ def alike(one: Sequence[Any], other: Sequence[Any]) -> int:
 
 def chars_of(pieces: Iterable[str | int]) -> int:
     """Characters of the texts among them."""
-    return sum(len(piece) for piece in pieces if isinstance(piece, str))
+    return sum([len(piece) for piece in pieces if isinstance(piece, str)])
 
 
 class Held(Generic[T]):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from k2hybrid.chat.builtin import BuiltinRenderer
-from k2hybrid.chat.conversation import Conversation, prepare, text_of
+from k2hybrid.chat.conversation import Conversation, Preparation, text_of
 from k2hybrid.chat.jinja import JinjaRenderer
 from k2hybrid.chat.markers import Markers
 from k2hybrid.chat.prompt import Assembler, Piece, Prompt, merged
@@ -41,6 +41,7 @@ class ChatTemplate:
 
     def __init__(self, tokenizer: Tokenizer, source: str | None = None, *, timeout_s: float = 10.0) -> None:
         self.source = source
+        self._preparation = Preparation()
         self._assembler = Assembler(tokenizer)
         self._markers = Markers.from_specials(tokenizer.specials)
         self._jinja = None if source is None else JinjaRenderer(source, tokenizer, timeout_s=timeout_s)
@@ -72,7 +73,7 @@ class ChatTemplate:
         its text ends the prompt, whatever `add_generation_prompt` says.
         Raises RequestError where the messages are at fault, TemplateError where the template is.
         """
-        conversation = prepare(messages, tools)
+        conversation = self._preparation.prepare(messages, tools)
         partial = conversation.partial
         pieces = self._renderer.render(conversation, add_generation_prompt or partial is not None)
         in_reasoning = False

@@ -33,44 +33,9 @@ def canonical_id(name: str, index: int) -> str:
 # --- the history ----------------------------------------------------------------------------------
 
 
-@dataclass(slots=True)
-class _OpenCall:
-    given_id: str
-    name: str
-    id: str
-
-
-def canonicalise(messages: Sequence[Message]) -> tuple[list[Message], int]:
-    """Rename the ids of calls and their results; returns the messages and the number of ids given.
-
-    A result belongs to the unanswered call with its id, the latest turn first, whatever a client replaced in
-    it (`functions_f_0` for `functions.f:0`); failing that, to a call with its id that has a result already;
-    failing that, to the first unanswered call of the latest turn (preferring one with its name). A result
-    without a name gets its call's.
-
-    A result of no call at all, as where a client cut a history short, is that of a call that is not shown: it
-    has a number of its own, and the name it tells or `unknown`. So the model reads no foreign id, and no
-    later call is taken for its.
-    """
-    history = _History()
-    result = list(messages)
-    position = 0
-    while position < len(result):
-        message = result[position]
-        if message.tool_calls:
-            renamed = history.turn(message.tool_calls)
-            if renamed != message.tool_calls:
-                result[position] = message.with_calls(renamed)
-            position += 1
-        elif message.role == "tool":
-            end = position
-            while end < len(result) and result[end].role == "tool" and not result[end].tool_calls:
-                end += 1
-            result[position:end] = history.answer(result[position:end])
-            position = end
-        else:
-            position += 1
-    return result, history.count
+def is_result(message: Message) -> bool:
+    """Whether it is a call's result, and no call itself."""
+    return message.role == "tool" and not message.tool_calls
 
 
 @dataclass(slots=True)
@@ -81,7 +46,7 @@ class _Call:
     answered: bool = False
 
 
-class _History:
+class CallHistory:
     """The calls so far: `count` ids were given. Every look-up is one in a table, as histories are long."""
 
     def __init__(self) -> None:
@@ -91,7 +56,38 @@ class _History:
         self._older: dict[tuple[str, str], deque[_Call]] = {}  # of earlier turns, the latest first
         self._answered: dict[str, _Call] = {}
 
-    def turn(self, calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
+    def renamed(self, messages: Sequence[Message]) -> list[Message]:
+        """The messages that come next, with the ids of calls and their results renamed.
+
+        Results in a row are to come together. A result belongs to the unanswered call with its id, the latest
+        turn first, whatever a client replaced in it (`functions_f_0` for `functions.f:0`); failing that, to a
+        call with its id that has a result already; failing that, to the first unanswered call of the latest
+        turn (preferring one with its name). A result without a name gets its call's.
+
+        A result of no call at all, as where a client cut a history short, is that of a call that is not
+        shown: it has a number of its own, and the name it tells or `unknown`. So the model reads no foreign
+        id, and no later call is taken for its.
+        """
+        result = list(messages)
+        position = 0
+        while position < len(result):
+            message = result[position]
+            if message.tool_calls:
+                renamed = self._calls(message.tool_calls)
+                if renamed != message.tool_calls:
+                    result[position] = message.with_calls(renamed)
+                position += 1
+            elif is_result(message):
+                end = position
+                while end < len(result) and is_result(result[end]):
+                    end += 1
+                result[position:end] = self._results(result[position:end])
+                position = end
+            else:
+                position += 1
+        return result
+
+    def _calls(self, calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
         """The calls of one message, renamed."""
         for call in self._turn:
             if not call.answered:
@@ -108,7 +104,7 @@ class _History:
             for known, call in zip(self._turn, calls, strict=True)
         )
 
-    def answer(self, results: Sequence[Message]) -> list[Message]:
+    def _results(self, results: Sequence[Message]) -> list[Message]:
         """A run of results, each with the id of its call: by id as far as there are any, then by order."""
         chosen = [self._by_id(message.tool_call_id) for message in results]
         answer = []

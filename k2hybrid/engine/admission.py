@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
 
@@ -29,7 +30,7 @@ def total_tokens(job: Job, *, vocab_size: int, context_tokens: int, pool_tokens:
         raise RequestError(
             f"max_tokens must be at least 1, not {job.max_tokens}", param="max_tokens", code="invalid_value"
         )
-    ids = np.asarray(job.ids, dtype=np.int64)
+    ids = np.frombuffer(array("q", job.ids), np.int64)  # numpy takes twice as long to read a list
     if int(ids.min()) < 0 or int(ids.max()) >= vocab_size:
         raise RequestError(
             f"prompt ids must lie between 0 and {vocab_size - 1}", param="prompt", code="invalid_value"

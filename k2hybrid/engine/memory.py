@@ -197,8 +197,8 @@ class PageMemory:
         tokens = self._publishable(sequence)
         own = sequence.pages[: pages_for(tokens, self.page_tokens)]
         shared = self.tree.insert(sequence.ids[:tokens], own, sequence.job.scope)
-        changed = [(ours, theirs) for ours, theirs in zip(own, shared, strict=True) if ours != theirs]
-        if changed:
+        if own != shared:
+            changed = [(ours, theirs) for ours, theirs in zip(own, shared, strict=True) if ours != theirs]
             self._hold([theirs for _, theirs in changed])
             self._drop([ours for ours, _ in changed])
             sequence.pages = [*shared, *sequence.pages[len(shared) :]]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields, replace
 
 import pytest
 
-from k2hybrid.chat.toolcall import canonicalise
+from k2hybrid.chat.toolcall import CallHistory
 from k2hybrid.types import Message, ToolCall
 
 
@@ -19,6 +20,12 @@ def result(call_id: str | None, name: str | None = None) -> Message:
 
 
 USER = Message("user", "hi")
+
+
+def canonicalise(messages: Sequence[Message]) -> tuple[list[Message], int]:
+    """Renamed messages, and the number of ids given."""
+    history = CallHistory()
+    return history.renamed(messages), history.count
 
 
 @pytest.mark.parametrize(
