@@ -215,7 +215,9 @@ class Exchanges:
         """Find the answers in `messages`, and give those without reasoning theirs back."""
         given = [exact(message) for message in messages]
         with self._lock:
-            number, base, known = self._histories.longest(given, lambda h: h.given if h.scope == scope else [])
+            number, base, known = self._histories.longest(
+                given, lambda history: history.given if history.scope == scope else []
+            )
         base = base or _History(scope, [], [], [""], [], [0])
         keys, chain, chars = base.keys[:known], base.chain[: known + 1], base.chars[: known + 1]
         for message in messages[known:]:
@@ -294,7 +296,7 @@ class Exchanges:
             candidates = list(among.values())
         given = message.reasoning
         if given and not given.isspace():
-            candidates = [e for e in candidates if e.reasoning == given or _words(e.reasoning) == _words(given)]
+            candidates = [e for e in candidates if _says(e.reasoning, given)]
         named = [e for e in candidates if e.response_id == message.response_id]
         return next(reversed(named or candidates), None)
 
@@ -371,6 +373,10 @@ def _assistant_spans(ids: list[int], markers: Markers, at: int) -> Iterator[tupl
             yield start, at
     except ValueError:  # no further header, or the open one of the answer to come
         return
+
+
+def _says(reasoning: str, given: str) -> bool:
+    return reasoning == given or _words(reasoning) == _words(given)
 
 
 def _chars(message: Message) -> int:

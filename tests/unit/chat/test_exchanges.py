@@ -58,8 +58,18 @@ class Chat:
         return ids
 
     def prompt(self) -> list[int]:
-        recalled = self.exchanges.recall(self.scope, self.messages)
-        return self.exchanges.spliced(self.template.render(recalled.messages).ids, recalled)
+        """With what is known of earlier turns, as without it."""
+        anew = Exchanges(self.markers, self.tokenizer)
+        for among in self.exchanges._kept.values():
+            for exchange in among.values():
+                anew.add(exchange)
+        prompt = self.prompt_by(self.exchanges)
+        assert prompt == self.prompt_by(anew)
+        return prompt
+
+    def prompt_by(self, exchanges: Exchanges) -> list[int]:
+        recalled = exchanges.recall(self.scope, self.messages)
+        return exchanges.spliced(self.template.render(recalled.messages).ids, recalled)
 
     def answer(self, text: str, ids: Sequence[int] | None = None) -> list[int]:
         """Generate `text`; returns prompt and answer as the cache holds them."""
@@ -158,10 +168,10 @@ def test_a_long_history_is_compared_once(
         chat.exchanges.add(chat.exchanges.made("", before, answer, generated, f"r{n}"))
         chat.messages.append(other_json(answer.message(), n))
         chat.results("ok")
-    first = chat.prompt()
+    first = chat.prompt_by(chat.exchanges)
     assert len(read) >= 300
     read.clear()
-    assert chat.prompt() == first
+    assert chat.prompt_by(chat.exchanges) == first
     assert not read
 
 
