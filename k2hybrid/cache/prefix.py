@@ -73,12 +73,15 @@ Leaving = Callable[[Evicted, float], bool]
 class _Node:
     """`children` are sorted by chunk: those with most in common with a chunk lie beside its place."""
 
-    __slots__ = ("children", "chunk", "depth", "key", "page", "parent", "queued", "touched", "until", "used")
+    __slots__ = (
+        "children", "chunk", "depth", "key", "page", "parent", "queued", "root", "touched", "until", "used",
+    )  # fmt: skip
 
     def __init__(self, chunk: Chunk, page: int, parent: _Node | None, used: int) -> None:
         self.chunk = chunk
         self.page = page
         self.parent = parent
+        self.root: _Node = parent.root if parent else self
         self.depth: int = parent.depth + 1 if parent else 0  # pages from the root to here
         self.used = self.touched = used  # `used` is later where it was held when it should have gone
         self.until = _UNLEASED  # never later than the parent's
@@ -302,10 +305,11 @@ class PrefixTree:
         size = self._page_tokens
         for known in range(len(pages), 0, -1):
             node = self._pages.get(pages[known - 1])
-            if node is not None and node.depth == known and len(node.chunk) == size:
-                if node.chunk == tuple(ids[(known - 1) * size : known * size]):
-                    return node, known
-                break
+            if node is None or node.root is not root or node.depth != known or len(node.chunk) < size:
+                continue
+            if node.chunk == tuple(ids[(known - 1) * size : known * size]):
+                return node, known
+            break
         return root, 0
 
     def _enter(self, parent: _Node, chunk: Chunk, page: int) -> _Node:

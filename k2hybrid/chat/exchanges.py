@@ -14,8 +14,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import math
 import threading
 from array import array
 from collections import OrderedDict
@@ -24,9 +22,10 @@ from dataclasses import dataclass, field
 from operator import is_
 from typing import Any, TypeVar
 
-from k2hybrid.chat.conversation import exact, text_of
+from k2hybrid.chat.conversation import exact
 from k2hybrid.chat.growing import Held
 from k2hybrid.chat.markers import Markers
+from k2hybrid.chat.meaning import meaning, plain_text, same_words
 from k2hybrid.chat.stream import ChatStream
 from k2hybrid.chat.tokenizer import Tokenizer
 from k2hybrid.types import (
@@ -125,7 +124,7 @@ class Answer:
     def same_as(self, other: Answer) -> bool:
         """Whether both mean the same, reasoning included."""
         mine, others = self.message(), other.message()
-        return _words(self.reasoning) == _words(other.reasoning) and _meaning(mine) == _meaning(others)
+        return same_words(self.reasoning, other.reasoning) and meaning(mine) == meaning(others)
 
 
 def gather(events: Sequence[Event]) -> Answer:
@@ -166,7 +165,7 @@ class Exchanges:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._histories: Held[_History] = Held()
-        self._spliced: Held[_Spliced] = Held()
+        self._spliced: Held[_Spliced] = Held()  # by tokens
         # (scope, context, message) → response id → exchange, oldest first in both.
         self._kept: OrderedDict[tuple[str, str, str], dict[str, Exchange]] = OrderedDict()
 
@@ -296,7 +295,7 @@ class Exchanges:
             candidates = list(among.values())
         given = message.reasoning
         if given and not given.isspace():
-            candidates = [e for e in candidates if _says(e.reasoning, given)]
+            candidates = [e for e in candidates if same_words(e.reasoning, given)]
         named = [e for e in candidates if e.response_id == message.response_id]
         return next(reversed(named or candidates), None)
 
@@ -334,14 +333,14 @@ class Exchanges:
     def _key(self, message: Message) -> str:
         """Digest of what a message means; remembered by its text's digest, as histories come back."""
         calls = [(call.name, call.arguments) for call in message.tool_calls]
-        raw = repr((message.role, _text(message.content), calls)).encode("utf-8", "surrogatepass")
+        raw = repr((message.role, plain_text(message.content), calls)).encode("utf-8", "surrogatepass")
         digest = hashlib.blake2b(raw, digest_size=16).digest()
         with self._lock:
             known = self._keys.get(digest)
             if known is not None:
                 self._keys.move_to_end(digest)
                 return known
-        key = hashlib.blake2b(_meaning(message).encode(), digest_size=16).hexdigest()
+        key = hashlib.blake2b(meaning(message).encode(), digest_size=16).hexdigest()
         with self._lock:
             _remember(self._keys, digest, key)
         return key
@@ -375,56 +374,9 @@ def _assistant_spans(ids: list[int], markers: Markers, at: int) -> Iterator[tupl
         return
 
 
-def _says(reasoning: str, given: str) -> bool:
-    return reasoning == given or _words(reasoning) == _words(given)
-
-
 def _chars(message: Message) -> int:
     called = sum([len(call.arguments) for call in message.tool_calls])
-    return len(_text(message.content)) + len(message.reasoning or "") + called
-
-
-def _meaning(message: Message) -> str:
-    """What of a message a client keeps: role, words, calls by name and value. No reasoning, no ids.
-
-    One text for one meaning. As Python values, true and 1 would be equal.
-    """
-    calls = [[call.name, _value(call.arguments)] for call in message.tool_calls]
-    meant = [message.role, _words(_text(message.content)), calls]
-    return json.dumps(meant, sort_keys=True, separators=(",", ":"))
-
-
-def _text(content: Any) -> str:
-    if content is None or isinstance(content, str):
-        return content or ""
-    if all(isinstance(part, str) or (isinstance(part, Mapping) and "text" in part) for part in content):
-        return text_of(content)
-    return json.dumps(list(content), sort_keys=True, default=str)
-
-
-def _words(text: str) -> str:
-    """Without what clients trim: white space around the whole and at the ends of lines."""
-    return "\n".join(line.rstrip() for line in text.splitlines()).strip()
-
-
-def _value(arguments: str) -> Any:
-    if not arguments.strip():
-        return {}
-    try:
-        return json.loads(arguments, parse_int=_number, parse_float=_number, parse_constant=_number)
-    except (ValueError, RecursionError):
-        return arguments.strip()
-
-
-def _number(text: str) -> int | float | None:
-    """A number as it comes back from JavaScript, whose numbers are doubles.
-
-    Whole ones lose point and exponent there, zero its sign, and what is not finite becomes null.
-    """
-    value = float(text)
-    if not math.isfinite(value):
-        return None
-    return int(value) if value.is_integer() else value
+    return len(plain_text(message.content)) + len(message.reasoning or "") + called
 
 
 def _chained(chain: str, key: str) -> str:

@@ -531,6 +531,16 @@ def test_a_page_that_was_extended_after_it_was_told_of_has_another_key() -> None
     assert [gone.key for gone in told] == [page_keys("", ids, 4)[0].key for ids in ([1, 2], [1, 2, 3])]
 
 
+def test_a_page_of_another_scope_is_refused() -> None:
+    counts = Counts()
+    tree = PrefixTree(counts, 2)
+    pages = counts.new(2)
+    tree.insert([1, 2, 3, 4], pages, "one")
+    with pytest.raises(EngineError, match="other tokens"):
+        tree.insert([1, 2, 3, 4], pages, "other")
+    assert tree.match([1, 2, 3, 4], "other").tokens == 0
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     st.lists(
